@@ -1,0 +1,1 @@
+"""Variational autoencoders as probabilistic programs, trained by Pyro's SVI."""
