@@ -1,1 +1,19 @@
 """Variational autoencoders as probabilistic programs, trained by Pyro's SVI."""
+
+from pvae.conditional import Conditional, ignore_label
+from pvae.objectives import temper
+from pvae.optim import SingleOptimizer
+from pvae.programs import Guide, Model
+from pvae.vae import VAE, build, load
+
+__all__ = [
+    "VAE",
+    "Conditional",
+    "Guide",
+    "Model",
+    "SingleOptimizer",
+    "build",
+    "ignore_label",
+    "load",
+    "temper",
+]

@@ -1,0 +1,86 @@
+"""Checkpoints: written atomically, read safely (tensors and plain values only)."""
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+FORMAT = 1
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
+    """Writes a file so that at any moment the old one or the new one is whole.
+
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> write_atomically(Path(folder.name) / "a.txt", lambda file: file.write(b"whole"))
+    >>> (Path(folder.name) / "a.txt").read_bytes()
+    b'whole'
+    >>> folder.cleanup()
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+    """Saves a mapping of tensors and plain values, atomically."""
+    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a checkpoint without running any code of it, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or not a checkpoint of this package.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # whatever torch, zipfile or the unpickler says of a damaged file
+        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of this version of pvae (format {FORMAT})")
+    return state
+
+
+def restore(module: nn.Module, state: Mapping[str, Tensor], source: object = "state") -> None:
+    """Loads parameters and buffers into `module`, all of them or, on any mismatch, none.
+
+    Raises:
+        ValueError: the state is of another architecture; it names the tensors that differ.
+
+    >>> restore(nn.Linear(2, 3), nn.Linear(2, 4).state_dict(), "net.pt")
+    Traceback (most recent call last):
+    ValueError: net.pt is a checkpoint of another architecture:
+      weight: (4, 2) saved, (3, 2) needed
+      bias: (4,) saved, (3,) needed
+    """
+    own = module.state_dict()
+    lines = []
+    for name in [*own, *(name for name in state if name not in own)]:
+        saved = tuple(state[name].shape) if name in state else "not"
+        needed = tuple(own[name].shape) if name in own else "not"
+        if saved != needed:
+            lines.append(f"  {name}: {saved} saved, {needed} needed")
+    if lines:
+        if len(lines) > 6:
+            lines[6:] = [f"  and {len(lines) - 6} more"]
+        raise ValueError(
+            "\n".join([f"{source} is a checkpoint of another architecture:", *lines])
+        )
+    module.load_state_dict(state)

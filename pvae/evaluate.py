@@ -1,0 +1,245 @@
+r"""What a trained model/guide pair is worth: bounds on `log p(x)` for each image, in nats.
+
+Works on any Pyro pair whose sites all lie in one data plate. Numbers are computed for each image
+and averaged over images, never over batches; the noise comes from a fixed seed, and the global
+random state is left as it was.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pvae.data import Split, chunks
+
+Program = Callable[..., Any]
+_DECODES = 2000  # images decoded at once: bounds the memory of importance sampling
+
+
+@contextlib.contextmanager
+def fixed_noise(device: torch.device | str, seed: int) -> Iterator[None]:
+    """Draws inside come from `seed`; the random state outside is untouched.
+
+    >>> with fixed_noise("cpu", 0):
+    ...     a = torch.randn(2)
+    >>> with fixed_noise("cpu", 0):
+    ...     bool((torch.randn(2) == a).all())
+    True
+    """
+    device = torch.device(device)
+    with torch.random.fork_rng(
+        devices=[] if device.type == "cpu" else [device],
+        device_type=device.type if device.type != "cpu" else "cuda",
+    ):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def evaluating(*programs: Program) -> Iterator[None]:
+    """Modules among `programs` are in eval mode inside, without gradients, and as before after.
+
+    >>> net = nn.Dropout()
+    >>> with evaluating(net):
+    ...     net.training
+    False
+    >>> net.training
+    True
+    """
+    modules = [m for p in programs if isinstance(p, nn.Module) for m in p.modules()]
+    training = [m.training for m in modules]
+    for module in modules:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, was in zip(modules, training, strict=True):
+            module.training = was
+
+
+class Bound(NamedTuple):
+    """The ELBO `reconstruction - kl` and its terms, each `(B,)`, in nats for each image."""
+
+    elbo: Tensor
+    reconstruction: Tensor
+    kl: Tensor
+
+
+def _traces(
+    model: Program, guide: Program, x: Tensor, y: Tensor | None, particles: int
+) -> tuple[Any, Any]:
+    """Traces of guide and model at `particles` draws of the latents: log_probs `(particles, B)`."""
+    with pyro.plate("particles", particles, dim=-2):
+        guide_trace = poutine.trace(guide).get_trace(x, y)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(x, y)
+    guide_trace.compute_log_prob()
+    model_trace.compute_log_prob()
+    return model_trace, guide_trace
+
+
+def _latents(trace: Any) -> list[str]:
+    return [name for name in trace.stochastic_nodes if trace.nodes[name]["type"] == "sample"]
+
+
+def _sum_sites(trace: Any, names: list[str], shape: tuple[int, int]) -> Tensor:
+    total = torch.zeros(())
+    for name in names:
+        log_prob = trace.nodes[name]["log_prob"]
+        if log_prob.shape[-1:] != shape[-1:]:
+            raise ValueError(
+                f"site {name!r} has log_prob of shape {tuple(log_prob.shape)}, one number for the "
+                f"whole batch; every site must lie in the data plate (..., {shape[-1]})"
+            )
+        total = total.to(log_prob) + log_prob
+    return total.expand(shape)
+
+
+def _analytic_kl(model_trace: Any, guide_trace: Any, shape: tuple[int, int]) -> Tensor | None:
+    """KL(q(z|x) || p(z)) where there is one latent site and torch has the formula."""
+    names = _latents(guide_trace)
+    if len(names) != 1:  # with several, the analytic KL of one depends on the draw of another
+        return None
+    q, p = guide_trace.nodes[names[0]]["fn"], model_trace.nodes[names[0]]["fn"]
+    try:
+        return torch.distributions.kl_divergence(q, p).expand(shape)
+    except NotImplementedError:
+        return None
+
+
+def elbo(
+    model: Program, guide: Program, x: Tensor, y: Tensor | None = None, *, num_samples: int = 1
+) -> Bound:
+    r"""The ELBO (beta = 1) of each image of a batch, `num_samples` draws averaged.
+
+    `log p(x) >= E_q[log p(x|z)] - KL(q(z|x) || p(z))`. The KL is analytic where there is a single
+    latent with a known formula, else sampled.
+
+    >>> import pvae
+    >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
+    >>> bound = elbo(vae.model, vae.guide, torch.ones(5, 1, 8, 8))
+    >>> bound.elbo.shape
+    torch.Size([5])
+    """
+    shape = (num_samples, len(x))
+    with evaluating(model, guide):
+        model_trace, guide_trace = _traces(model, guide, x, y, num_samples)
+        reconstruction = _sum_sites(model_trace, model_trace.observation_nodes, shape)
+        kl = _analytic_kl(model_trace, guide_trace, shape)
+        if kl is None:
+            log_q = _sum_sites(guide_trace, _latents(guide_trace), shape)
+            kl = log_q - _sum_sites(model_trace, _latents(model_trace), shape)
+        reconstruction, kl = reconstruction.mean(0), kl.mean(0)
+    return Bound(reconstruction - kl, reconstruction, kl)
+
+
+def importance_weighted(
+    model: Program, guide: Program, x: Tensor, y: Tensor | None = None, *, num_samples: int = 500
+) -> Tensor:
+    r"""The importance-weighted bound of each image of a batch, `(B,)`, in nats.
+
+    `log p(x) >= E log 1/k sum_i p(x, z_i) / q(z_i|x)`, `k = num_samples`. Memory does not grow
+    with `k`.
+    Source: Importance Weighted Autoencoders (2015), arXiv:1509.00519.
+
+    Raises:
+        ValueError: `num_samples` is below 1, or a site lies outside the data plate.
+
+    >>> import pvae
+    >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
+    >>> importance_weighted(vae.model, vae.guide, torch.ones(5, 1, 8, 8), num_samples=7).shape
+    torch.Size([5])
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, not {num_samples}")
+    at_once = max(1, _DECODES // len(x))
+    total = x.new_full((len(x),), -math.inf)  # log sum of the weights so far
+    with evaluating(model, guide):
+        for start in range(0, num_samples, at_once):
+            shape = (min(at_once, num_samples - start), len(x))
+            model_trace, guide_trace = _traces(model, guide, x, y, shape[0])
+            log_p = _sum_sites(model_trace, model_trace.observation_nodes, shape)
+            log_p = log_p + _sum_sites(model_trace, _latents(model_trace), shape)
+            log_weights = log_p - _sum_sites(guide_trace, _latents(guide_trace), shape)
+            total = torch.logaddexp(total, log_weights.logsumexp(0))
+    return total - math.log(num_samples)
+
+
+def posterior_means(guide: Program, x: Tensor, y: Tensor | None = None, site: str = "z") -> Tensor:
+    """The mean of `q(z|x)` of each image, `(B, D)`.
+
+    >>> import pvae
+    >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
+    >>> posterior_means(vae.guide, torch.ones(5, 1, 8, 8)).shape
+    torch.Size([5, 2])
+    """
+    with evaluating(guide):
+        return poutine.trace(guide).get_trace(x, y).nodes[site]["fn"].mean
+
+
+def unit_variances(means: Tensor) -> Tensor:
+    r"""`Var_x(E_q[z_d | x])`, `(N, D) -> (D,)`; a unit is *active* where it exceeds 0.01.
+
+    Source: Importance Weighted Autoencoders (2015), arXiv:1509.00519, section 5.
+
+    >>> (unit_variances(torch.tensor([[0.0, 1.0], [0.0, -1.0]])) > 0.01).tolist()
+    [False, True]
+    """
+    return means.var(0, correction=0)
+
+
+class Estimate(NamedTuple):
+    """A mean over images and its standard error."""
+
+    mean: float
+    se: float
+
+
+def estimate(values: Tensor) -> Estimate:
+    """Mean and standard error over images `(N,)`; the error of a single image is not known.
+
+    >>> estimate(torch.tensor([1.0, 3.0]))
+    Estimate(mean=2.0, se=1.0)
+    """
+    values = values.double()
+    se = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Estimate(values.mean().item(), se)
+
+
+def over(
+    split: Split,
+    function: Callable[[Tensor, Tensor | None], Any],
+    *,
+    batch_size: int,
+    seed: int,
+    title: str = "",
+) -> Any:
+    """`function(x, y)` on a whole split in chunks, with fixed noise: `(N, ...)`, or a named tuple
+    of such. With a title, a progress bar on a terminal.
+
+    >>> split = Split(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), None)
+    >>> over(split, lambda x, y: x.sum((1, 2, 3)), batch_size=2, seed=0).shape
+    torch.Size([5])
+    """
+    results = []
+    total = math.ceil(len(split.images) / batch_size)
+    with fixed_noise(split.images.device, seed):
+        # disable=None: no bar where the output is not a terminal
+        bar = tqdm(
+            chunks(split, batch_size),
+            title,
+            total=total,
+            leave=False,
+            disable=None if title else True,
+        )
+        for x, y in bar:
+            results.append(function(x, y))
+    if isinstance(results[0], Tensor):
+        return torch.cat(results)
+    return type(results[0])(*(torch.cat(parts) for parts in zip(*results, strict=True)))

@@ -1,0 +1,341 @@
+"""A VAE is a pair of Pyro programs: what people do with one, and the builder of named ones."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pvae import checkpoint, closed_form, heads, nets, priors
+from pvae.closed_form import ClosedForm, Terms
+from pvae.conditional import Conditional
+from pvae.programs import Guide, Model
+
+
+class VAE(nn.Module):
+    r"""A pair of Pyro programs, `vae.model = p(z) p(x|z)` and `vae.guide = q(z|x)`.
+
+    Hand the two to any stock Pyro tool; the methods here are what people do with a trained pair.
+    Images are `(B, C, H, W)` floats, latents `(*, B, D)`; `y` are labels `(B,)` for pairs that are
+    conditional on them.
+
+    Args:
+        model: a `pvae.Model`, or any module with `prior` and `likelihood` that is a Pyro program.
+        guide: a `pvae.Guide`, or any module with `posterior` that is a Pyro program.
+        oracle: the hand-written ELBO of this pair, where there is one.
+
+    >>> vae = build(image_shape=(1, 8, 8), latent_dim=2)
+    >>> vae.sample(3).shape
+    torch.Size([3, 1, 8, 8])
+    """
+
+    def __init__(self, model: Model, guide: Guide, oracle: ClosedForm | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.guide = guide
+        self.oracle = oracle
+        self.recipe: dict[str, Any] | None = None  # the arguments of `build`, to be built again
+
+    def encode(self, x: Tensor, y: Tensor | None = None) -> Any:
+        """The posterior `q(z|x)`, batch shape `(B,)`, event shape `(D,)`.
+
+        Raises:
+            ValueError: `x` is not a batch of finite floating point images of the pair's shape.
+        """
+        if not x.is_floating_point() or not x.isfinite().all():
+            bad = "is not floating point" if not x.is_floating_point() else "has NaN or infinity"
+            raise ValueError(f"x {bad} (dtype {x.dtype}); images are floats in [0, 1]")
+        return self.guide.posterior(*_given(x, y))
+
+    def decode(self, z: Tensor, y: Tensor | None = None) -> Any:
+        """The likelihood `p(x|z)`, batch shape `(*, B)`, event shape `(C, H, W)`."""
+        return self.model.likelihood(*_given(z, y))
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """The mean image at the posterior mean, `(B, C, H, W)`; errors as `encode`."""
+        return self.decode(self.encode(x, y).mean, y).mean
+
+    @torch.no_grad()
+    def sample(self, n: int = 1, y: Tensor | None = None) -> Tensor:
+        """Mean images at `n` draws from the prior (one for each label where `y` is given).
+
+        Raises:
+            ValueError: `n` is below 1.
+        """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, not {n}")
+        prior = self.model.prior(*(() if y is None else (y,)))
+        z = prior.sample((n,)) if y is None else prior.expand((len(y),)).sample()
+        return self.decode(z, y).mean
+
+    @torch.no_grad()
+    def interpolate(
+        self, start: Tensor, end: Tensor, steps: int = 10, y: Tensor | None = None
+    ) -> Tensor:
+        """Mean images on the straight lines between posterior means, `(B, steps, C, H, W)`.
+
+        Raises:
+            ValueError: `steps` is below 2, or `start` and `end` differ in shape.
+        """
+        if steps < 2:
+            raise ValueError(f"steps must be at least 2, not {steps}")
+        if start.shape != end.shape:
+            raise ValueError(
+                f"start and end must have one shape, not {tuple(start.shape)} and {tuple(end.shape)}"
+            )
+        a, b = self.encode(start, y).mean, self.encode(end, y).mean  # (B, D)
+        weights = torch.linspace(0, 1, steps, dtype=a.dtype, device=a.device)
+        z = torch.lerp(a, b, weights[:, None, None])  # (steps, B, D)
+        return self.decode(z, y).mean.transpose(0, 1)
+
+    def terms(self, x: Tensor, z: Tensor, y: Tensor | None = None) -> Terms:
+        """The ELBO's terms at `z` `(*, B, D)` without any Pyro handler: hand-written where there
+        is an oracle, else from the distributions' own densities."""
+        if self.oracle is not None:
+            return self.oracle.terms(x, y, z=z)
+        prior = self.model.prior(*(() if y is None else (y,)))
+        return closed_form.sampled_terms(self.encode(x, y), self.decode(z, y), prior, x, z)
+
+    @torch.no_grad()
+    def check(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Checks that the pair can be trained on images like `x`, before a long run starts.
+
+        Raises:
+            ValueError: wrong shape or dtype, NaN, or values outside the likelihood's support.
+        """
+        p = self.decode(self.encode(x, y).mean, y)
+        if p.event_shape != x.shape[1:]:
+            raise ValueError(
+                f"x holds images of shape {tuple(x.shape[1:])}, "
+                f"but the likelihood is over {tuple(p.event_shape)}"
+            )
+        outside = int((~_elementwise_support(p).check(x)).sum())
+        if outside:
+            raise ValueError(
+                f"x has values outside the likelihood's support "
+                f"({outside} of {x.numel()}; x lies in [{x.min():.3g}, {x.max():.3g}]): "
+                f"{type(_base(p)).__name__.lstrip('_')} takes {_base(p).support}. "
+                "Binarise the data, or choose a likelihood for grey pixels"
+            )
+
+
+def _given(v: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
+    return (v,) if y is None else (v, y)
+
+
+def _base(p: Any) -> Any:
+    """The distribution inside `to_event`."""
+    return getattr(p, "base_dist", p)
+
+
+def _elementwise_support(p: Any) -> Any:
+    return getattr(p.support, "base_constraint", p.support)
+
+
+# ---- the named builder: one table for each thing that can be chosen ----
+
+HeadFactory = Callable[[Sequence[int]], heads.Head]
+
+
+class Likelihood(NamedTuple):
+    """A named likelihood: its head, its hand-written log density, and the data it is for."""
+
+    head: HeadFactory
+    log_likelihood: Callable[[Any, Tensor, Tensor], Tensor]  # (head, x, raw) -> (*, B)
+    binary: bool
+    label: str
+
+
+class Posterior(NamedTuple):
+    """A named posterior: its head, and the hand-written split of its raw parameters."""
+
+    head: HeadFactory
+    split: Callable[[Tensor], tuple[Tensor, Tensor]]
+    label: str
+
+
+class Net(NamedTuple):
+    """A named architecture: `encoder(image_shape, out_shape)`, `decoder(latent_shape, out_shape)`,
+    each with the hidden width and the activation."""
+
+    encoder: Callable[[Sequence[int], Sequence[int], int, nets.Activation], nn.Module]
+    decoder: Callable[[Sequence[int], Sequence[int], int, nets.Activation], nn.Module]
+    label: str
+
+
+def _bernoulli(head: heads.Head, x: Tensor, h: Tensor) -> Tensor:
+    return closed_form.bernoulli(x, h)
+
+
+def _continuous_bernoulli(head: heads.Head, x: Tensor, h: Tensor) -> Tensor:
+    return closed_form.continuous_bernoulli(x, h)
+
+
+def _normal_fixed(head: heads.NormalFixedScale, x: Tensor, h: Tensor) -> Tensor:
+    return closed_form.normal(x, h, torch.tensor(head.scale, dtype=h.dtype, device=h.device).log())
+
+
+def _normal_shared(head: heads.NormalSharedScale, x: Tensor, h: Tensor) -> Tensor:
+    return closed_form.normal(x, h, (head.min_scale + head.log_scale.exp()).log())
+
+
+def _normal_pixelwise(head: heads.Normal, x: Tensor, h: Tensor) -> Tensor:
+    loc, log_variance = h.split(h.shape[-3] // 2, dim=-3)
+    return closed_form.normal(x, loc, (head.min_scale + (log_variance / 2).exp()).log())
+
+
+LIKELIHOODS: Mapping[str, Likelihood] = {
+    "bernoulli": Likelihood(heads.Bernoulli, _bernoulli, True, "Bernoulli pixels from logits"),
+    "grey_bernoulli": Likelihood(
+        heads.GreyBernoulli, _bernoulli, False, "cross-entropy on grey pixels: not a likelihood"
+    ),
+    "continuous_bernoulli": Likelihood(
+        heads.ContinuousBernoulli, _continuous_bernoulli, False, "continuous Bernoulli, grey pixels"
+    ),
+    "gaussian": Likelihood(
+        heads.NormalFixedScale, _normal_fixed, False, "normal with fixed scale 1: squared error"
+    ),
+    "gaussian_shared": Likelihood(
+        heads.NormalSharedScale, _normal_shared, False, "normal with one learned scale"
+    ),
+    "gaussian_pixelwise": Likelihood(
+        partial(heads.Normal, min_scale=0.01),
+        _normal_pixelwise,
+        False,
+        "normal with a scale for each pixel from the network",
+    ),
+}
+
+GUIDES: Mapping[str, Posterior] = {
+    "normal": Posterior(heads.Normal, closed_form.loc_log_variance, "loc and log-variance"),
+    "normal_log_scale": Posterior(
+        partial(heads.Normal, link=heads.from_log_scale),
+        closed_form.loc_log_scale,
+        "loc and log-scale",
+    ),
+}
+
+PRIORS: Mapping[str, Callable[[int], nn.Module]] = {"standard_normal": priors.StandardNormal}
+
+
+def _mlp(
+    in_shape: Sequence[int], out_shape: Sequence[int], hidden: int, activation: nets.Activation
+) -> nn.Module:
+    return nets.MLP(in_shape, out_shape, (hidden,), activation)
+
+
+def _conv_decoder(
+    in_shape: Sequence[int], out_shape: Sequence[int], hidden: int, activation: nets.Activation
+) -> nn.Module:
+    return nets.ConvDecoder(in_shape, out_shape, activation)  # the published form has no hidden layer
+
+
+NETS: Mapping[str, Net] = {
+    "conv": Net(nets.ConvEncoder, _conv_decoder, "two strided convolutions and their mirror"),
+    "mlp": Net(_mlp, _mlp, "one hidden layer each way"),
+}
+
+ACTIVATIONS: Mapping[str, nets.Activation] = {
+    "silu": nn.SiLU,
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "tanh": nn.Tanh,
+}
+
+
+def choose(name: str, value: str, table: Mapping[str, Any]) -> Any:
+    """The entry of a table, or a `ValueError` that lists what there is.
+
+    >>> choose("net", "cnn", NETS)
+    Traceback (most recent call last):
+    ValueError: net must be one of conv, mlp, not 'cnn'
+    """
+    if value not in table:
+        raise ValueError(f"{name} must be one of {', '.join(table)}, not {value!r}")
+    return table[value]
+
+
+def build(
+    image_shape: Sequence[int] = (1, 28, 28),
+    latent_dim: int = 16,
+    net: str = "conv",
+    likelihood: str = "bernoulli",
+    guide: str = "normal",
+    prior: str = "standard_normal",
+    *,
+    hidden: int = 256,
+    activation: str = "silu",
+    mean_image: Tensor | None = None,
+) -> VAE:
+    """Builds a VAE from names: the tables `NETS`, `LIKELIHOODS`, `GUIDES` and `PRIORS`.
+
+    Args:
+        image_shape: `(C, H, W)`.
+        latent_dim: the latent's dimension `D`.
+        hidden, activation: of the networks; the published Keras form is 16 and "relu".
+        mean_image: `(C, H, W)` in [0, 1]: the decoder's output bias starts there, without which
+            a run may sit for epochs at the collapsed solution.
+
+    Raises:
+        ValueError: a name that is not in its table, or a size below 1.
+
+    >>> vae = build((3, 20, 16), latent_dim=4, net="mlp", likelihood="gaussian_shared")
+    >>> vae.reconstruct(torch.rand(2, 3, 20, 16)).shape
+    torch.Size([2, 3, 20, 16])
+    """
+    if hidden < 1:
+        raise ValueError(f"hidden must be at least 1, not {hidden}")
+    family = choose("likelihood", likelihood, LIKELIHOODS)
+    posterior_family = choose("guide", guide, GUIDES)
+    architecture = choose("net", net, NETS)
+    make_activation = choose("activation", activation, ACTIVATIONS)
+    prior_module = choose("prior", prior, PRIORS)(latent_dim)
+
+    posterior_head = posterior_family.head((latent_dim,))
+    encoder = architecture.encoder(image_shape, posterior_head.param_shape, hidden, make_activation)
+    posterior = Conditional(encoder, posterior_head, event_dim=3)
+
+    head = family.head(tuple(image_shape))
+    decoder = architecture.decoder((latent_dim,), head.param_shape, hidden, make_activation)
+    if mean_image is not None:
+        decoder.set_output_bias(head.raw_mean(mean_image))
+    likelihood_module = Conditional(decoder, head, event_dim=1)
+
+    oracle = ClosedForm(
+        encode=posterior.raw,
+        decode=likelihood_module.raw,
+        split=posterior_family.split,
+        log_likelihood=partial(family.log_likelihood, head),
+    )
+    vae = VAE(Model(prior_module, likelihood_module), Guide(posterior), oracle)
+    vae.recipe = {
+        "image_shape": list(image_shape),
+        "latent_dim": latent_dim,
+        "net": net,
+        "likelihood": likelihood,
+        "guide": guide,
+        "prior": prior,
+        "hidden": hidden,
+        "activation": activation,
+    }
+    return vae
+
+
+def load(path: str | os.PathLike[str]) -> VAE:
+    """Builds again the VAE saved in a checkpoint or a run folder (its best model), in eval mode.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a checkpoint of a VAE made by `build`.
+    """
+    file = os.path.join(path, "best.pt") if os.path.isdir(path) else path
+    state = checkpoint.read(file)
+    if not isinstance(state.get("recipe"), dict):
+        raise ValueError(f"{file} holds no recipe: its VAE was composed by hand; build it and use "
+                         "pvae.checkpoint.restore")
+    vae = build(**state["recipe"])
+    checkpoint.restore(vae, state["model"], file)
+    return vae.eval()
