@@ -12,7 +12,7 @@ from torch import Tensor, nn
 FORMAT = 1
 
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
     """Writes a file so that at any moment the old one or the new one is whole.
 
     >>> folder = tempfile.TemporaryDirectory()
@@ -80,7 +80,5 @@ def restore(module: nn.Module, state: Mapping[str, Tensor], source: object = "st
     if lines:
         if len(lines) > 6:
             lines[6:] = [f"  and {len(lines) - 6} more"]
-        raise ValueError(
-            "\n".join([f"{source} is a checkpoint of another architecture:", *lines])
-        )
+        raise ValueError("\n".join([f"{source} is a checkpoint of another architecture:", *lines]))
     module.load_state_dict(state)

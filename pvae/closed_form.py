@@ -76,7 +76,7 @@ def continuous_bernoulli(x: Tensor, logits: Tensor) -> Tensor:
 
 
 def normal(x: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
-    r"""`log N(x; loc, scale) = sum_i -((x_i - loc_i) / scale_i)^2 / 2 - log scale_i - log(2 pi) / 2`.
+    r"""`log N(x; loc, s) = sum_i -((x_i - loc_i) / s_i)^2 / 2 - log s_i - log(2 pi) / 2`.
 
     >>> normal(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(()))
     tensor([-1.8379])
@@ -86,7 +86,7 @@ def normal(x: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
 
 
 def kl_normal(loc: Tensor, log_scale: Tensor) -> Tensor:
-    r"""`KL(N(loc, scale) || N(0, 1)) = sum_d (scale_d^2 + loc_d^2 - 1) / 2 - log scale_d`, `(*, D)`.
+    r"""`KL(N(loc, s) || N(0, 1)) = sum_d (s_d^2 + loc_d^2 - 1) / 2 - log s_d`, `(*, D) -> (*)`.
 
     >>> kl_normal(torch.tensor([1.0, 0.0]), torch.zeros(2))
     tensor(0.5000)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 Join = Callable[[Tensor, Tensor], Tensor]
@@ -12,6 +11,7 @@ Join = Callable[[Tensor, Tensor], Tensor]
 def ignore_label(v: Tensor, y: Tensor) -> Tensor:
     """A join that leaves the label out on purpose: `p(u | v, y) = p(u | v)`.
 
+    >>> import torch
     >>> ignore_label(torch.zeros(3, 2), torch.tensor([0, 1, 2])).shape
     torch.Size([3, 2])
     """
@@ -36,6 +36,7 @@ class Conditional(nn.Module):
         ValueError: `y` is given and there is no join, or is missing and there is one; or the
             network's output is not of the head's `param_shape`.
 
+    >>> import torch
     >>> from pvae.heads import Bernoulli
     >>> likelihood = Conditional(nn.Linear(2, 5), Bernoulli((5,)), event_dim=1)
     >>> likelihood(torch.zeros(7, 3, 2)).batch_shape

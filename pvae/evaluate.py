@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -85,7 +86,9 @@ def _traces(
 
 
 def _latents(trace: Any) -> list[str]:
-    return [name for name in trace.stochastic_nodes if trace.nodes[name]["type"] == "sample"]
+    """The unobserved sample sites; a plate is a site too, but no latent."""
+    names = trace.stochastic_nodes
+    return [name for name in names if not site_is_subsample(trace.nodes[name])]
 
 
 def _sum_sites(trace: Any, names: list[str], shape: tuple[int, int]) -> Tensor:
@@ -180,7 +183,8 @@ def posterior_means(guide: Program, x: Tensor, y: Tensor | None = None, site: st
     torch.Size([5, 2])
     """
     with evaluating(guide):
-        return poutine.trace(guide).get_trace(x, y).nodes[site]["fn"].mean
+        trace: Any = poutine.trace(guide).get_trace(x, y)
+        return trace.nodes[site]["fn"].mean
 
 
 def unit_variances(means: Tensor) -> Tensor:

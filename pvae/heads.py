@@ -7,6 +7,7 @@ one event: for an event `(C, H, W)` with `k` parameters an element that is `(k C
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -121,9 +122,7 @@ class _ContinuousBernoulli(dist.TorchDistribution):
         self.logits = logits
         super().__init__(logits.shape, validate_args=validate_args)
 
-    def expand(
-        self, batch_shape: torch.Size, _instance: dist.Distribution | None = None
-    ) -> "_ContinuousBernoulli":
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "_ContinuousBernoulli":
         return _ContinuousBernoulli(self.logits.expand(batch_shape), validate_args=False)
 
     def _split(self, threshold: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,7 +162,7 @@ class _ContinuousBernoulli(dist.TorchDistribution):
             self._validate_sample(value)
         return value * self.logits - self.log_normalizer
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
         shape = self._extended_shape(sample_shape)
         u = torch.rand(shape, dtype=self.logits.dtype, device=self.logits.device)
         small, safe, near = self._split(0.01)

@@ -5,7 +5,7 @@ from typing import Any
 from pyro.poutine.messenger import Messenger
 
 
-class temper(Messenger):  # noqa: N801 (a handler, named as Pyro names its own)
+class temper(Messenger):
     r"""Weighs every latent site, in model and guide alike, by `beta`.
 
     `with temper(beta): svi.step(x)` optimizes `E_q[log p(x|z)] - beta KL(q(z|x) || p(z))`: the

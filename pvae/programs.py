@@ -9,7 +9,6 @@ import weakref
 from typing import Any
 
 import pyro
-import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
@@ -59,8 +58,9 @@ class Program(nn.Module):
             if parameter.requires_grad and name not in store:
                 # pyro.param would store a contiguous copy of a channels_last weight, and train
                 # that copy; set_state keeps the very parameter
-                entry = {"params": {name: parameter}, "constraints": {name: constraints.real}}
-                store.set_state(entry)
+                store.set_state(
+                    {"params": {name: parameter}, "constraints": {name: constraints.real}}
+                )
         pyro.module(self._unique_name, self)
 
 
@@ -76,7 +76,9 @@ def _check_images(x: Tensor) -> None:
             "see pvae.data.pixels"
         )
     if x.dim() < 2 or len(x) == 0:
-        raise ValueError(f"x has shape {tuple(x.shape)}; a batch (B, C, H, W) with B >= 1 is needed")
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; a batch (B, C, H, W) with B >= 1 is needed"
+        )
 
 
 class Model(Program):
@@ -134,6 +136,7 @@ class Guide(Program):
     Args:
         posterior: a module with `posterior(x)` or `posterior(x, y)`, a distribution over `z`.
 
+    >>> import torch
     >>> from pvae.heads import Normal
     >>> guide = Guide(nn.Sequential(nn.Linear(5, 4), Normal((2,))))
     >>> guide(torch.zeros(3, 5)).shape
@@ -154,10 +157,10 @@ class Guide(Program):
     ) -> Tensor:
         """Samples `z` given `x` `(B, C, H, W)`, or given the data's `index` `(B,)`; returns `z`."""
         self.register()
-        if index is None:
-            if x is None:
-                raise ValueError("x is missing: the guide is a posterior given data")
-            _check_images(x)
         given = x if index is None else index
+        if given is None:
+            raise ValueError("x is missing: the guide is a posterior given data")
+        if index is None:
+            _check_images(given)
         with pyro.plate("data", len(given)):
             return pyro.sample("z", self.posterior(given, *_labels(y)))

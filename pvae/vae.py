@@ -1,11 +1,13 @@
 """A VAE is a pair of Pyro programs: what people do with one, and the builder of named ones."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 from pvae import checkpoint, closed_form, heads, nets, priors
@@ -84,7 +86,8 @@ class VAE(nn.Module):
             raise ValueError(f"steps must be at least 2, not {steps}")
         if start.shape != end.shape:
             raise ValueError(
-                f"start and end must have one shape, not {tuple(start.shape)} and {tuple(end.shape)}"
+                "start and end must have one shape, "
+                f"not {tuple(start.shape)} and {tuple(end.shape)}"
             )
         a, b = self.encode(start, y).mean, self.encode(end, y).mean  # (B, D)
         weights = torch.linspace(0, 1, steps, dtype=a.dtype, device=a.device)
@@ -230,7 +233,9 @@ def _mlp(
 def _conv_decoder(
     in_shape: Sequence[int], out_shape: Sequence[int], hidden: int, activation: nets.Activation
 ) -> nn.Module:
-    return nets.ConvDecoder(in_shape, out_shape, activation)  # the published form has no hidden layer
+    return nets.ConvDecoder(
+        in_shape, out_shape, activation
+    )  # the published form has no hidden layer
 
 
 NETS: Mapping[str, Net] = {
@@ -243,6 +248,53 @@ ACTIVATIONS: Mapping[str, nets.Activation] = {
     "relu": nn.ReLU,
     "gelu": nn.GELU,
     "tanh": nn.Tanh,
+}
+
+
+class Objective(NamedTuple):
+    """A named objective: Pyro's own, and the same loss by hand from the ELBO's terms.
+
+    `by_hand(terms, beta)` takes terms `(particles, B)` and returns the loss summed over images.
+    """
+
+    elbo: Callable[[int], ELBO]  # number of particles -> Pyro's objective
+    by_hand: Callable[[Terms, float], Tensor]
+    label: str
+
+
+def _sampled(terms: Terms, beta: float) -> Tensor:
+    return -terms.elbo_sampled(beta).mean(0).sum()
+
+
+def _mean_field(terms: Terms, beta: float) -> Tensor:
+    return -(terms.elbo_sampled(beta) if terms.kl is None else terms.elbo(beta)).mean(0).sum()
+
+
+def _importance_weighted(terms: Terms, beta: float) -> Tensor:
+    log_weights = terms.elbo_sampled(beta)
+    return -(log_weights.logsumexp(0) - math.log(len(log_weights))).sum()
+
+
+# vectorized particles are one more leading dimension. max_plate_nesting is given, because an
+# objective that has to guess it spends random numbers on its first call
+_vectorized = {"vectorize_particles": True, "max_plate_nesting": 1}
+
+OBJECTIVES: Mapping[str, Objective] = {
+    "trace_elbo": Objective(
+        lambda particles: Trace_ELBO(particles, **_vectorized),
+        _sampled,
+        "the ELBO, its KL sampled",
+    ),
+    "trace_mean_field_elbo": Objective(
+        lambda particles: TraceMeanField_ELBO(particles, **_vectorized),
+        _mean_field,
+        "the ELBO, its KL analytic where it exists",
+    ),
+    "iwae": Objective(
+        lambda particles: RenyiELBO(0, particles, **_vectorized),
+        _importance_weighted,
+        "the importance-weighted bound over the particles",
+    ),
 }
 
 
@@ -334,8 +386,10 @@ def load(path: str | os.PathLike[str]) -> VAE:
     file = os.path.join(path, "best.pt") if os.path.isdir(path) else path
     state = checkpoint.read(file)
     if not isinstance(state.get("recipe"), dict):
-        raise ValueError(f"{file} holds no recipe: its VAE was composed by hand; build it and use "
-                         "pvae.checkpoint.restore")
+        raise ValueError(
+            f"{file} holds no recipe: its VAE was composed by hand; build it and use "
+            "pvae.checkpoint.restore"
+        )
     vae = build(**state["recipe"])
     checkpoint.restore(vae, state["model"], file)
     return vae.eval()

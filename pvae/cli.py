@@ -1,0 +1,312 @@
+"""The command line that the examples share: arguments, and how a run ends."""
+
+import argparse
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pvae import data, run
+from pvae.train import TrainingFailed
+from pvae.vae import ACTIVATIONS, GUIDES, LIKELIHOODS, NETS, OBJECTIVES, PRIORS, VAE
+
+# what may be given anew when a run is resumed; all else is part of what the run is
+_RESUMABLE = {"num_epochs", "device", "data_root", "resume", "quiet", "out"}
+_BINARIZE = {"none": "grey", "threshold": "threshold", "static": "static", "dynamic": "dynamic"}
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not those that are None: their help says what happens instead."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def _number(kind: type, low: float, *, strict: bool = False, high: float = math.inf) -> Any:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value if strict else low <= value) or not value < high:
+            bound = f"{'above' if strict else 'at least'} {low:g}"
+            bound += f" and below {high:g}" if high < math.inf else ""
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound}")
+        return value
+
+    return parse
+
+
+def _choices(group: Any, flag: str, table: Mapping[str, Any], default: str, what: str) -> None:
+    names = [f"{n} ({e.label})" if hasattr(e, "label") else n for n, e in table.items()]
+    group.add_argument(
+        flag, choices=list(table), default=default, help=f"{what}: {'; '.join(names)}"
+    )
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The arguments of an example, grouped; an example sets other defaults by `set_defaults`.
+
+    >>> parser("An example.").parse_args(["-b", "64"]).batch_size
+    64
+    """
+    p = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
+    positive, natural = _number(float, 0, strict=True), _number(int, 1)
+
+    g = p.add_argument_group("data")
+    g.add_argument(
+        "--dataset",
+        metavar="NAME|PATH",
+        help=f"{', '.join(data.NAMES)}, a .npz/.npy file or an image folder "
+        "(default: MNIST, found or downloaded; offline, scikit-learn's digits)",
+    )
+    g.add_argument(
+        "--data-root",
+        metavar="DIR",
+        help="where MNIST/raw and its like are looked for, before $PVAE_DATA, ./data and the "
+        "cache folder",
+    )
+    g.add_argument(
+        "--binarize",
+        choices=list(_BINARIZE),
+        help="how grey pixels become binary ones (default: dynamic, redrawn for every training "
+        "batch, for a Bernoulli likelihood; else none)",
+    )
+    g.add_argument(
+        "--dequantize", action="store_true", help="add uniform noise of one grey level to pixels"
+    )
+
+    g = p.add_argument_group("model and guide")
+    g.add_argument("--latent-dim", type=natural, default=32, metavar="D", help="latent dimension")
+    _choices(g, "--net", NETS, "conv", "networks")
+    g.add_argument("--hidden", type=natural, default=256, metavar="N", help="hidden width")
+    g.add_argument("--activation", choices=list(ACTIVATIONS), default="silu", help="activation")
+    _choices(g, "--likelihood", LIKELIHOODS, "bernoulli", "p(x|z)")
+    _choices(g, "--guide", GUIDES, "normal", "q(z|x)")
+    _choices(g, "--prior", PRIORS, "standard_normal", "p(z)")
+
+    g = p.add_argument_group("training")
+    g.add_argument(
+        "-n",
+        "--num-epochs",
+        type=natural,
+        metavar="N",
+        help="epochs (default: 10, and at least 2,000 steps)",
+    )
+    g.add_argument("-b", "--batch-size", type=natural, default=128, metavar="B", help="batch size")
+    g.add_argument(
+        "-lr", "--learning-rate", type=positive, default=1e-3, metavar="LR", help="Adam's rate"
+    )
+    fraction = _number(float, 0, high=1)
+    g.add_argument(
+        "--lr-warmup",
+        type=fraction,
+        default=0.0,
+        metavar="F",
+        help="fraction of training in which the learning rate rises",
+    )
+    g.add_argument(
+        "--schedule",
+        choices=["cosine", "constant"],
+        default="cosine",
+        help="learning rate after it",
+    )
+    _choices(g, "--objective", OBJECTIVES, "trace_elbo", "what SVI optimizes")
+    g.add_argument(
+        "--num-particles", type=natural, default=1, metavar="K", help="draws of z for each image"
+    )
+    g.add_argument(
+        "--beta",
+        type=_number(float, 0),
+        default=1.0,
+        help="weight of the KL; numbers are always reported at 1",
+    )
+    g.add_argument(
+        "--kl-warmup",
+        type=fraction,
+        default=0.05,
+        metavar="F",
+        help="fraction of training in which beta rises from 0",
+    )
+
+    g = p.add_argument_group("run")
+    g.add_argument("--seed", type=_number(int, 0), default=0, help="seed of everything random")
+    g.add_argument(
+        "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="device"
+    )
+    g.add_argument(
+        "--out", metavar="DIR", help="folder of the run, new or empty (default: runs/ and a name)"
+    )
+    g.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
+    g.add_argument("--quiet", action="store_true", help="no progress, only the results")
+    return p
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses and checks; with `--resume` the run's own arguments are the defaults.
+
+    `args.out` is then the run's folder, and `args.observe` one of `pvae.data.OBSERVATIONS`.
+    """
+    args = parser.parse_args(argv)
+    if args.resume is not None:
+        try:
+            saved = run.read_config(args.resume)["arguments"]
+        except ValueError as error:
+            parser.error(str(error))
+        # what is not on the command line keeps the value that the namespace already has
+        args = parser.parse_args(argv, argparse.Namespace(**saved))
+        _refuse_changes(parser, args, saved)
+        args.out = args.resume
+    args.observe = _observation(parser, args)
+    if args.objective == "iwae" and args.num_particles < 2:
+        parser.error("--objective iwae needs --num-particles of at least 2: with 1 it is the ELBO")
+    return args
+
+
+def _refuse_changes(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, saved: Mapping[str, Any]
+) -> None:
+    changed = [k for k, v in vars(args).items() if k in saved and saved[k] != v]
+    for name in changed:
+        if name not in _RESUMABLE:
+            parser.error(
+                f"--{name.replace('_', '-')} {getattr(args, name)}: the run in {args.resume} has "
+                f"{saved[name]}, which cannot be changed on --resume; start a new run instead"
+            )
+
+
+def _observation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    binary = LIKELIHOODS[args.likelihood].binary
+    if args.dequantize:
+        if binary or args.binarize not in (None, "none"):
+            parser.error(
+                "--dequantize is for grey pixels: not with --binarize or binary likelihoods"
+            )
+        return "dequantized"
+    if binary and args.binarize == "none":
+        parser.error(
+            f"--likelihood {args.likelihood} is for binary pixels, so --binarize none would leave "
+            "its support: use --likelihood continuous_bernoulli, or grey_bernoulli (the "
+            "cross-entropy, not a likelihood)"
+        )
+    return _BINARIZE[args.binarize or ("dynamic" if binary else "none")]
+
+
+def device(name: str) -> torch.device:
+    """The device of a name; `auto` is the first there is of cuda, mps, cpu.
+
+    Raises:
+        ValueError: the device is not there.
+
+    >>> device("cpu")
+    device(type='cpu')
+    """
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(n for n, is_there in there.items() if is_there)
+    if not there[name]:
+        raise ValueError(
+            f"--device {name} is not available here; there is "
+            f"{', '.join(n for n, is_there in there.items() if is_there)}"
+        )
+    return torch.device(name)
+
+
+def num_epochs(args: argparse.Namespace, images: int) -> int:
+    """`-n`, or 10 epochs, or as many as make 2,000 steps where the data set is small."""
+    steps_per_epoch = math.ceil(images / args.batch_size)
+    return args.num_epochs or max(10, math.ceil(2000 / steps_per_epoch))
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Runs an example's `main`; what a person did wrong, or can mend, is said in plain words.
+
+    Exit status: 1 on an error, 130 when interrupted, so that scripts notice. With
+    `PVAE_TRACEBACK=1` in the environment, errors are raised as they are.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        main()
+    except (ValueError, OSError, TrainingFailed) as error:
+        if os.environ.get("PVAE_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}\n(PVAE_TRACEBACK=1 shows where in the code)")
+    except KeyboardInterrupt as stop:
+        print(stop or "stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def spread(epochs: int, count: int) -> set[int]:
+    """About `count` epochs spread over all, the first and the last among them.
+
+    >>> sorted(spread(100, 4))
+    [1, 34, 67, 100]
+    """
+    if count >= epochs:
+        return set(range(1, epochs + 1))
+    return {1 + round(i * (epochs - 1) / (count - 1)) for i in range(count)}
+
+
+def keep_config(folder: Path, args: argparse.Namespace, dataset: data.Dataset) -> None:
+    """Writes `config.json`, or on `--resume` checks that the data is still the same.
+
+    Raises:
+        ValueError: the run was started on other data.
+    """
+    if args.resume is not None:
+        before = run.read_config(folder)["dataset"]
+        if before["sha256"] != dataset.sha256:
+            raise ValueError(
+                f"the run in {folder} was started on {before['name']} (SHA-256 "
+                f"{before['sha256'][:12]}...), but the data found now is {dataset.name} "
+                f"({dataset.sha256[:12]}...): name the same data by --dataset and --data-root"
+            )
+    config = {
+        "arguments": {name: value for name, value in vars(args).items() if name != "observe"},
+        "dataset": {"name": dataset.name, "sha256": dataset.sha256, "observed": args.observe},
+        "seed": args.seed,
+        "versions": run.versions(),
+    }
+    run.write_json(folder / "config.json", config)
+
+
+def announce(
+    args: argparse.Namespace,
+    dataset: data.Dataset,
+    vae: VAE,
+    device: torch.device,
+    folder: Path,
+    kept_memory: bool,
+) -> None:
+    """Says in a few lines what will run, on what data, and where it is kept."""
+    if dataset.note:
+        print(dataset.note)
+    if args.quiet:
+        return
+    sizes = "/".join(
+        f"{len(s.images):,}" for s in (dataset.train, dataset.validation, dataset.test)
+    )
+    print(f"data: {dataset.name}, {sizes} images of {dataset.image_shape}, {args.observe}")
+    parameters = sum(p.numel() for p in vae.parameters())
+    print(
+        f"pair: {args.net} net, {args.latent_dim}-D latent, {args.likelihood} likelihood, "
+        f"{args.guide} guide, {args.prior} prior; {parameters:,} parameters"
+    )
+    allocator = "; the C allocator keeps freed memory" if kept_memory else ""
+    print(f"run: {args.objective} by SVI on {device}{allocator}; kept in {folder}/")

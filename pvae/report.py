@@ -1,0 +1,205 @@
+"""The end of a run: its numbers as a table, its pictures as files."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pvae import evaluate, plots
+from pvae.data import Observed, Split, pixels
+from pvae.vae import VAE
+
+_OBSERVED = {
+    "grey": "grey",
+    "threshold": "thresholded",
+    "static": "statically binarised",
+    "dynamic": "dynamically binarised (one fixed draw)",
+    "dequantized": "dequantised",
+}
+
+
+def results(
+    vae: VAE, data: Observed, *, labels: bool = False, seed: int = 0, quiet: bool = False
+) -> dict[str, float]:
+    """The test set's numbers, nats per image: the ELBO and its terms, the importance-weighted
+    bound (k = 500) of the first 1,000 images with its standard error, and active units.
+
+    >>> import pvae
+    >>> from pvae.data import load, observe
+    >>> vae = pvae.build((1, 28, 28), latent_dim=2, net="mlp", hidden=8)
+    >>> numbers = results(vae, observe(load("digits"), "dynamic"), quiet=True)
+    >>> numbers["test_elbo"] < numbers["iwae_500"]
+    True
+    """
+
+    def label(y: Tensor | None) -> Tensor | None:
+        return y if labels else None
+
+    def over(function: Callable, split: Split, batch_size: int, title: str) -> Any:
+        return evaluate.over(
+            split, function, batch_size=batch_size, seed=seed, title="" if quiet else title
+        )
+
+    pair = (vae.model, vae.guide)
+    bound = over(lambda x, y: evaluate.elbo(*pair, x, label(y)), data.test, 500, "test ELBO")
+    images, y = data.test
+    first = Split(images[:1000], None if y is None else y[:1000])
+    iwae = evaluate.estimate(
+        over(
+            lambda x, y: evaluate.importance_weighted(*pair, x, label(y), num_samples=500),
+            first,
+            20,
+            "importance-weighted bound",
+        )
+    )
+    means = over(lambda x, y: evaluate.posterior_means(vae.guide, x, label(y)), data.test, 500, "")
+    return {
+        "test_elbo": bound.elbo.mean().item(),
+        "test_reconstruction": bound.reconstruction.mean().item(),
+        "test_kl": bound.kl.mean().item(),
+        "iwae_500": iwae.mean,
+        "iwae_500_se": iwae.se,
+        "active_units": int((evaluate.unit_variances(means) > 0.01).sum()),
+    }
+
+
+def table(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    """A titled table of two columns, as text.
+
+    >>> print(table("test", [("ELBO", "-94.1"), ("KL", "25")]))
+    test
+      ELBO   -94.1
+      KL        25
+    """
+    left = max(len(name) for name, _ in rows)
+    right = max(len(value) for _, value in rows)
+    return "\n".join([title, *(f"  {name:<{left}}  {value:>{right}}" for name, value in rows)])
+
+
+def results_table(numbers: Mapping[str, float], data: Observed, name: str, latent_dim: int) -> str:
+    """The numbers of `results`, with what they are and on which data."""
+    images = len(data.test.images)
+    rows = [
+        ("ELBO", f"{numbers['test_elbo']:.2f}"),
+        ("  reconstruction, E_q log p(x|z)", f"{numbers['test_reconstruction']:.2f}"),
+        ("  KL(q(z|x) || p(z))", f"{numbers['test_kl']:.2f}"),
+        (
+            f"IWAE-500 bound, first {min(1000, images):,} images",
+            f"{numbers['iwae_500']:.2f} ± {numbers['iwae_500_se']:.2f}",
+        ),
+        ("active units", f"{numbers['active_units']} of {latent_dim}"),
+    ]
+    what = f"{name} test set, {images:,} images, {_OBSERVED[data.how]}, nats per image"
+    return table(what, rows)
+
+
+# ---- pictures ----
+
+
+def progress_picture(vae: VAE, data: Observed, epoch: int, folder: Path) -> None:
+    """Saves the reconstructions of the first validation images as `progress/epoch_NNN.png`."""
+    (folder / "progress").mkdir(exist_ok=True)
+    x = pixels(data.validation.images[:16])
+    with evaluate.evaluating(vae):
+        figure = plots.reconstructions(x, _shown(vae.reconstruct(x)), title=f"epoch {epoch}")
+    plots.save(figure, folder / "progress" / f"epoch_{epoch:03d}.png")
+
+
+def pictures(
+    vae: VAE,
+    data: Observed,
+    history: Sequence[Mapping[str, float]],
+    folder: Path,
+    *,
+    seed: int = 0,
+) -> list[Path]:
+    """Saves the figures of a trained pair and returns their paths: reconstructions, samples,
+    the manifold of a 2-D latent or else traversals, interpolations, latents and curves."""
+    x = pixels(data.test.images[:1000])
+    y = None if data.test.labels is None else data.test.labels[:1000]
+    with evaluate.evaluating(vae), evaluate.fixed_noise(x.device, seed):
+        means = evaluate.posterior_means(vae.guide, x)
+        figures = {
+            "reconstructions": plots.reconstructions(
+                x[:32], _shown(vae.reconstruct(x[:32])), title="Test images and reconstructions"
+            ),
+            "samples": plots.samples(
+                _shown(vae.sample(64)), title="Mean images at draws from the prior"
+            ),
+            "interpolations": plots.interpolations(
+                _interpolations(vae, x, y), title="Between the posterior means of two test images"
+            ),
+            "latents": _latents(means, y),
+            "curves": plots.curves(history, title="Training"),
+        }
+        if means.shape[1] == 2:
+            figures["manifold"] = _manifold(vae)
+        else:
+            figures["traversals"] = _traversals(vae, means)
+    for name, figure in tqdm(figures.items(), "pictures", leave=False, disable=None):
+        plots.save(figure, folder / f"{name}.png")
+    return [folder / f"{name}.png" for name in figures]
+
+
+def _shown(images: Tensor) -> Tensor:
+    """A Gaussian's mean may lie outside what can be shown."""
+    return images.clamp(0, 1)
+
+
+def _interpolations(vae: VAE, x: Tensor, y: Tensor | None, pairs: int = 8) -> Tensor:
+    """Between `pairs` images and as many others, of other labels where there are labels."""
+    pairs = min(pairs, len(x) - 1)
+    ends = []
+    for i in range(pairs):
+        later = [j for j in range(i + 1, len(x)) if y is None or y[j] != y[i]]
+        ends.append(later[(i * 7) % len(later)] if later else i + 1)
+    return _shown(vae.interpolate(x[:pairs], x[ends]))
+
+
+def _latents(means: Tensor, y: Tensor | None) -> plots.Figure:
+    """Posterior means: the plane itself, or its two principal components (or the one there is)."""
+    if means.shape[1] == 2:
+        return plots.latents(means, y, title="Posterior means of test images")
+    if means.shape[1] == 1:
+        means = torch.cat([means, torch.zeros_like(means)], dim=1)
+    centred = means - means.mean(0)
+    _, s, v = torch.linalg.svd(centred.cpu(), full_matrices=False)
+    share = 100 * s**2 / (s**2).sum()
+    return plots.latents(
+        centred.cpu() @ v[:2].T,
+        y,
+        title="Posterior means of test images, two principal components",
+        axis_labels=(f"component 1 ({share[0]:.0f} %)", f"component 2 ({share[1]:.0f} %)"),
+    )
+
+
+def _manifold(vae: VAE, size: int = 20) -> plots.Figure:
+    axis = torch.linspace(-2.5, 2.5, size)
+    z = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)  # [i, j] = axis[j], axis[i]
+    images = vae.decode(z.reshape(-1, 2).to(_device(vae))).mean
+    images = _shown(images).reshape(size, size, *images.shape[1:])
+    return plots.manifold(images, axis, title="Decoded latent plane")
+
+
+def _traversals(vae: VAE, means: Tensor, units: int = 10, steps: int = 11) -> plots.Figure:
+    """The most active units, each moved through the prior's range from one image's posterior."""
+    variances = evaluate.unit_variances(means)
+    most = variances.argsort(descending=True)[:units]
+    values = torch.linspace(-3, 3, steps)
+    z = means[0].repeat(len(most), steps, 1)  # (U, T, D)
+    for row, unit in enumerate(most):
+        z[row, :, unit] = values.to(z)
+    images = vae.decode(z.flatten(0, 1)).mean
+    return plots.traversals(
+        _shown(images).reshape(len(most), steps, *images.shape[1:]),
+        values,
+        [f"z{unit}  var {variances[unit]:.2f}" for unit in most.tolist()],
+        title="The most active units, moved one at a time from one test image",
+    )
+
+
+def _device(vae: VAE) -> torch.device:
+    return next(vae.parameters()).device

@@ -1,0 +1,74 @@
+"""The folder of one run: its configuration, its results, and never another run's."""
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pvae import checkpoint
+
+
+def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
+    """Writes a mapping as readable JSON, atomically."""
+    text = json.dumps(values, indent=2) + "\n"
+    checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def versions() -> dict[str, str]:
+    """The versions that a run's numbers depend on.
+
+    >>> sorted(versions())
+    ['numpy', 'pvae', 'pyro-ppl', 'python', 'torch', 'torchvision']
+    """
+    packages = ("numpy", "pvae", "pyro-ppl", "torch", "torchvision")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **found}
+
+
+def new_folder(out: str | os.PathLike[str] | None, name: str) -> Path:
+    """A new, empty, writable folder: `out`, or the first free of `runs/name`, `runs/name-2`, ...
+
+    Raises:
+        ValueError: `out` holds something already.
+        OSError: the folder cannot be made or written to.
+    """
+    folder = Path(out) if out is not None else _first_free(Path("runs") / name)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(
+            f"--out {folder} holds files already, which a new run would overwrite: choose another "
+            f"folder, or go on with that run by --resume {folder}"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"--out {folder} cannot be written to: {error}") from error
+    return folder
+
+
+def _first_free(folder: Path) -> Path:
+    free, number = folder, 1
+    while free.exists():
+        number += 1
+        free = folder.with_name(f"{folder.name}-{number}")
+    return free
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The `config.json` of a run folder.
+
+    Raises:
+        ValueError: the folder is not that of a run, or the file is damaged.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} is not the folder of a run: it has no config.json")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
