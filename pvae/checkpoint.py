@@ -9,6 +9,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from pvae.vae import VAE, build
+
 FORMAT = 1
 
 
@@ -82,3 +84,21 @@ def restore(module: nn.Module, state: Mapping[str, Tensor], source: object = "st
             lines[6:] = [f"  and {len(lines) - 6} more"]
         raise ValueError("\n".join([f"{source} is a checkpoint of another architecture:", *lines]))
     module.load_state_dict(state)
+
+
+def load(path: str | os.PathLike[str]) -> VAE:
+    """Builds again the VAE saved in a checkpoint or a run folder (its best model), in eval mode.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a checkpoint of a VAE made by `build`.
+    """
+    file = os.path.join(path, "best.pt") if os.path.isdir(path) else path
+    state = read(file)
+    if not isinstance(state.get("recipe"), dict):
+        raise ValueError(
+            f"{file} holds no recipe: its VAE was composed by hand; build it and use restore"
+        )
+    vae = build(**state["recipe"])
+    restore(vae, state["model"], file)
+    return vae.eval()

@@ -71,6 +71,7 @@ def continuous_bernoulli(x: Tensor, logits: Tensor) -> Tensor:
     s = torch.where(small, logits, torch.zeros_like(logits)) ** 2
     series = s / 12 - 7 * s**2 / 1440 + 31 * s**3 / 90720 - 127 * s**4 / 4838400
     series = series + 73 * s**5 / 34214400 - 1414477 * s**6 / 7846046208000
+    series = series + 8191 * s**7 / 523069747200  # to 1e-13 for |l| < .5
     log_c = torch.where(small, math.log(2) + series, (l / torch.tanh(l / 2)).log())
     return _sum_event(x * logits - softplus(logits) + log_c, x)
 

@@ -20,8 +20,8 @@ def _check_image_shape(name: str, shape: Sequence[int]) -> None:
 def _check_input(v: Tensor, shape: torch.Size) -> None:
     if v.shape[1:] != shape:
         raise ValueError(
-            f"the net was built for inputs of shape (N, {', '.join(map(str, shape))}), "
-            f"but was given {tuple(v.shape)}"
+            f"the net was built for inputs of shape {tuple(shape)} each, "
+            f"but was given {tuple(v.shape[1:])}"
         )
 
 

@@ -32,10 +32,16 @@ class SingleOptimizer(PyroOptim):
         self._held = {p for group in optimizer.param_groups for p in group["params"]}
 
     def __call__(self, params: Iterable[Tensor]) -> None:
+        params = list(params)
         unknown = [p for p in params if p not in self._held]
         if unknown:
             raise ValueError(
                 f"SVI found {len(unknown)} parameter(s) that the optimizer does not hold "
                 f"(shapes {[tuple(p.shape) for p in unknown[:3]]}): construct it over all of them"
             )
+        for p in params:
+            # torch's fused kernels pair the elements of weight and gradient by their order in
+            # memory, and are silently wrong where one is channels_last and the other is not
+            if p.grad is not None and p.grad.stride() != p.stride():
+                p.grad = torch.empty_like(p).copy_(p.grad)
         self.optimizer.step()

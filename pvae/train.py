@@ -213,14 +213,23 @@ class Trainer:
         batches = self.data.batches(self.batch_size, seed=self.seed, epoch=self.epoch)
         for x, y in batches:
             self._set_learning_rate()
-            with temper(self._beta(self.step)):
-                loss = self.svi.step(x, y if self.labels else None)
-            if not math.isfinite(loss):
-                raise TrainingFailed(self._not_finite(loss))
-            total += loss
+            total += self._step(x, y if self.labels else None)
             self.step += 1
             bar.update(len(x))
         return -total / len(self.data.train.images)
+
+    def _step(self, x: Tensor, y: Tensor | None) -> float:
+        try:
+            with temper(self._beta(self.step)):
+                loss = self.svi.step(x, y)
+        except ValueError as error:
+            # Pyro's validation stops at a NaN parameter before there is a loss
+            if all(p.isfinite().all() for p in self.vae.parameters()):
+                raise
+            raise TrainingFailed(self._not_finite("not a number")) from error
+        if not math.isfinite(loss):
+            raise TrainingFailed(self._not_finite(loss))
+        return loss
 
     def _validate(self) -> dict[str, float]:
         bound = self.bound(self.data.validation)
@@ -325,7 +334,7 @@ class Trainer:
         y = labels[: len(images)] if self.labels and labels is not None else None
         return pixels(images), y
 
-    def _not_finite(self, loss: float) -> str:
+    def _not_finite(self, loss: float | str) -> str:
         return (
             f"the loss is {loss} at step {self.step} (epoch {self.epoch + 1}).{self._kept()} Try a "
             "smaller learning rate; with a learned scale, a larger floor or dequantised pixels"

@@ -1,7 +1,6 @@
 """A VAE is a pair of Pyro programs: what people do with one, and the builder of named ones."""
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ import torch
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
-from pvae import checkpoint, closed_form, heads, nets, priors
+from pvae import closed_form, heads, nets, priors
 from pvae.closed_form import ClosedForm, Terms
 from pvae.conditional import Conditional
 from pvae.programs import Guide, Model
@@ -374,22 +373,3 @@ def build(
         "activation": activation,
     }
     return vae
-
-
-def load(path: str | os.PathLike[str]) -> VAE:
-    """Builds again the VAE saved in a checkpoint or a run folder (its best model), in eval mode.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not a checkpoint of a VAE made by `build`.
-    """
-    file = os.path.join(path, "best.pt") if os.path.isdir(path) else path
-    state = checkpoint.read(file)
-    if not isinstance(state.get("recipe"), dict):
-        raise ValueError(
-            f"{file} holds no recipe: its VAE was composed by hand; build it and use "
-            "pvae.checkpoint.restore"
-        )
-    vae = build(**state["recipe"])
-    checkpoint.restore(vae, state["model"], file)
-    return vae.eval()

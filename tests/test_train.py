@@ -1,0 +1,296 @@
+"""The trainer: resume, the cross-check, what is kept, and what stops a run."""
+
+import csv
+import math
+from dataclasses import replace
+
+import pyro
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from torch import nn
+
+from pvae import VAE, Conditional, Guide, Model, SingleOptimizer, build, checkpoint, evaluate, load
+from pvae.crosscheck import Check, cross_check
+from pvae.data import Split, observe
+from pvae.data import load as load_data
+from pvae.heads import Bernoulli, Normal
+from pvae.priors import StandardNormal
+from pvae.train import Trainer, TrainingFailed, kl_weight, learning_rate_factor
+from pvae.vae import OBJECTIVES
+
+DIGITS = load_data("digits")
+
+
+def head(split, n):
+    return Split(split.images[:n], split.labels[:n])
+
+
+def small(how="dynamic"):
+    few = replace(
+        DIGITS,
+        train=head(DIGITS.train, 250),
+        validation=head(DIGITS.validation, 100),
+        test=head(DIGITS.test, 50),
+    )
+    return observe(few, how)
+
+
+def new_trainer(folder=None, *, seed=0, net="mlp", objective="trace_elbo", vae=None, **options):
+    torch.manual_seed(seed)
+    vae = vae or build((1, 28, 28), 3, net, hidden=16).to(memory_format=torch.channels_last)
+    adam = SingleOptimizer(torch.optim.Adam(vae.parameters(), lr=1e-2, fused=True))
+    entry = OBJECTIVES[objective]
+    svi = SVI(vae.model, vae.guide, adam, entry.elbo(1))
+    defaults = {"epochs": 4, "batch_size": 100, "kl_warmup": 0.3, "lr_warmup": 0.1, "quiet": True}
+    return Trainer(vae, svi, entry, small(), folder=folder, **(defaults | options))
+
+
+def tensors(trainer):
+    return {name: t.clone() for name, t in trainer.vae.state_dict().items()}
+
+
+def without_time(history):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in history]
+
+
+@pytest.mark.parametrize("net", ["mlp", "conv"])
+@pytest.mark.parametrize("where", ["between epochs", "within an epoch"])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, net, where):
+    whole = new_trainer(net=net)
+    whole.fit()
+
+    def stop(*_):
+        if trainer.epoch == 2:
+            raise KeyboardInterrupt
+
+    trainer = new_trainer(tmp_path, net=net)
+    if where == "between epochs":
+        trainer.on_epoch = stop
+    else:
+        step, trainer.svi.step = trainer.svi.step, lambda *a: (stop(), step(*a))[1]
+    with pytest.raises(KeyboardInterrupt, match=rf"after epoch 2; go on by --resume {tmp_path}"):
+        trainer.fit()
+
+    resumed = new_trainer(tmp_path, net=net, seed=99)
+    resumed.resume(tmp_path / "checkpoint.pt")
+    assert resumed.epoch == 2
+    resumed.fit()
+    assert without_time(resumed.history) == without_time(whole.history)
+    final = tensors(whole)
+    assert all(torch.equal(t, final[name]) for name, t in tensors(resumed).items())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_cross_check_agrees_every_epoch(objective):
+    trainer = new_trainer(objective=objective)
+    trainer.fit()
+    for row in trainer.history:
+        assert row["check_relative"] < 1e-5
+        assert abs(row["check_kl"]) < 5 * row["check_kl_se"]
+
+
+@pytest.mark.parametrize("fault", ["log_likelihood", "split"])
+def test_a_disagreeing_oracle_stops_the_run(fault):
+    trainer = new_trainer()
+    oracle = trainer.vae.oracle
+    wrong = {
+        "log_likelihood": lambda x, h: oracle.log_likelihood(x, h) * 1.001,
+        "split": lambda h: (oracle.split(h)[0], oracle.split(h)[1] + 0.5),
+    }
+    trainer.vae.oracle = replace(oracle, **{fault: wrong[fault]})
+    with pytest.raises(TrainingFailed, match=r"the cross-check failed after epoch 1"):
+        trainer.fit()
+
+
+def test_a_wrong_analytic_kl_is_suspicious():
+    """(b) sees what (a) cannot: a KL formula that is off, here by a half."""
+    trainer = new_trainer()
+    terms = trainer.vae.terms
+    trainer.vae.terms = lambda x, z, y=None: terms(x, z, y)._replace(kl=terms(x, z, y).kl + 0.5)
+    check = cross_check(trainer.svi, trainer.vae, trainer.objective, *trainer._checked)
+    assert check.agrees
+    assert check.suspicious
+
+
+def test_nan_does_not_agree():
+    assert not Check(math.nan, None).agrees
+
+
+def test_pairs_without_an_oracle_are_checked_by_their_own_densities():
+    model = Model(StandardNormal(2), Conditional(nn.Linear(2, 784), Bernoulli((784,)), event_dim=1))
+    guide = Guide(Conditional(nn.Linear(784, 4), Normal((2,)), event_dim=1))
+    vae = VAE(model, guide)
+    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({}), Trace_ELBO())
+    x = (torch.rand(20, 784) > 0.5).float()
+    check = cross_check(svi, vae, OBJECTIVES["trace_elbo"], x)
+    assert check.agrees
+    assert check.kl_difference is not None
+    assert not check.suspicious
+
+
+def test_what_is_kept(tmp_path):
+    seen = []
+    trainer = new_trainer(tmp_path, on_epoch=lambda t: seen.append(tensors(t)))
+    trainer.fit()
+    best = checkpoint.read(tmp_path / "best.pt")
+    elbos = [row["validation_elbo"] for row in trainer.history]
+    assert best["epoch"] == 1 + elbos.index(max(elbos))
+    for name, t in seen[best["epoch"] - 1].items():
+        assert torch.equal(best["model"][name], t)
+    with open(tmp_path / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["validation_elbo"]) for row in rows] == elbos
+    again = load(tmp_path)
+    assert not again.training
+    assert all(torch.equal(best["model"][name], t) for name, t in again.state_dict().items())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "checkpoint.pt", "metrics.csv"]
+
+
+def test_validation_neither_trains_nor_spends_random_numbers():
+    trainer = new_trainer()
+    before, state = tensors(trainer), torch.get_rng_state()
+    first = trainer._validate()
+    trainer._cross_check(1.0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert trainer._validate() == first
+    assert all(torch.equal(t, before[name]) for name, t in tensors(trainer).items())
+
+
+def test_selection_is_on_the_true_elbo(monkeypatch):
+    """At beta = 0 the objective is the reconstruction; the validation ELBO still has its KL."""
+    trainer = new_trainer(beta=0.0, epochs=1)
+    trainer.fit()
+    (row,) = trainer.history
+    assert row["beta"] == 0
+    elbo = row["validation_reconstruction"] - row["validation_kl"]
+    assert row["validation_elbo"] == pytest.approx(elbo, abs=1e-3)
+    assert row["validation_kl"] > 1
+
+
+def test_schedules():
+    assert kl_weight(0, 100, warmup=0.2) == 0
+    assert kl_weight(20, 100, warmup=0.2) == kl_weight(99, 100, warmup=0.2) == 1
+    assert kl_weight(0, 100, beta=4.0) == 4
+    factors = [learning_rate_factor(s, 100, warmup=0.1) for s in range(100)]
+    assert max(factors) == factors[10] == 1
+    assert factors == sorted(factors[:10]) + sorted(factors[10:], reverse=True)
+    assert learning_rate_factor(99, 100, cosine=False) == 1
+
+
+def test_the_mean_is_over_images_not_batches():
+    split = Split(torch.arange(0, 250, 25, dtype=torch.uint8).reshape(10, 1, 1, 1), None)
+    means = [
+        evaluate.over(split, lambda x, y: x.flatten(1).sum(1), batch_size=b, seed=0).mean()
+        for b in (3, 4, 10)
+    ]
+    torch.testing.assert_close(means[0], means[1])
+    torch.testing.assert_close(means[0], means[2])
+
+
+class Normed(nn.Module):
+    """An encoder with batch normalization: its statistics are buffers, not parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Flatten(), nn.Linear(784, 8), nn.BatchNorm1d(8), nn.Linear(8, 6)
+        )
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_buffers_are_kept_and_evaluation_leaves_them_alone(tmp_path):
+    def vae():
+        pair = build((1, 28, 28), 3, "mlp", hidden=8)
+        return VAE(pair.model, Guide(Conditional(Normed(), Normal((3,)), event_dim=3)))
+
+    trainer = new_trainer(tmp_path, vae=vae(), epochs=2)
+    norm = trainer.vae.guide.posterior.net.layers[2]
+    trainer.fit()
+    assert norm.running_mean.abs().sum() > 0
+    before = norm.running_mean.clone()
+    trainer._validate()
+    assert torch.equal(norm.running_mean, before)
+    resumed = new_trainer(tmp_path, vae=vae(), epochs=2)
+    resumed.resume(tmp_path / "checkpoint.pt")
+    assert torch.equal(resumed.vae.guide.posterior.net.layers[2].running_mean, before)
+
+
+# ---- what stops a run ----
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")  # Pyro's own, before ours
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_with_what_to_do(tmp_path, broken):
+    trainer = new_trainer(tmp_path, epochs=2)
+
+    def spoil(t):
+        t.vae.model.likelihood.net.out.bias.data.fill_(broken)
+
+    trainer.on_epoch = spoil
+    with pytest.raises(TrainingFailed, match=r"(?s)epoch 2.*checkpoint.pt holds .* epoch 1"):
+        trainer.fit()
+    assert checkpoint.read(tmp_path / "checkpoint.pt")["model"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, not 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"kl_warmup": 1.0}, "kl_warmup is a fraction .* not 1.0"),
+        ({"lr_warmup": -0.1}, "lr_warmup is a fraction .* not -0.1"),
+        ({"labels": True}, "takes no labels"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        new_trainer(**options)
+
+
+def test_labels_where_none_are():
+    trainer = new_trainer()
+    data = trainer.data
+    bare = replace(
+        data,
+        train=Split(data.train.images, None),
+        validation=Split(data.validation.images, None),
+        test=Split(data.test.images, None),
+    )
+    with pytest.raises(ValueError, match="the data set has none"):
+        Trainer(
+            trainer.vae,
+            trainer.svi,
+            trainer.objective,
+            bare,
+            epochs=1,
+            batch_size=10,
+            labels=True,
+        )
+
+
+def test_stock_optimizers_are_refused_with_the_reason():
+    vae = build((1, 28, 28), 2, "mlp", hidden=8)
+    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({}), Trace_ELBO())
+    with pytest.raises(ValueError, match="SingleOptimizer"):
+        Trainer(vae, svi, OBJECTIVES["trace_elbo"], small(), epochs=1, batch_size=10)
+
+
+def test_data_outside_the_support_is_refused_before_training():
+    vae = build((1, 28, 28), 2, "mlp", hidden=8)
+    adam = SingleOptimizer(torch.optim.Adam(vae.parameters()))
+    svi = SVI(vae.model, vae.guide, adam, Trace_ELBO())
+    with pytest.raises(ValueError, match=r"outside the likelihood's support .* Binarise"):
+        Trainer(vae, svi, OBJECTIVES["trace_elbo"], small("grey"), epochs=1, batch_size=10)
+
+
+def test_a_checkpoint_of_another_architecture_changes_nothing(tmp_path):
+    new_trainer(tmp_path, epochs=1).fit()
+    other = new_trainer(net="conv")
+    before = tensors(other)
+    with pytest.raises(ValueError, match=r"another architecture:\n  model\.likelihood"):
+        other.resume(tmp_path / "checkpoint.pt")
+    assert all(torch.equal(t, before[name]) for name, t in tensors(other).items())
+    assert other.epoch == 0
