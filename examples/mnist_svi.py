@@ -72,7 +72,7 @@ def main() -> None:
             report.progress_picture(vae, observed, t.epoch, folder) if t.epoch in pictured else None
         ),
     )
-    if args.resume:
+    if args.resume and (folder / "checkpoint.pt").exists():  # else no epoch was finished
         trainer.resume(folder / "checkpoint.pt")
     kept = memory.keep_freed_memory()
     cli.announce(args, dataset, vae, device, folder, kept)

@@ -47,9 +47,8 @@ def _number(kind: type, low: float, *, strict: bool = False, high: float = math.
 
 def _choices(group: Any, flag: str, table: Mapping[str, Any], default: str, what: str) -> None:
     names = [f"{n} ({e.label})" if hasattr(e, "label") else n for n, e in table.items()]
-    group.add_argument(
-        flag, choices=list(table), default=default, help=f"{what}: {'; '.join(names)}"
-    )
+    help_text = f"{what}: {'; '.join(names)}"
+    group.add_argument(flag, choices=list(table), default=default, metavar="NAME", help=help_text)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -103,13 +102,13 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     g.add_argument("-b", "--batch-size", type=natural, default=128, metavar="B", help="batch size")
     g.add_argument(
-        "-lr", "--learning-rate", type=positive, default=1e-3, metavar="LR", help="Adam's rate"
+        "-lr", "--learning-rate", type=positive, default=4e-3, metavar="LR", help="Adam's rate"
     )
     fraction = _number(float, 0, high=1)
     g.add_argument(
         "--lr-warmup",
         type=fraction,
-        default=0.0,
+        default=0.05,
         metavar="F",
         help="fraction of training in which the learning rate rises",
     )
@@ -244,7 +243,7 @@ def run_main(main: Callable[[], None]) -> None:
             raise
         sys.exit(f"error: {error}\n(PVAE_TRACEBACK=1 shows where in the code)")
     except KeyboardInterrupt as stop:
-        print(stop or "stopped", file=sys.stderr)
+        print(str(stop) or "stopped", file=sys.stderr)
         sys.exit(130)
 
 

@@ -211,7 +211,7 @@ def estimate(values: Tensor) -> Estimate:
     >>> estimate(torch.tensor([1.0, 3.0]))
     Estimate(mean=2.0, se=1.0)
     """
-    values = values.double()
+    values = values.cpu().double()  # not every device has float64
     se = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return Estimate(values.mean().item(), se)
 

@@ -142,8 +142,9 @@ class Trainer:
 
     # ---- the loop ----
 
-    def fit(self) -> None:
-        """Trains until the last epoch, from wherever the trainer stands.
+    def fit(self, until: int | None = None) -> None:
+        """Trains from wherever the trainer stands to the last epoch, or to the epoch `until`; the
+        schedules are those of all epochs.
 
         Raises:
             TrainingFailed: the loss is not finite, or Pyro and the hand-written loss disagree.
@@ -163,7 +164,7 @@ class Trainer:
             disable=True if self.quiet else None,
         ) as bar:
             try:
-                while self.epoch < self.epochs:
+                while self.epoch < (self.epochs if until is None else until):
                     self._one_epoch(bar)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(

@@ -1,0 +1,162 @@
+"""The command line: defaults, typos, refusals, and how a run ends."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from pvae import cli, run
+from pvae.train import TrainingFailed
+
+
+def parse(*argv):
+    return cli.parse(cli.parser("test"), argv)
+
+
+def error(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        parse(*argv)
+    assert stop.value.code == 2
+    return re.sub(r"\s+", " ", capsys.readouterr().err)
+
+
+def test_help_groups_the_arguments_and_gives_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    for group in ("data:", "model and guide:", "training:", "run:"):
+        assert group in text
+    for flag in (
+        "-n N, --num-epochs N",
+        "-b B, --batch-size B",
+        "-lr LR, --learning-rate LR",
+        "--latent-dim",
+        "--objective",
+        "--num-particles",
+        "--resume",
+        "--quiet",
+        "(default: 128)",
+        "(default: 0.001)",
+    ):
+        assert flag in text
+    assert "None" not in text
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--net", "--likelihood", "--guide", "--prior", "--objective", "--device", "--binarize"],
+)
+def test_a_typo_lists_the_choices(capsys, flag):
+    message = error(capsys, flag, "typo")
+    assert "typo" in message
+    assert "choose from" in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["-n", "0"], "'0' is not a whole number at least 1"),
+        (["-b", "1.5"], "'1.5' is not a whole number at least 1"),
+        (["-lr", "0"], "'0' is not a number above 0"),
+        (["-lr", "nan"], "'nan' is not a number above 0"),
+        (["--beta", "-1"], "'-1' is not a number at least 0"),
+        (["--kl-warmup", "1"], "'1' is not a number at least 0 and below 1"),
+        (["--latent-dim", "two"], "'two' is not a whole number at least 1"),
+        (["--binarize", "none"], "use --likelihood continuous_bernoulli"),
+        (["--dequantize"], "--dequantize is for grey pixels"),
+        (["--objective", "iwae"], "needs --num-particles of at least 2"),
+        (["--resume", "nowhere"], "nowhere is not the folder of a run"),
+    ],
+)
+def test_wrong_input(capsys, argv, message):
+    assert message in error(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "how"),
+    [
+        ([], "dynamic"),
+        (["--binarize", "static"], "static"),
+        (["--likelihood", "gaussian"], "grey"),
+        (["--likelihood", "gaussian", "--binarize", "threshold"], "threshold"),
+        (["--likelihood", "gaussian_shared", "--dequantize"], "dequantized"),
+        (["--likelihood", "grey_bernoulli"], "grey"),
+    ],
+)
+def test_how_the_data_is_observed(argv, how):
+    assert parse(*argv).observe == how
+
+
+def test_small_data_trains_2000_steps_unless_told():
+    assert cli.num_epochs(parse(), 50_000) == 10
+    steps = cli.num_epochs(parse(), 1_439) * 12
+    assert 2000 <= steps < 2012
+    assert cli.num_epochs(parse("-n", "3"), 1_439) == 3
+
+
+def test_resume_takes_the_runs_arguments(tmp_path, capsys):
+    saved = {**vars(parse("--latent-dim", "7", "-n", "5")), "out": None}
+    del saved["observe"]
+    run.write_json(tmp_path / "config.json", {"arguments": saved})
+    args = parse("--resume", str(tmp_path), "-n", "9")
+    assert args.latent_dim == 7
+    assert args.num_epochs == 9
+    assert args.out == str(tmp_path)
+    message = error(capsys, "--resume", str(tmp_path), "--latent-dim", "8")
+    assert "--latent-dim 8: the run in" in message
+    assert "has 7" in message
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json is damaged" in error(capsys, "--resume", str(tmp_path))
+
+
+def test_new_folders_never_overwrite(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for expected in ("runs/a", "runs/a-2", "runs/a-3"):
+        assert str(run.new_folder(None, "a")) == expected
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"full holds files already.*--resume full"):
+        run.new_folder("full", "a")
+    assert json.loads((tmp_path / "full" / "results.json").read_text()) == {}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"--out file.run cannot be written to"):
+        run.new_folder("file/run", "a")
+
+
+def test_device():
+    assert cli.device("auto").type in ("cpu", "cuda", "mps")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="--device cuda is not available here; there is cpu"):
+            cli.device("cuda")
+
+
+@pytest.mark.parametrize("kind", [ValueError, OSError, TrainingFailed])
+def test_errors_are_said_plainly_and_exit_with_1(monkeypatch, kind):
+    def main():
+        raise kind("the reason")
+
+    monkeypatch.delenv("PVAE_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit, match="error: the reason"):
+        cli.run_main(main)
+    monkeypatch.setenv("PVAE_TRACEBACK", "1")
+    with pytest.raises(kind, match="the reason"):
+        cli.run_main(main)
+
+
+def test_a_bug_is_not_hidden():
+    def main():
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        cli.run_main(main)
+
+
+def test_an_interrupt_exits_with_130_and_says_how_to_go_on(capsys):
+    def main():
+        raise KeyboardInterrupt("go on by --resume runs/a")
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run_main(main)
+    assert stop.value.code == 130
+    assert "go on by --resume runs/a" in capsys.readouterr().err
