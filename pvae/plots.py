@@ -1,0 +1,559 @@
+"""Figures from tensors: image grids, latent spaces and learning curves, drawn with matplotlib.
+
+Nothing here knows of models, Pyro or data sets. Images are float tensors in [0, 1] with one channel
+(grey) or three (RGB), on any device. Every function returns a `Figure` that belongs to no pyplot
+state: it is freed like any other object, and importing this module changes nothing outside it.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+__all__ = [
+    "curves",
+    "grid",
+    "interpolations",
+    "latents",
+    "manifold",
+    "reconstructions",
+    "samples",
+    "save",
+    "traversals",
+]
+
+_DPI = 150
+_CELL = 120  # small images are enlarged to this many pixels on their longer side, room permitting
+_SIDE = 1600  # the most pixels that a grid is wide or high
+_TOLERANCE = 1e-4  # how far outside [0, 1] an image may lie: rounding in a decoder's last layer
+
+# Petroff's ten colours (arXiv:2107.02270), made to be told apart with any colour vision. Not by
+# name: matplotlib has them only from 3.10 on. A second marker doubles them to twenty classes.
+_COLOURS = (
+    *("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"),
+    *("#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"),
+)
+_MARKERS = ("o", "^")
+
+_HISTORY = (
+    "epoch",
+    "train_elbo",
+    "validation_elbo",
+    "validation_reconstruction",
+    "validation_kl",
+    "beta",
+)
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure to a file whole or not at all; the suffix of `path` names the format.
+
+    Raises:
+        ValueError: if matplotlib cannot write files with that suffix.
+        FileNotFoundError: if the folder does not exist.
+
+    Example:
+        >>> import os, tempfile, torch
+        >>> from pvae import plots
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plots.save(plots.samples(torch.rand(4, 1, 8, 8)), f"{folder}/samples.png")
+        ...     os.listdir(folder)
+        ['samples.png']
+    """
+    path = Path(path)
+    suffix, allowed = path.suffix.lower().lstrip("."), figure.canvas.get_supported_filetypes()
+    if suffix not in allowed:
+        raise ValueError(f"path must end in one of {', '.join(sorted(allowed))}, got {str(path)!r}")
+    # Beside the target, since a rename is atomic only within one file system.
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        figure.savefig(temporary, format=suffix, dpi="figure")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def grid(
+    images: Tensor,
+    columns: int,
+    *,
+    title: str = "",
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+) -> Figure:
+    """Draw images `(N, C, H, W)` row by row, with labels left of the rows and above the columns.
+
+    Raises:
+        ValueError: if the images are no such tensor in [0, 1], if `columns` is below 1, or if there
+            are labels, but not one for each row or column.
+
+    Example:
+        >>> import torch
+        >>> from pvae import plots
+        >>> figure = plots.grid(torch.rand(6, 3, 32, 20), columns=3, row_labels=["a", "b"])
+        >>> figure.axes[0].images[0].get_array().shape  # 2 rows of 32, 3 columns of 20, RGB
+        (64, 60, 3)
+    """
+    images = _checked("images", images, "(N, C, H, W)")
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
+    rows = math.ceil(len(images) / columns)
+    if row_labels:
+        _check_count("row_labels", row_labels, rows)
+    if column_labels:
+        _check_count("column_labels", column_labels, columns)
+
+    height, width = images.shape[-2:]
+    scale = min(
+        max(1, _CELL / max(height, width)), _SIDE / (columns * width), _SIDE / (rows * height)
+    )
+    # Whole screen pixels for each image pixel, or some of them would look wider than others.
+    scale = math.floor(scale) if scale >= 1 else scale
+    size = (columns * width * scale / _DPI, rows * height * scale / _DPI)
+    figure = Figure(size, dpi=_DPI)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(
+        _canvas(images, rows, columns).numpy(),
+        extent=(0, columns, rows, 0),  # one unit is one cell
+        aspect=height / width,
+        interpolation="nearest" if scale >= 1 else "antialiased",
+    )
+    _separate(axes, rows, columns)
+    axes.set_title(title, fontsize=10)
+    axes.xaxis.tick_top()
+    axes.set_xticks([c + 0.5 for c in range(len(column_labels))], column_labels)
+    axes.set_yticks([r + 0.5 for r in range(len(row_labels))], row_labels)
+    axes.tick_params(length=0, labelsize=8)
+    _fit(figure)
+    return figure
+
+
+def reconstructions(originals: Tensor, reconstructed: Tensor, *, title: str = "") -> Figure:
+    """Draw each original `(N, C, H, W)` above its reconstruction, at most 16 pairs side by side.
+
+    Raises:
+        ValueError: if the two shapes differ or either holds no images in [0, 1].
+
+    Example:
+        >>> import torch
+        >>> from pvae import plots
+        >>> x = torch.rand(4, 1, 28, 28)
+        >>> figure = plots.reconstructions(x, x.round())
+        >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        ['x', 'reconstruction']
+    """
+    if originals.shape != reconstructed.shape:
+        raise ValueError(
+            "originals and reconstructed must have one shape, "
+            f"got {tuple(originals.shape)} and {tuple(reconstructed.shape)}"
+        )
+    originals = _checked("originals", originals, "(N, C, H, W)")
+    reconstructed = _checked("reconstructed", reconstructed, "(N, C, H, W)")
+    blocks = math.ceil(len(originals) / 16)
+    columns = math.ceil(len(originals) / blocks)
+    pairs = [
+        _fill(x, blocks * columns).unflatten(0, (blocks, columns))
+        for x in (originals, reconstructed)
+    ]
+    rows = torch.stack(pairs, dim=1).flatten(0, 2)
+    figure = grid(rows, columns, title=title, row_labels=["x", "reconstruction"] * blocks)
+    for block in range(1, blocks):
+        figure.axes[0].axhline(2 * block, color="white", linewidth=2)
+    return figure
+
+
+def samples(images: Tensor, *, title: str = "") -> Figure:
+    """Draw images `(N, C, H, W)` in about as many rows as columns.
+
+    Raises:
+        ValueError: if the images are no such tensor in [0, 1].
+
+    Example:
+        >>> import torch
+        >>> from pvae import plots
+        >>> figure = plots.samples(torch.rand(9, 1, 28, 28), title="prior samples")
+        >>> figure.axes[0].images[0].get_array().shape
+        (84, 84, 3)
+    """
+    images = _checked("images", images, "(N, C, H, W)")
+    return grid(images, math.ceil(math.sqrt(len(images))), title=title)
+
+
+def manifold(images: Tensor, axis: Tensor, *, title: str = "") -> Figure:
+    """Draw images `(S, S, C, H, W)` decoded over a square grid of two latents, z2 growing upward.
+
+    `images[i, j]` was decoded from z1 = `axis[j]` and z2 = `axis[i]`, with `axis` of shape `(S,)`.
+
+    Raises:
+        ValueError: if the shapes do not fit, if `axis` is not finite, or if the images do not lie
+            in [0, 1].
+
+    Example:
+        >>> import torch
+        >>> from pvae import plots
+        >>> figure = plots.manifold(torch.rand(3, 3, 1, 28, 28), torch.tensor([-1.5, 0.0, 1.5]))
+        >>> [label.get_text() for label in figure.axes[0].get_xticklabels()]
+        ['-1.5', '0', '1.5']
+    """
+    images = _checked("images", images, "(S, S, C, H, W)")
+    side = len(images)
+    if images.shape[1] != side or axis.shape != (side,):
+        raise ValueError(
+            "images must have shape (S, S, C, H, W) and axis shape (S,), "
+            f"got {tuple(images.shape)} and {tuple(axis.shape)}"
+        )
+    _check_finite("axis", axis)
+    every = math.ceil(side / 16)  # more labels than that run into one another
+    labels = [text if i % every == 0 else "" for i, text in enumerate(_numbers(axis))]
+    figure = grid(
+        images.flip(0).flatten(0, 1),
+        side,
+        title=title,
+        row_labels=labels[::-1],
+        column_labels=labels,
+    )
+    axes = figure.axes[0]
+    axes.xaxis.tick_bottom()
+    axes.set_xlabel("z1")
+    axes.set_ylabel("z2")
+    _fit(figure)
+    return figure
+
+
+def traversals(images: Tensor, values: Tensor, labels: Sequence[str], *, title: str = "") -> Figure:
+    """Draw images `(U, T, C, H, W)`, a row for each latent unit as it takes the `values` `(T,)`.
+
+    Raises:
+        ValueError: if the shapes do not fit, if there is not one label for each of the U rows, if
+            a value is not finite, or if the images do not lie in [0, 1].
+
+    Example:
+        >>> import torch
+        >>> from pvae import plots
+        >>> images, values = torch.rand(2, 5, 1, 28, 28), torch.linspace(-3, 3, 5)
+        >>> figure = plots.traversals(images, values, ["z7  KL 3.21", "z0  KL 0.02"])
+        >>> [label.get_text() for label in figure.axes[0].get_xticklabels()]
+        ['-3', '-1.5', '0', '1.5', '3']
+    """
+    images = _checked("images", images, "(U, T, C, H, W)")
+    units, steps = images.shape[:2]
+    if values.shape != (steps,):
+        raise ValueError(
+            "images must have shape (U, T, C, H, W) and values shape (T,), "
+            f"got {tuple(images.shape)} and {tuple(values.shape)}"
+        )
+    _check_finite("values", values)
+    _check_count("labels", labels, units)
+    return grid(
+        images.flatten(0, 1),
+        steps,
+        title=title,
+        row_labels=labels,
+        column_labels=_numbers(values),
+    )
+
+
+def interpolations(images: Tensor, *, title: str = "") -> Figure:
+    """Draw images `(P, T, C, H, W)`, a row for each pair, from the one (0) to the other (1).
+
+    Raises:
+        ValueError: if the images are no such tensor in [0, 1], or if T is below 2.
+
+    Example:
+        >>> import torch
+        >>> from pvae import plots
+        >>> figure = plots.interpolations(torch.rand(2, 5, 1, 28, 28))
+        >>> [label.get_text() for label in figure.axes[0].get_xticklabels()]
+        ['0', '0.25', '0.5', '0.75', '1']
+    """
+    images = _checked("images", images, "(P, T, C, H, W)")
+    steps = images.shape[1]
+    if steps < 2:
+        raise ValueError(
+            "images must have T >= 2 in (P, T, C, H, W), since both ends are drawn, "
+            f"got {tuple(images.shape)}"
+        )
+    labels = _numbers(torch.linspace(0, 1, steps))
+    return grid(images.flatten(0, 1), steps, title=title, column_labels=labels)
+
+
+def latents(
+    means: Tensor,
+    labels: Tensor | None,
+    *,
+    title: str = "",
+    axis_labels: tuple[str, str] = ("z1", "z2"),
+) -> Figure:
+    """Scatter posterior means `(N, 2)`, coloured by their labels `(N,)` if there are any.
+
+    Up to 20 classes of integer labels get a colour, a marker and their name each; more of them, or
+    labels that are not integers, get a colour bar.
+
+    Raises:
+        ValueError: if the shapes do not fit, or if a mean or label is not finite.
+
+    Example:
+        >>> import torch
+        >>> from pvae import plots
+        >>> figure = plots.latents(torch.randn(100, 2), torch.arange(100) % 3)
+        >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        ['0', '1', '2']
+    """
+    means = means.detach().cpu().float()
+    if means.dim() != 2 or means.shape[1] != 2 or len(means) == 0:
+        raise ValueError(
+            f"means must have shape (N, 2) with N >= 1, got {tuple(means.shape)}; "
+            "project more latents to two first"
+        )
+    _check_finite("means", means)
+    figure = Figure((6, 5.4), dpi=_DPI, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=10, wrap=True)
+    axes.set_xlabel(axis_labels[0])
+    axes.set_ylabel(axis_labels[1])
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.grid(color="0.92", linewidth=0.6)
+    axes.set_axisbelow(True)
+    if labels is None:
+        _scatter(axes, means, _COLOURS[0], "o")
+        return figure
+
+    labels = labels.detach().cpu()
+    if labels.shape != means.shape[:1]:
+        raise ValueError(
+            "means must have shape (N, 2) and labels shape (N,), "
+            f"got {tuple(means.shape)} and {tuple(labels.shape)}"
+        )
+    _check_finite("labels", labels)
+    if labels.is_floating_point() or len(labels.unique()) > len(_COLOURS) * len(_MARKERS):
+        figure.colorbar(_scatter(axes, means, labels.tolist(), "o"), ax=axes, label="label")
+    else:
+        _scatter_classes(axes, means, labels)
+    return figure
+
+
+def curves(history: Sequence[Mapping[str, float]], *, title: str = "") -> Figure:
+    """Draw the learning curves of a run: the ELBO, and the two terms that it is made of.
+
+    Each epoch is one mapping with the keys `epoch`, `train_elbo`, `validation_elbo`,
+    `validation_reconstruction`, `validation_kl` and `beta`, in nats per image; further keys are
+    ignored. Early epochs far off the rest are left out of view, and the panel then says so.
+
+    Raises:
+        ValueError: if there are no epochs, or if a key is missing or not finite in one of them.
+
+    Example:
+        >>> from pvae import plots
+        >>> epoch = {"epoch": 1, "train_elbo": -150.0, "validation_elbo": -140.0, "beta": 1.0}
+        >>> epoch |= {"validation_reconstruction": -120.0, "validation_kl": 20.0}
+        >>> figure = plots.curves([epoch])
+        >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        ['train', 'validation', 'best: -140.00, epoch 1']
+    """
+    epochs, train, validation, reconstruction, kl, beta = _columns(history)
+    best = validation.index(max(validation))
+    figure = Figure((9, 4), dpi=_DPI, layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    panels = figure.subplot_mosaic(
+        [["elbo", "reconstruction"], ["elbo", "kl"]], sharex=True, width_ratios=[3, 2]
+    )
+
+    elbo = panels["elbo"]
+    elbo.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)  # shared by all
+    _line(elbo, epochs, train, _COLOURS[0], "train")
+    _line(elbo, epochs, validation, _COLOURS[6], "validation")
+    best_label = f"best: {validation[best]:.2f}, epoch {epochs[best]:g}"
+    elbo.plot(epochs[best], validation[best], "k*", markersize=9, label=best_label)
+    _finish_panel(elbo, "ELBO", train, validation)
+    elbo.legend(fontsize=8)
+
+    for name, series in (("reconstruction", reconstruction), ("kl", kl)):
+        _line(panels[name], epochs, series, _COLOURS[6], "validation")
+        panels[name].axvline(epochs[best], color="0.6", linewidth=0.8, linestyle=":")
+    at_best = f"at epoch {epochs[best]:g}"
+    _finish_panel(
+        panels["reconstruction"],
+        f"validation reconstruction: {reconstruction[best]:.2f} {at_best}",
+        reconstruction,
+    )
+    _finish_panel(panels["kl"], f"validation KL: {kl[best]:.2f} {at_best}", kl)
+    _shade(panels["kl"], epochs, beta)
+    for name in ("elbo", "kl"):
+        panels[name].set_xlabel("epoch", fontsize=8)
+    return figure
+
+
+def _checked(name: str, images: Tensor, sizes: str) -> Tensor:
+    """The images on the CPU, clamped to [0, 1], if they are that but for rounding."""
+    images = images.detach().cpu().float()
+    shape = tuple(images.shape)
+    if len(shape) != len(sizes.split(",")) or 0 in shape or shape[-3] not in (1, 3):
+        raise ValueError(f"{name} must have shape {sizes}, C = 1 or 3, none empty, got {shape}")
+    inside = (images >= -_TOLERANCE) & (images <= 1 + _TOLERANCE)  # False for NaN
+    if not inside.all():
+        where = tuple((~inside).nonzero()[0].tolist())
+        raise ValueError(f"{name} must lie in [0, 1], got {images[where].item():.6g} at {where}")
+    return images.clamp(0, 1)
+
+
+def _check_finite(name: str, values: Tensor) -> None:
+    if not values.isfinite().all():
+        where = tuple((~values.isfinite()).nonzero()[0].tolist())
+        raise ValueError(f"{name} must be finite, got {values[where].item()} at {where}")
+
+
+def _check_count(name: str, labels: Sequence[str], count: int) -> None:
+    if len(labels) != count:
+        raise ValueError(f"{name} must hold {count} labels, got {len(labels)}: {list(labels)}")
+
+
+def _numbers(values: Tensor) -> list[str]:
+    """Labels with three digits in the largest of them, and as many decimals in the others."""
+    listed = values.detach().tolist()
+    largest = max(map(abs, listed))
+    decimals = 2 - math.floor(math.log10(largest)) if largest else 0
+    return [f"{round(value, decimals) + 0.0:g}" for value in listed]  # + 0.0: no "-0"
+
+
+def _fill(images: Tensor, count: int) -> Tensor:
+    """Append white images up to `count` of them."""
+    return torch.cat([images, images.new_ones(count - len(images), *images.shape[1:])])
+
+
+def _canvas(images: Tensor, rows: int, columns: int) -> Tensor:
+    """One RGB image `(rows * H, columns * W, 3)` of the images `(N, C, H, W)`, row by row."""
+    cells = _fill(images, rows * columns).expand(-1, 3, -1, -1).unflatten(0, (rows, columns))
+    return cells.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # rows, H, columns, W, 3
+
+
+def _separate(axes: Axes, rows: int, columns: int) -> None:
+    """Thin lines between the cells, over the canvas and not in it."""
+    axes.set_xticks(range(1, columns), minor=True)
+    axes.set_yticks(range(1, rows), minor=True)
+    axes.tick_params(which="minor", length=0)
+    axes.grid(which="minor", color="0.6", linewidth=0.5)
+    axes.spines[:].set(color="0.6", linewidth=0.5)
+
+
+def _fit(figure: Figure) -> None:
+    """Resize the figure around its only axes, which keep their pixels, so that no label is cut."""
+    (axes,) = figure.axes
+    labels = axes.get_xticklabels()
+    boxes = [label.get_window_extent() for label in labels]
+    if any(left.x1 > right.x0 for left, right in pairwise(boxes)):
+        axes.tick_params(axis="x", labelrotation=90)
+    # Frozen, since an axes' box is a view that follows the figure's size.
+    inner, outer = axes.get_window_extent().frozen(), figure.get_tightbbox()
+    # Whole pixels, so that the image's own keep falling on those of the screen.
+    left, below = math.ceil(inner.x0 - outer.x0 * _DPI), math.ceil(inner.y0 - outer.y0 * _DPI)
+    right, above = math.ceil(outer.x1 * _DPI - inner.x1), math.ceil(outer.y1 * _DPI - inner.y1)
+    margin = 8
+    width = round(inner.width) + left + right + 2 * margin
+    height = round(inner.height) + below + above + 2 * margin
+    figure.set_size_inches(width / _DPI, height / _DPI)
+    x, y = (left + margin) / width, (below + margin) / height
+    axes.set_position((x, y, round(inner.width) / width, round(inner.height) / height))
+
+
+def _scatter(
+    axes: Axes, points: Tensor, colours: str | list[float] | list[str], marker: str
+) -> PathCollection:
+    x, y = points.numpy().T
+    # Without smooth edges the file of ten thousand points is a third as large.
+    return axes.scatter(
+        x, y, c=colours, marker=marker, s=3, alpha=0.6, linewidths=0, antialiased=False
+    )
+
+
+def _scatter_classes(axes: Axes, means: Tensor, labels: Tensor) -> None:
+    """Scatter all classes together, or the last one would lie on top; name each at its median."""
+    classes, index = labels.unique(return_inverse=True)
+    colours = [_COLOURS[i % len(_COLOURS)] for i in range(len(classes))]
+    markers = [_MARKERS[i // len(_COLOURS)] for i in range(len(classes))]
+    for marker in sorted(set(markers)):
+        chosen = torch.tensor([m == marker for m in markers])[index]
+        _scatter(axes, means[chosen], [colours[i] for i in index[chosen].tolist()], marker)
+    handles = []
+    for i, name in enumerate(map(str, classes.tolist())):
+        handles.append(
+            Line2D([], [], color=colours[i], marker=markers[i], linestyle="", label=name)
+        )
+        x, y = means[index == i].median(dim=0).values.tolist()
+        halo = [withStroke(linewidth=2.5, foreground="white")]
+        axes.text(x, y, name, ha="center", va="center", weight="bold", path_effects=halo)
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
+
+
+def _columns(history: Sequence[Mapping[str, float]]) -> list[list[float]]:
+    """The history by key, in the order of `_HISTORY`, once it is known to be whole."""
+    if not history:
+        raise ValueError("history must hold at least one epoch, got none")
+    for i, epoch in enumerate(history):
+        missing = [key for key in _HISTORY if key not in epoch]
+        if missing:
+            raise ValueError(f"history[{i}] must have the keys {_HISTORY}, lacks {missing}")
+        for key in _HISTORY:
+            if not math.isfinite(epoch[key]):
+                raise ValueError(f"history[{i}][{key!r}] must be finite, got {epoch[key]}")
+    return [[epoch[key] for epoch in history] for key in _HISTORY]
+
+
+def _line(axes: Axes, epochs: list[float], values: list[float], colour: str, label: str) -> None:
+    # With markers, or a single epoch would not be seen.
+    axes.plot(epochs, values, ".-", color=colour, label=label, markersize=4, linewidth=1.3)
+
+
+def _finish_panel(axes: Axes, title: str, *series: list[float]) -> None:
+    axes.set_title(title, loc="left", fontsize=9)
+    axes.set_ylabel("nats per image", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.grid(color="0.92", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _crop(axes, *series)
+
+
+def _crop(axes: Axes, *series: list[float]) -> None:
+    """Leave early values out of view that would flatten the rest, and say so.
+
+    The later half of the epochs is always in view, and what lies within twenty times its range.
+    """
+    start = len(series[0]) // 2 if len(series[0]) > 2 else 0
+    late = [value for values in series for value in values[start:]]
+    reach = 20 * (max(late) - min(late))
+    low, high = min(late) - reach, max(late) + reach
+    everything = [value for values in series for value in values]
+    kept = [value for value in everything if low <= value <= high]
+    cut = len(everything) - len(kept)
+    if cut == 0 or reach == 0:
+        return
+    span = max(kept) - min(kept)
+    axes.set_ylim(min(kept) - 0.15 * span, max(kept) + 0.05 * span)  # room for the note below
+    farthest = max(everything, key=lambda value: max(low - value, value - high))
+    note = f"{cut} early value{'s' * (cut > 1)} out of view, farthest {farthest:.4g}"
+    axes.text(0.02, 0.02, note, transform=axes.transAxes, fontsize=7, color="0.4")
+
+
+def _shade(axes: Axes, epochs: list[float], beta: list[float]) -> None:
+    """Beta as a light area behind the curve, on an axis of its own."""
+    twin = axes.twinx()
+    twin.fill_between(epochs, beta, color="0.93")
+    twin.plot(epochs, beta, ".-", color="0.7", linewidth=1, markersize=2)
+    twin.set_ylim(0, 1.1 * max(1.0, *beta))
+    twin.set_ylabel("beta", fontsize=8, color="0.5")
+    twin.tick_params(labelsize=8, colors="0.5")
+    twin.spines["top"].set_visible(False)
+    axes.set_zorder(twin.get_zorder() + 1)
+    axes.patch.set_visible(False)

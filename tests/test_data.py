@@ -1,0 +1,796 @@
+"""Laws of `pvae.data`: nothing here needs a network or a published data set."""
+
+import hashlib
+import math
+import pickle
+import socket
+import struct
+import sys
+import urllib.error
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets
+
+from pvae.data import NAMES, OBSERVATIONS, Dataset, Split, chunks, load, observe, pixels
+
+IDX_FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
+
+
+# ----- small files in every layout ----------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path, monkeypatch):
+    """No data folder but those a test makes, and no network."""
+
+    def no_network(*args, **kwargs):
+        raise urllib.error.URLError("no network in tests")
+
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("PVAE_DATA", raising=False)
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", no_network)
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
+
+
+def images_of(count: int, *shape: int) -> np.ndarray:
+    """Different random images, of which the first pixel of number i is i."""
+    array = np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8)
+    array.reshape(count, math.prod(shape))[:, 0] = np.arange(count)
+    return array
+
+
+def idx(array: np.ndarray) -> bytes:
+    return struct.pack(f">I{array.ndim}I", 0x800 + array.ndim, *array.shape) + array.tobytes()
+
+
+def write_idx(root: Path, name: str = "mnist", train: int = 12, test: int = 4, mark: int = 0):
+    """MNIST's four files, whose images are 6x5 and whose labels are `mark`."""
+    raw = root / IDX_FOLDERS[name] / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", train), ("t10k", test)):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(idx(images_of(count, 6, 5)))
+        labels = np.full(count, mark, dtype=np.uint8)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels))
+    return raw
+
+
+def write_cifar(root: Path, monkeypatch, extra: object = None) -> np.ndarray:
+    """CIFAR-10's batches of 4 images, their checksums told to torchvision."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+
+    def write(file: str, content: dict) -> str:
+        (folder / file).write_bytes(pickle.dumps(content))
+        return hashlib.md5((folder / file).read_bytes()).hexdigest()
+
+    flat = images_of(24, 3 * 32 * 32)
+    files = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    sums = [
+        [file, write(file, {"data": part, "labels": [i, i, i, i], "extra": extra})]
+        for i, (file, part) in enumerate(zip(files, np.split(flat, 6), strict=True))
+    ]
+    meta = write("batches.meta", {"label_names": list("abcdef")})
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", sums[:5])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", sums[5:])
+    monkeypatch.setattr(datasets.CIFAR10, "meta", {**datasets.CIFAR10.meta, "md5": meta})
+    return flat.reshape(24, 3, 32, 32)
+
+
+def in_memory(images: torch.Tensor, labels: torch.Tensor | None = None) -> Dataset:
+    return Dataset("made", *(Split(images.clone(), labels) for _ in range(3)), sha256="")
+
+
+def ramp(copies: int = 1) -> Dataset:
+    """Every byte value as one pixel of a 16x16 image; labels number the images."""
+    image = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    return in_memory(image.repeat(copies, 1, 1, 1), torch.arange(copies))
+
+
+def everything(dataset: Dataset) -> list[torch.Tensor]:
+    splits = (dataset.train, dataset.validation, dataset.test)
+    return [torch.cat([split.images for split in splits])] + (
+        []
+        if dataset.train.labels is None
+        else [torch.cat([split.labels for split in splits if split.labels is not None])]
+    )
+
+
+def sizes(dataset: Dataset) -> tuple[int, ...]:
+    return tuple(len(s.images) for s in (dataset.train, dataset.validation, dataset.test))
+
+
+def epoch(observed, *, seed: int = 0, epoch: int = 0, batch_size: int = 64) -> torch.Tensor:
+    return torch.cat([x for x, _ in observed.batches(batch_size, seed=seed, epoch=epoch)])
+
+
+# ----- observations -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", OBSERVATIONS)
+def test_every_observation_is_float32_in_the_unit_interval(how):
+    observed = observe(ramp(70), how)
+    for x, y in (
+        *observed.batches(32, seed=0, epoch=0),
+        *chunks(observed.validation, 32),
+        *chunks(observed.test, 32),
+    ):
+        assert x.dtype == torch.float32
+        assert x.shape == (len(y), 1, 16, 16)
+        assert x.min() >= 0
+        assert x.max() <= 1
+        assert observed.how == how
+
+
+def test_grey_is_the_byte_over_255_exactly():
+    x = epoch(observe(ramp(), "grey"))
+    assert torch.equal(x.flatten().double(), (torch.arange(256).float() / 255).double())
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+def test_threshold_cuts_at_one_half_and_is_idempotent(part):
+    once = getattr(observe(ramp(), "threshold"), part)
+    assert torch.equal(once.images.flatten() == 255, torch.arange(256) >= 128)
+    assert torch.equal(once.images.flatten() == 0, torch.arange(256) < 128)
+    twice = getattr(observe(in_memory(once.images), "threshold"), part)
+    assert torch.equal(twice.images, once.images)
+
+
+@pytest.mark.parametrize("how", ["static", "dynamic"])
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+def test_binary_pixels_have_the_grey_value_as_mean(how, part):
+    copies, epochs = 400, 3
+    observed = observe(ramp(copies), how)
+    if part == "train":
+        draws = torch.cat([epoch(observed, epoch=i) for i in range(epochs)])
+    else:
+        draws = pixels(getattr(observed, part).images)
+    assert set(draws.unique().tolist()) == {0.0, 1.0}
+    # static draws are the same in every epoch, so that only `copies` of them are independent
+    independent = copies * epochs if (how, part) == ("dynamic", "train") else copies
+    grey = pixels(ramp().train.images).double()
+    error = (grey * (1 - grey) / independent).sqrt()  # exactly 0 for black and white
+    assert ((draws.double().mean(0, keepdim=True) - grey).abs() <= 5 * error + 1e-12).all()
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_dequantized_pixels_lie_strictly_inside_their_bin_and_fill_it(part):
+    copies = 2000  # 0.5 M pixels: a plain float32 255 + u leaves its bin about every 100,000th
+    observed = observe(ramp(copies), "dequantized")
+    x = epoch(observed) if part == "train" else getattr(observed, part).images
+    u = x.double() * 256 - torch.arange(256).reshape(1, 1, 16, 16)
+    assert u.min() > 0
+    assert u.max() < 1
+    n = u.numel()
+    assert abs(u.mean() - 1 / 2) < 5 * (1 / 12 / n) ** 0.5
+    assert abs(u.square().mean() - 1 / 3) < 5 * (4 / 45 / n) ** 0.5
+
+
+@pytest.mark.parametrize("how", OBSERVATIONS)
+def test_validation_and_test_stay_fixed_and_follow_the_seed(how):
+    data = ramp(3)
+    first, again, other = observe(data, how), observe(data, how), observe(data, how, seed=1)
+    drawn = how not in ("grey", "threshold")
+    for part in ("validation", "test"):
+        fixed = getattr(first, part).images
+        assert torch.equal(fixed, getattr(again, part).images)
+        assert torch.equal(fixed, getattr(other, part).images) != drawn
+    assert torch.equal(first.validation.images, first.test.images) != drawn
+
+
+def test_the_three_splits_are_drawn_from_different_streams():
+    static = observe(ramp(3), "static")
+    splits = [static.train.images, static.validation.images, static.test.images]
+    assert not any(torch.equal(splits[i], splits[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+@pytest.mark.parametrize("how", OBSERVATIONS)
+def test_only_dynamic_and_dequantized_training_pixels_change_between_epochs(how):
+    observed = observe(ramp(), how)  # one image: the order cannot differ
+    same = torch.equal(epoch(observed, epoch=0), epoch(observed, epoch=1))
+    assert same == (how not in ("dynamic", "dequantized"))
+
+
+def test_fixed_binary_splits_are_bytes():
+    for how in ("threshold", "static"):
+        assert observe(ramp(), how).train.images.dtype == torch.uint8
+    for how in ("threshold", "static", "dynamic"):
+        assert observe(ramp(), how).test.images.dtype == torch.uint8
+
+
+def test_observe_refuses_an_unknown_observation():
+    with pytest.raises(ValueError, match=r"how must be one of grey, .*'binary'"):
+        observe(ramp(), "binary")
+    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+        observe(ramp(), "static", seed=-1)
+
+
+@pytest.mark.parametrize("how", OBSERVATIONS)
+def test_observe_leaves_its_data_set_as_it_was(how):
+    data = ramp(2)
+    observed = observe(data, how)
+    epoch(observed)
+    assert all(torch.equal(x, ramp(2).train.images) for x in (data.train.images, data.test.images))
+
+
+# ----- batches and chunks -------------------------------------------------------------------------
+
+
+def numbered(count: int) -> Dataset:
+    """Images whose pixels spell their label, for up to 65,536 of them."""
+    labels = torch.arange(count)
+    high_low = torch.stack([labels // 256, labels % 256], dim=1).to(torch.uint8)
+    return in_memory(high_low.reshape(count, 1, 1, 2), labels)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100, 300, 1000])
+def test_an_epoch_holds_every_image_once_with_its_own_label(batch_size):
+    batches = list(observe(numbered(300), "grey").batches(batch_size, seed=0, epoch=0))
+    assert [len(x) for x, _ in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    x, y = (torch.cat(part) for part in zip(*batches, strict=True))
+    value = (x * 255).round().long().reshape(300, 2)
+    assert torch.equal(value[:, 0] * 256 + value[:, 1], y)
+    assert torch.equal(y.sort().values, torch.arange(300))
+    assert not torch.equal(y, torch.arange(300))
+
+
+@pytest.mark.parametrize("how", OBSERVATIONS)
+def test_same_seed_and_epoch_give_the_same_batches(how):
+    observed = observe(load("digits"), how)
+    straight = [epoch(observed, epoch=i) for i in range(3)]
+    assert torch.equal(epoch(observe(load("digits"), how), epoch=2), straight[2])  # a resumed run
+    assert not torch.equal(straight[0], straight[1])
+    assert not torch.equal(epoch(observed, seed=1), straight[0])
+    # (seed, epoch) are two numbers, not their sum
+    assert not torch.equal(epoch(observed, seed=1), straight[1])
+
+
+def test_interleaved_epochs_do_not_disturb_each_other():
+    observed = observe(ramp(8), "dynamic")
+    pair = zip(
+        observed.batches(3, seed=0, epoch=0), observed.batches(3, seed=0, epoch=1), strict=True
+    )
+    first = torch.cat([a for (a, _), (b, _) in pair])
+    assert torch.equal(first, epoch(observed, batch_size=3))
+
+
+def test_batches_without_labels():
+    observed = observe(in_memory(ramp(5).train.images), "dynamic")
+    assert all(y is None for _, y in observed.batches(2, seed=0, epoch=0))
+    assert [(len(x), y) for x, y in chunks(observed.test, 2)] == [(2, None), (2, None), (1, None)]
+
+
+def test_chunks_keep_the_order():
+    split = numbered(300).train
+    parts = list(chunks(split, 128))
+    assert [len(x) for x, _ in parts] == [128, 128, 44]
+    assert torch.equal(torch.cat([x for x, _ in parts]), pixels(split.images))
+    assert torch.equal(torch.cat([y for _, y in parts]), torch.arange(300))
+
+
+def test_sizes_are_refused_at_the_call():
+    observed = observe(ramp(), "grey")
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        observed.batches(0, seed=0, epoch=0)
+    with pytest.raises(ValueError, match="epoch must be at least 0, got -1"):
+        observed.batches(1, seed=0, epoch=-1)
+    with pytest.raises(ValueError, match="size must be at least 1, got -3"):
+        chunks(observed.test, -3)
+
+
+def test_pixels_takes_bytes_and_floats_only():
+    floats = torch.rand(3, dtype=torch.float64)
+    assert pixels(floats) is floats
+    assert pixels(torch.tensor([255], dtype=torch.uint8)).item() == 1
+    with pytest.raises(ValueError, match=r"uint8 or floating point, got torch\.int64"):
+        pixels(torch.tensor([255]))
+
+
+@pytest.mark.parametrize("how", OBSERVATIONS)
+def test_the_global_random_state_is_untouched(how):
+    torch.manual_seed(7)
+    np.random.seed(7)  # noqa: NPY002 - it is the global state that is looked at
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    epoch(observe(load("digits", seed=3), how, seed=4), seed=5)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (np.random.get_state()[1] == numpy_before).all()  # noqa: NPY002
+
+
+@pytest.mark.parametrize("how", OBSERVATIONS)
+def test_to_moves_every_split_and_keeps_the_rest(how):
+    observed = observe(ramp(2), how)
+    moved = observed.to("meta")
+    for part in ("train", "validation", "test"):
+        split = getattr(moved, part)
+        assert split.images.device.type == split.labels.device.type == "meta"
+    assert (moved.how, moved.redraw) == (observed.how, observed.redraw)
+    assert observed.train.images.device.type == "cpu"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("how", OBSERVATIONS)
+def test_batches_on_a_cuda_device(how):
+    observed = observe(numbered(300), how).to("cuda")
+    before = torch.cuda.get_rng_state()
+    batches = list(observed.batches(64, seed=0, epoch=0))
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    assert all(x.device.type == y.device.type == "cuda" for x, y in batches)
+    assert torch.equal(torch.cat([y for _, y in batches]).sort().values.cpu(), torch.arange(300))
+    assert torch.equal(epoch(observed), torch.cat([x for x, _ in batches]))
+
+
+# ----- the embedded digits ------------------------------------------------------------------------
+
+
+def test_digits_are_split_80_10_10_by_the_seed_and_none_is_lost():
+    first, again, other = load("digits"), load("digits"), load("digits", seed=1)
+    assert sizes(first) == (1439, 179, 179)
+    assert first.image_shape == (1, 28, 28)
+    assert first.num_classes == 10
+    assert first.note == ""
+    assert first.sha256 == again.sha256 != other.sha256
+    for x, y in zip(everything(first), everything(other), strict=True):
+        # as sets of rows: the same images and labels in another order
+        flat = [t.reshape(len(t), -1).double() for t in (x, y)]
+        assert torch.equal(*(rows.sum(1).sort().values for rows in flat))
+        assert not torch.equal(*flat)
+
+
+def test_digits_use_the_whole_range_of_bytes():
+    (x, _) = everything(load("digits"))
+    assert x.dtype == torch.uint8
+    assert x.min() == 0
+    assert x.max() == 255
+
+
+# ----- published data sets ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", IDX_FOLDERS)
+def test_idx_files_are_read_whole_and_the_last_sixth_validates(tmp_path, name):
+    write_idx(tmp_path / "here", name, train=26, test=7, mark=3)
+    data = load(name, tmp_path / "here", download=False)
+    assert (data.name, data.note) == (name, "")
+    assert sizes(data) == (22, 4, 7)
+    expected = np.concatenate([images_of(26, 6, 5), images_of(7, 6, 5)])
+    assert torch.equal(everything(data)[0], torch.from_numpy(expected)[:, None])
+    assert everything(data)[1].dtype == torch.int64
+    assert everything(data)[1].unique().tolist() == [3]
+    assert data.image_shape == (1, 6, 5)
+
+
+def test_cifar_batches_are_read_whole_and_the_last_tenth_validates(tmp_path, monkeypatch):
+    images = write_cifar(tmp_path, monkeypatch)
+    data = load("cifar10", tmp_path, download=False)
+    assert sizes(data) == (18, 2, 4)
+    x, y = everything(data)
+    assert torch.equal(x, torch.from_numpy(images))
+    assert y.tolist() == [i // 4 for i in range(24)]
+
+
+class OldPickle:
+    """Unpickles as CIFAR-10's own files do under NumPy 2.4.0: with a warning."""
+
+    def __reduce__(self):
+        return warnings.warn, ("dtype(): align should be passed as Python or NumPy boolean",)
+
+
+def test_cifar_is_read_without_a_warning(tmp_path, monkeypatch):
+    write_cifar(tmp_path, monkeypatch, extra=OldPickle())
+    assert sizes(load("cifar10", tmp_path, download=False)) == (18, 2, 4)
+
+
+def test_cifar_with_another_checksum_is_damaged(tmp_path, monkeypatch):
+    write_cifar(tmp_path, monkeypatch)
+    with open(tmp_path / "cifar-10-batches-py" / "data_batch_2", "ab") as file:
+        file.write(b"!")
+    with pytest.raises(ValueError, match=r"CIFAR10 in .* are damaged.*checksums"):
+        load("cifar10", tmp_path, download=False)
+
+
+@pytest.mark.parametrize("name", [None, "mnist"])
+def test_folders_are_searched_in_order(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("PVAE_DATA", str(tmp_path / "env"))
+    order = [tmp_path / "root", tmp_path / "env", Path("data"), tmp_path / "cache" / "pvae"]
+    for mark, folder in reversed(list(enumerate(order))):  # each goes before those already there
+        write_idx(folder, mark=mark)
+        found = load(name, tmp_path / "root", download=False)
+        assert found.name == "mnist"
+        assert found.test.labels is not None
+        assert found.test.labels.unique().tolist() == [mark]
+
+
+def test_a_folder_that_lacks_a_file_is_passed_over(tmp_path):
+    (write_idx(tmp_path / "root", mark=1) / "t10k-labels-idx1-ubyte").unlink()
+    write_idx(Path("data"), mark=2)
+    assert load("mnist", tmp_path / "root", download=False).num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("platform", "expected"),
+    [("linux", ".cache/pvae"), ("darwin", "Library/Caches/pvae"), ("win32", "local/pvae")],
+)
+def test_the_cache_is_where_the_platform_has_it(tmp_path, monkeypatch, platform, expected):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    write_idx(tmp_path / expected)
+    assert load(download=False).name == "mnist"
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "kmnist", "cifar10"])
+@pytest.mark.parametrize("download", [True, False])
+def test_what_is_asked_for_by_name_has_no_fallback(tmp_path, name, download):
+    with pytest.raises(FileNotFoundError) as caught:
+        load(name, tmp_path / "root", download=download)
+    message = str(caught.value)
+    for folder in (tmp_path / "root", tmp_path / "cwd" / "data", tmp_path / "cache" / "pvae"):
+        assert str(folder) in message
+    first_file = "cifar-10-batches-py/data_batch_1"
+    if name in IDX_FOLDERS:
+        first_file = f"{IDX_FOLDERS[name]}/raw/train-images-idx3-ubyte"
+    assert first_file in message
+    assert ("no network in tests" if download else "downloading is switched off") in message
+
+
+@pytest.mark.parametrize("download", [True, False])
+def test_where_nothing_is_asked_for_the_digits_stand_in_and_say_so(download):
+    data = load(download=download)
+    assert data.name == "digits"
+    assert data.sha256 == load("digits").sha256
+    assert "\n" not in data.note
+    assert ("no network in tests" if download else "switched off") in data.note
+    assert "scikit-learn's 1,797 digits" in data.note
+    assert "./data/MNIST/raw" in data.note
+
+
+def test_download_false_does_not_even_try(monkeypatch):
+    def never(*args, **kwargs):
+        pytest.fail("download=False went to the network")
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", never)
+    load(download=False)
+
+
+def test_a_download_arrives_in_the_cache_under_a_bounded_timeout(tmp_path, monkeypatch):
+    raw = write_idx(tmp_path / "server", mark=5)
+    timeouts = []
+
+    def fetch(url, download_root, filename, md5):
+        timeouts.append(socket.getdefaulttimeout())
+        file = filename.removesuffix(".gz")
+        Path(download_root, file).write_bytes((raw / file).read_bytes())
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", fetch)
+    assert load().num_classes == 6
+    assert timeouts == [10] * 4
+    assert socket.getdefaulttimeout() is None
+    assert load(download=False).num_classes == 6  # now from the cache
+    assert {p.name for p in (tmp_path / "cache" / "pvae").iterdir()} == {"MNIST"}
+
+
+@pytest.mark.parametrize("error", [urllib.error.URLError("cut off"), TimeoutError(), OSError(28)])
+def test_a_download_that_is_cut_off_leaves_nothing_behind(tmp_path, monkeypatch, error):
+    def fetch(url, download_root, filename, md5):
+        if "t10k-labels" in filename:
+            raise error
+        Path(download_root, filename.removesuffix(".gz")).write_bytes(b"complete")
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", fetch)
+    assert load().name == "digits"
+    assert list((tmp_path / "cache" / "pvae").iterdir()) == []
+    with pytest.raises(FileNotFoundError, match="cannot be downloaded"):
+        load("mnist")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("train-images-idx3-ubyte", idx(images_of(12, 6, 5))[:-7], "376 bytes, 369 found"),
+        ("train-images-idx3-ubyte", idx(images_of(12, 6, 5)) + b"!", "376 bytes, 377 found"),
+        ("train-images-idx3-ubyte", b"\x1f\x8b\x08\x00gzip", "it begins with 1f 8b 08 00"),
+        ("t10k-images-idx3-ubyte", b"", "a header of 16 bytes"),
+        ("t10k-images-idx3-ubyte", idx(images_of(0, 6, 5)), r"empty: .*\(0, 6, 5\)"),
+        ("t10k-labels-idx1-ubyte", idx(images_of(4, 6, 5)), "no unpacked IDX file of bytes in 1"),
+        ("train-labels-idx1-ubyte", idx(images_of(11)), r"labels must be \(12,\).*got \(11,\)"),
+        (
+            "train-images-idx3-ubyte",
+            idx(images_of(5, 6, 5)),
+            "at least 6 training images.* 5 found",
+        ),
+    ],
+)
+def test_damaged_idx_files_are_named(tmp_path, file, content, message):
+    raw = write_idx(tmp_path)
+    (raw / file).write_bytes(content)
+    if len(content) == len(idx(images_of(5, 6, 5))):  # five images need five labels
+        (raw / "train-labels-idx1-ubyte").write_bytes(idx(images_of(5)))
+    with pytest.raises(ValueError, match=message) as caught:
+        load(None, tmp_path, download=False)  # found, so damage is no reason for the fallback
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"), [("minst", "mnist"), ("MNIST", "mnist"), ("fashion_mnist", "fashion-mnist")]
+)
+def test_a_typo_gets_the_names_and_the_closest_one(typo, meant):
+    with pytest.raises(ValueError, match=f"Did you mean '{meant}'") as caught:
+        load(typo)
+    assert all(name in str(caught.value) for name in NAMES)
+    assert repr(typo) in str(caught.value)
+    assert "does not exist as a path" in str(caught.value)
+
+
+def test_an_empty_name_is_no_path():
+    with pytest.raises(ValueError, match="''"):
+        load("")
+
+
+# ----- arrays -------------------------------------------------------------------------------------
+
+
+def sorted_by_first_pixel(data: Dataset) -> torch.Tensor:
+    (x, *_) = everything(data)
+    return x[x.flatten(1)[:, 0].argsort()]
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((5, 4), (0, None, 1, 2)),
+        ((1, 5, 4), (0, 1, 2, 3)),
+        ((3, 5, 4), (0, 1, 2, 3)),
+        ((5, 4, 1), (0, 3, 1, 2)),
+        ((5, 4, 3), (0, 3, 1, 2)),
+        ((3, 5, 3), (0, 1, 2, 3)),  # both readings are possible: axis 1
+        ((1, 5, 3), (0, 1, 2, 3)),
+    ],
+)
+def test_arrays_of_every_shape(tmp_path, shape, axes):
+    array = images_of(40, *shape)
+    np.save(tmp_path / "a.npy", array)
+    data = load(str(tmp_path / "a.npy"))
+    expected = array[:, None] if None in axes else array.transpose(axes)
+    assert torch.equal(sorted_by_first_pixel(data), torch.from_numpy(expected.copy()))
+    assert data.train.images.is_contiguous()
+    assert sizes(data) == (32, 4, 4)
+    assert (data.name, data.note, data.num_classes) == ("a.npy", "", None)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
+def test_float_arrays_are_rounded_to_255ths_and_say_so(tmp_path, dtype):
+    array = images_of(20, 4, 4)
+    np.save(tmp_path / "a.npy", (array / 255).astype(dtype))
+    data = load(tmp_path / "a.npy")
+    assert torch.equal(sorted_by_first_pixel(data)[:, 0], torch.from_numpy(array))
+    assert "rounded to 255ths" in data.note
+
+
+def test_bool_arrays_become_black_and_white(tmp_path):
+    np.save(tmp_path / "a.npy", np.eye(12, dtype=bool).reshape(12, 3, 4))
+    (x,) = everything(load(tmp_path / "a.npy"))
+    assert x.unique().tolist() == [0, 255]
+    assert (x == 255).sum() == 12
+
+
+@pytest.mark.parametrize("keys", [("images", "labels"), ("x", "y"), ("pictures", "y")])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64, ">i2"])
+def test_labels_of_an_npz_stay_with_their_images(tmp_path, keys, dtype):
+    labels = np.arange(30).astype(dtype)
+    np.savez(tmp_path / "a.npz", **dict(zip(keys, (images_of(30, 4, 4), labels), strict=True)))
+    data = load(tmp_path / "a.npz")
+    x, y = everything(data)
+    assert torch.equal(x.flatten(1)[:, 0].long(), y)  # the first pixel numbers the image
+    assert y.sort().values.tolist() == list(range(30))
+    assert data.num_classes == 30
+
+
+def test_files_are_split_by_the_seed(tmp_path):
+    np.save(tmp_path / "a.npy", images_of(30, 4, 4))
+    first, again, other = (load(tmp_path / "a.npy", seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first.test.images, again.test.images)
+    assert not torch.equal(first.test.images, other.test.images)
+
+
+def test_the_hash_is_over_pixels_labels_and_shapes(tmp_path):
+    images, labels = images_of(20, 4, 6), np.arange(20)
+    changed, relabelled = images.copy(), labels.copy()
+    changed[7, 3, 3] ^= 1
+    relabelled[7] += 1
+    versions = [
+        {"x": images, "y": labels},
+        {"x": changed, "y": labels},
+        {"x": images, "y": relabelled},
+        {"x": images.reshape(20, 6, 4), "y": labels},
+        {"x": images},
+    ]
+    hashes = []
+    for i, arrays in enumerate(versions):
+        np.savez(tmp_path / f"{i}.npz", **arrays)
+        hashes.append(load(tmp_path / f"{i}.npz").sha256)
+    assert len(set(hashes)) == len(versions)
+    np.savez_compressed(tmp_path / "again.npz", **versions[0])
+    assert load(tmp_path / "again.npz").sha256 == hashes[0]
+
+
+def with_pixel(value: float) -> np.ndarray:
+    array = np.full((12, 4, 4), 0.5)
+    array[3, 1, 2] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (images_of(9, 4, 4), "at least 10 images .* 9 found"),
+        (images_of(0, 4, 4), r"holds no images: its shape is \(0, 4, 4\)"),
+        (images_of(12, 4), r"got \(12, 4\)"),
+        (images_of(12, 2, 4, 4), r"C 1 or 3, got \(12, 2, 4, 4\)"),
+        (np.uint8(3), r"got \(\)"),
+        (with_pixel(np.nan), "1 of 192 pixels are NaN"),
+        (with_pixel(np.inf), "1 of 192 pixels are NaN or infinite"),
+        (with_pixel(-0.25), r"1 of 192 do not: they range over \[-0.25, 0.5\]"),
+        (with_pixel(255.0), r"range over \[0.5, 255\]"),
+        (images_of(12, 4, 4).astype(np.int64), "uint8, bool or float in .*, got int64"),
+        (images_of(12, 4, 4).astype("U3"), "uint8, bool or float in .*, got <U3"),
+    ],
+)
+def test_arrays_that_are_refused(tmp_path, array, message):
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(ValueError, match=message) as caught:
+        load(tmp_path / "a.npy")
+    assert "a.npy" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"a": images_of(12, 4, 4), "b": images_of(12, 4, 4)}, "'images' or 'x'.*'a', 'b'"),
+        ({"y": np.arange(12)}, "'images' or 'x'.*'y'"),
+        ({}, "no arrays"),
+        ({"x": images_of(12, 4, 4), "y": np.arange(11)}, r"must be \(12,\).*got \(11,\)"),
+        ({"x": images_of(12, 4, 4), "y": np.eye(12, dtype=int)}, r"got \(12, 12\)"),
+        ({"x": images_of(12, 4, 4), "y": np.arange(12.0)}, "integers, got float64"),
+        ({"x": images_of(12, 4, 4), "y": np.arange(12) - 1}, "0 or more, got -1"),
+        ({"x": images_of(12, 4, 4).astype(object)}, "cannot be read as NumPy arrays"),
+    ],
+)
+def test_npz_files_that_are_refused(tmp_path, arrays, message):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ValueError, match=message) as caught:
+        load(tmp_path / "a.npz")
+    assert "a.npz" in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+@pytest.mark.parametrize("damage", ["text", "empty", "truncated", "pickle"])
+def test_files_that_are_no_arrays(tmp_path, suffix, damage):
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "npy":
+        np.save(path, images_of(12, 4, 4))
+    else:
+        np.savez(path, images=images_of(12, 4, 4))
+    whole = path.read_bytes()
+    content = {"text": b"images", "empty": b"", "truncated": whole[:-9], "pickle": pickle.dumps({})}
+    path.write_bytes(content[damage])
+    with pytest.raises(ValueError, match=rf"a\.{suffix} cannot be read as NumPy arrays"):
+        load(path)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("1,2\n")
+    with pytest.raises(ValueError, match=r"\.npz or \.npy file; got .*a\.csv"):
+        load(tmp_path / "a.csv")
+
+
+# ----- folders of images --------------------------------------------------------------------------
+
+
+def write_images(folder: Path, arrays: np.ndarray, suffix: str = "png") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, array in enumerate(arrays):
+        Image.fromarray(array).save(folder / f"{i:03}.{suffix}")
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (5, 4, 3)])
+@pytest.mark.parametrize("suffix", ["png", "bmp", "PNG"])
+def test_a_flat_folder_is_read_whole_without_labels(tmp_path, shape, suffix):
+    array = images_of(20, *shape)
+    write_images(tmp_path / "mine", array, suffix)
+    (tmp_path / "mine" / "readme.txt").write_text("no image")
+    (tmp_path / "mine" / "._000.png").write_bytes(b"what macOS leaves behind")
+    data = load(tmp_path / "mine")
+    expected = array[:, None] if len(shape) == 2 else array.transpose(0, 3, 1, 2)
+    assert torch.equal(sorted_by_first_pixel(data), torch.from_numpy(expected.copy()))
+    assert (data.name, data.num_classes, sizes(data)) == ("mine", None, (16, 2, 2))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "jpeg", "webp"])
+def test_lossy_formats_are_read_to_within_their_loss(tmp_path, suffix):
+    write_images(tmp_path / "mine", np.full((12, 8, 8, 3), 200, dtype=np.uint8), suffix)
+    (x,) = everything(load(tmp_path / "mine"))
+    assert x.shape == (12, 3, 8, 8)
+    assert (x.int() - 200).abs().max() < 5
+
+
+def test_subfolders_are_labels_as_in_torchvision(tmp_path):
+    for i, name in enumerate(("b", "a", "c")):
+        write_images(tmp_path / "mine" / name, np.full((6, 4, 4), 100 + i, dtype=np.uint8))
+    write_images(tmp_path / "mine" / "c" / "deeper", np.full((2, 4, 4), 102, dtype=np.uint8))
+    x, y = everything(load(tmp_path / "mine"))
+    theirs = datasets.ImageFolder(str(tmp_path / "mine"))
+    shade = {
+        label: np.asarray(theirs[theirs.targets.index(label)][0])[0, 0, 0] for label in (0, 1, 2)
+    }
+    assert [int(v) for v in x[:, 0, 0, 0]] == [shade[int(label)] for label in y]
+    assert y.bincount().tolist() == [6, 6, 8]
+
+
+def test_one_colour_image_makes_all_of_them_rgb(tmp_path):
+    grey = images_of(11, 4, 4)
+    write_images(tmp_path / "mine", grey)
+    Image.fromarray(np.full((4, 4, 3), (255, 0, 9), dtype=np.uint8)).save(tmp_path / "mine/z.png")
+    x = sorted_by_first_pixel(load(tmp_path / "mine"))
+    assert torch.equal(x[:11], torch.from_numpy(grey)[:, None].expand(-1, 3, -1, -1))
+    assert x[11, :, 0, 0].tolist() == [255, 0, 9]
+
+
+@pytest.mark.parametrize(
+    ("mode", "channels"), [("1", 1), ("L", 1), ("LA", 1), ("P", 3), ("RGBA", 3), ("RGB", 3)]
+)
+def test_every_mode_of_8_bits(tmp_path, mode, channels):
+    (tmp_path / "mine").mkdir()
+    for i in range(12):
+        image = Image.new("L", (4, 5), 255).convert(mode)
+        # a palette half transparent, of which Pillow warns where it is dropped
+        extra = {"transparency": bytes([0, 128])} if mode == "P" else {}
+        image.save(tmp_path / "mine" / f"{i}.png", **extra)
+    (x,) = everything(load(tmp_path / "mine"))
+    assert x.shape == (12, channels, 5, 4)
+    assert (x == 255).all()
+
+
+def test_the_first_image_of_another_size_is_named(tmp_path):
+    write_images(tmp_path / "mine", images_of(12, 5, 4))
+    for name in ("007.png", "009.png"):
+        Image.fromarray(np.zeros((6, 4), dtype=np.uint8)).save(tmp_path / "mine" / name)
+    with pytest.raises(ValueError, match=r"000\.png is 5x4, 007\.png is 6x4"):
+        load(tmp_path / "mine")
+
+
+def test_folders_that_are_refused(tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    with pytest.raises(ValueError, match="holds no images"):
+        load(mine)
+    write_images(mine, images_of(9, 4, 4))
+    with pytest.raises(ValueError, match=r"at least 10 images .* 9 found"):
+        load(mine)
+    write_images(mine / "a", images_of(9, 4, 4))
+    with pytest.raises(ValueError, match=r"subfolders are the labels.*000\.png"):
+        load(mine)
+
+
+@pytest.mark.parametrize("keep", [0, 8, 30, 60])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "webp"])
+def test_an_unreadable_image_is_named(tmp_path, suffix, keep):
+    write_images(tmp_path / "mine", images_of(12, 8, 8), suffix)
+    broken = tmp_path / "mine" / f"005.{suffix}"
+    broken.write_bytes(broken.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=rf"005\.{suffix} cannot be read as an image"):
+        load(tmp_path / "mine")
+
+
+def test_sixteen_bit_images_are_refused_not_clipped(tmp_path):
+    (tmp_path / "mine").mkdir()
+    Image.fromarray(np.full((4, 4), 40_000, dtype=np.uint16)).save(tmp_path / "mine" / "0.png")
+    with pytest.raises(ValueError, match=r"0\.png .*must have 8 bits"):
+        load(tmp_path / "mine")
