@@ -1,39 +1,16 @@
 """Checkpoints: written atomically, read safely (tensors and plain values only)."""
 
 import os
-import tempfile
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pvae.files import write_atomically
 from pvae.vae import VAE, build
 
 FORMAT = 1
-
-
-def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file so that at any moment the old one or the new one is whole.
-
-    >>> folder = tempfile.TemporaryDirectory()
-    >>> write_atomically(Path(folder.name) / "a.txt", lambda file: file.write(b"whole"))
-    >>> (Path(folder.name) / "a.txt").read_bytes()
-    b'whole'
-    >>> folder.cleanup()
-    """
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:

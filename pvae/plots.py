@@ -10,7 +10,6 @@ import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from matplotlib.axes import Axes
@@ -20,6 +19,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+
+from pvae.files import write_atomically
 
 __all__ = [
     "curves",
@@ -75,13 +76,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     suffix, allowed = path.suffix.lower().lstrip("."), figure.canvas.get_supported_filetypes()
     if suffix not in allowed:
         raise ValueError(f"path must end in one of {', '.join(sorted(allowed))}, got {str(path)!r}")
-    # Beside the target, since a rename is atomic only within one file system.
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        figure.savefig(temporary, format=suffix, dpi="figure")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda file: figure.savefig(file, format=suffix, dpi="figure"))
 
 
 def grid(

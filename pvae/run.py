@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pvae import checkpoint
+from pvae.files import write_atomically
 
 
 def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
     """Writes a mapping as readable JSON, atomically."""
     text = json.dumps(values, indent=2) + "\n"
-    checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def versions() -> dict[str, str]:

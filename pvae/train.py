@@ -16,6 +16,7 @@ from tqdm import tqdm
 from pvae import checkpoint, evaluate
 from pvae.crosscheck import STANDARD_ERRORS, TOLERANCE, Check, cross_check
 from pvae.data import Observed, pixels
+from pvae.files import write_atomically
 from pvae.objectives import temper
 from pvae.optim import SingleOptimizer
 from pvae.vae import VAE, Objective
@@ -85,7 +86,7 @@ class Trainer:
     >>> from pvae.data import load, observe
     >>> from pvae.vae import OBJECTIVES
     >>> data = observe(load("digits"), "dynamic")
-    >>> vae = pvae.build(data.image_shape, latent_dim=2, net="mlp", hidden=16)
+    >>> vae = pvae.build((1, 28, 28), latent_dim=2, net="mlp", hidden=16)
     >>> adam = SingleOptimizer(torch.optim.Adam(vae.parameters(), lr=1e-2))
     >>> objective = OBJECTIVES["trace_elbo"]
     >>> svi = SVI(vae.model, vae.guide, adam, objective.elbo(1))
@@ -391,4 +392,4 @@ def _write_csv(path: Path, rows: list[dict[str, float]]) -> None:
     writer = csv.DictWriter(text, list(rows[-1]))
     writer.writeheader()
     writer.writerows(rows)
-    checkpoint.write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))

@@ -28,16 +28,16 @@ def test_help_groups_the_arguments_and_gives_defaults(capsys):
     for group in ("data:", "model and guide:", "training:", "run:"):
         assert group in text
     for flag in (
-        "-n N, --num-epochs N",
-        "-b B, --batch-size B",
-        "-lr LR, --learning-rate LR",
+        "--num-epochs N",
+        "--batch-size B",
+        "--learning-rate LR",
         "--latent-dim",
         "--objective",
         "--num-particles",
         "--resume",
         "--quiet",
         "(default: 128)",
-        "(default: 0.001)",
+        "(default: 0.004)",
     ):
         assert flag in text
     assert "None" not in text

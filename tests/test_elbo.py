@@ -8,7 +8,7 @@ from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 
 from pvae import temper
 from pvae.crosscheck import _Draws
-from pvae.vae import OBJECTIVES
+from pvae.vae import GUIDES, OBJECTIVES
 
 
 def pyro_loss_and_noise(vae, x, elbo, beta):
@@ -68,10 +68,13 @@ def test_in_float32(likelihood, guide, elbo):
     assert_same(vae, loss, by_hand, 1e-5)
 
 
-@pytest.mark.parametrize(("likelihood", "guide"), PAIRS)
-def test_sampled_and_analytic_kl_agree_in_expectation(likelihood, guide):
-    """Paired over 20,000 draws: the mean difference lies within 4 standard errors of 0."""
-    vae, x = tiny(likelihood, guide).double(), images(likelihood, (1, 8, 8))
+@pytest.mark.parametrize("guide", GUIDES)
+def test_sampled_and_analytic_kl_agree_in_expectation(guide):
+    """Paired over 20,000 draws: the mean difference lies within 4 standard errors of 0.
+
+    The reconstruction is one and the same, so that the two objectives agree in expectation.
+    """
+    vae, x = tiny(guide=guide, net="mlp").double(), images("bernoulli", (1, 8, 8))
     noise = torch.randn(20_000 // len(x), len(x), 3, dtype=torch.float64)
     with torch.no_grad():
         terms = vae.oracle.terms(x, noise=noise)

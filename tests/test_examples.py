@@ -96,6 +96,7 @@ def test_swaps_from_the_command_line(tmp_path, argv):
     assert "epoch " not in done.stdout.replace("best epoch", "")
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_resumed_as_if_uninterrupted(tmp_path):
     small = [*SMALL[:-1], "40", "-b", "200"]
     whole = run(command(tmp_path / "whole", *small), tmp_path)

@@ -25,7 +25,7 @@ HOUSE = [
     "vae",
 ]
 # the ground floor: rooms that do not import one another
-ROOMS = ["programs", "objectives", "closed_form", "conditional", "heads", "priors", "nets"]
+ROOMS = ["programs", "objectives", "closed_form", "conditional", "heads", "priors", "nets", "files"]
 TORCH_ONLY = ["closed_form", "conditional", "nets"]
 
 

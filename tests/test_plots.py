@@ -408,8 +408,8 @@ def test_save_writes_what_was_drawn_and_nothing_else(tmp_path):
 
 
 def test_a_failed_save_leaves_the_older_file_alone(tmp_path, monkeypatch):
-    def half_written(self, path, **kwargs):
-        path.write_text("half")
+    def half_written(self, file, **kwargs):
+        file.write(b"half")
         raise OSError("disk full")
 
     path = tmp_path / "samples.png"
@@ -443,8 +443,10 @@ def test_it_imports_only_torch_and_matplotlib_and_never_pyplot():
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     assert {name.split(".")[0] for name in names} - sys.stdlib_module_names == {
         "matplotlib",
+        "pvae",
         "torch",
     }
+    assert {name for name in names if name.startswith("pvae")} == {"pvae.files.write_atomically"}
     assert not any("pyplot" in name for name in names)
 
 
