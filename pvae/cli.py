@@ -7,11 +7,12 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import pyro
 import torch
 
-from pvae import data, run
+from pvae import data, memory, run
 from pvae.train import TrainingFailed
 from pvae.vae import ACTIVATIONS, GUIDES, LIKELIHOODS, NETS, OBJECTIVES, PRIORS, VAE
 
@@ -51,15 +52,49 @@ def _choices(group: Any, flag: str, table: Mapping[str, Any], default: str, what
     group.add_argument(flag, choices=list(table), default=default, metavar="NAME", help=help_text)
 
 
+_POSITIVE, _NATURAL = _number(float, 0, strict=True), _number(int, 1)
+_FRACTION = _number(float, 0, high=1)
+
+
 def parser(description: str) -> argparse.ArgumentParser:
-    """The arguments of an example, grouped; an example sets other defaults by `set_defaults`.
+    """The arguments of a training example, grouped; it sets other defaults by `set_defaults`.
 
     >>> parser("An example.").parse_args(["-b", "64"]).batch_size
     64
     """
     p = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
-    positive, natural = _number(float, 0, strict=True), _number(int, 1)
+    group = _data_arguments(p)
+    group.add_argument(
+        "--binarize",
+        choices=list(_BINARIZE),
+        help="how grey pixels become binary ones (default: dynamic, redrawn for every training "
+        "batch, for a Bernoulli likelihood; else none)",
+    )
+    group.add_argument(
+        "--dequantize", action="store_true", help="add uniform noise of one grey level to pixels"
+    )
+    _pair_arguments(p)
+    _schedule_arguments(_training_arguments(p))
+    group = _run_arguments(p)
+    group.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
+    return p
 
+
+def study_parser(description: str) -> argparse.ArgumentParser:
+    """The arguments of a short study, which composes its pairs itself and is not resumed.
+
+    >>> study_parser("A study.").parse_args(["--seed", "3"]).seed
+    3
+    """
+    p = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
+    _data_arguments(p)
+    _training_arguments(p)
+    _run_arguments(p)
+    p.set_defaults(resume=None)
+    return p
+
+
+def _data_arguments(p: argparse.ArgumentParser) -> Any:
     g = p.add_argument_group("data")
     g.add_argument(
         "--dataset",
@@ -73,41 +108,40 @@ def parser(description: str) -> argparse.ArgumentParser:
         help="where MNIST/raw and its like are looked for, before $PVAE_DATA, ./data and the "
         "cache folder",
     )
-    g.add_argument(
-        "--binarize",
-        choices=list(_BINARIZE),
-        help="how grey pixels become binary ones (default: dynamic, redrawn for every training "
-        "batch, for a Bernoulli likelihood; else none)",
-    )
-    g.add_argument(
-        "--dequantize", action="store_true", help="add uniform noise of one grey level to pixels"
-    )
+    return g
 
+
+def _pair_arguments(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group("model and guide")
-    g.add_argument("--latent-dim", type=natural, default=32, metavar="D", help="latent dimension")
+    g.add_argument("--latent-dim", type=_NATURAL, default=32, metavar="D", help="latent dimension")
     _choices(g, "--net", NETS, "conv", "networks")
-    g.add_argument("--hidden", type=natural, default=256, metavar="N", help="hidden width")
+    g.add_argument("--hidden", type=_NATURAL, default=256, metavar="N", help="hidden width")
     g.add_argument("--activation", choices=list(ACTIVATIONS), default="silu", help="activation")
     _choices(g, "--likelihood", LIKELIHOODS, "bernoulli", "p(x|z)")
     _choices(g, "--guide", GUIDES, "normal", "q(z|x)")
     _choices(g, "--prior", PRIORS, "standard_normal", "p(z)")
 
+
+def _training_arguments(p: argparse.ArgumentParser) -> Any:
     g = p.add_argument_group("training")
     g.add_argument(
         "-n",
         "--num-epochs",
-        type=natural,
+        type=_NATURAL,
         metavar="N",
         help="epochs (default: 10, and at least 2,000 steps)",
     )
-    g.add_argument("-b", "--batch-size", type=natural, default=128, metavar="B", help="batch size")
+    g.add_argument("-b", "--batch-size", type=_NATURAL, default=128, metavar="B", help="batch size")
     g.add_argument(
-        "-lr", "--learning-rate", type=positive, default=4e-3, metavar="LR", help="Adam's rate"
+        "-lr", "--learning-rate", type=_POSITIVE, default=4e-3, metavar="LR", help="Adam's rate"
     )
-    fraction = _number(float, 0, high=1)
+    return g
+
+
+def _schedule_arguments(g: Any) -> None:
     g.add_argument(
         "--lr-warmup",
-        type=fraction,
+        type=_FRACTION,
         default=0.05,
         metavar="F",
         help="fraction of training in which the learning rate rises",
@@ -120,7 +154,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     _choices(g, "--objective", OBJECTIVES, "trace_elbo", "what SVI optimizes")
     g.add_argument(
-        "--num-particles", type=natural, default=1, metavar="K", help="draws of z for each image"
+        "--num-particles", type=_NATURAL, default=1, metavar="K", help="draws of z for each image"
     )
     g.add_argument(
         "--beta",
@@ -130,12 +164,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     g.add_argument(
         "--kl-warmup",
-        type=fraction,
+        type=_FRACTION,
         default=0.05,
         metavar="F",
         help="fraction of training in which beta rises from 0",
     )
 
+
+def _run_arguments(p: argparse.ArgumentParser) -> Any:
     g = p.add_argument_group("run")
     g.add_argument("--seed", type=_number(int, 0), default=0, help="seed of everything random")
     g.add_argument(
@@ -144,9 +180,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     g.add_argument(
         "--out", metavar="DIR", help="folder of the run, new or empty (default: runs/ and a name)"
     )
-    g.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
     g.add_argument("--quiet", action="store_true", help="no progress, only the results")
-    return p
+    return g
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -309,3 +344,32 @@ def announce(
     )
     allocator = "; the C allocator keeps freed memory" if kept_memory else ""
     print(f"run: {args.objective} by SVI on {device}{allocator}; kept in {folder}/")
+
+
+class Study(NamedTuple):
+    """What a short study starts from."""
+
+    folder: Path
+    device: torch.device
+    dataset: data.Dataset
+    observed: data.Observed
+
+
+def start_study(args: argparse.Namespace, name: str, observe: str) -> Study:
+    """Seeds, makes the run's folder with its `config.json`, loads the data and says so.
+
+    `observe` is one of `pvae.data.OBSERVATIONS`; `args` come from a `study_parser`.
+    """
+    pyro.set_rng_seed(args.seed)
+    chosen = device(args.device)
+    folder = run.new_folder(args.out, name)
+    dataset = data.load(args.dataset, args.data_root, seed=args.seed)
+    args.num_epochs = num_epochs(args, len(dataset.train.images))
+    args.observe = observe
+    keep_config(folder, args, dataset)
+    memory.keep_freed_memory()
+    if dataset.note:
+        print(dataset.note)
+    if not args.quiet:
+        print(f"data: {dataset.name}, {len(dataset.train.images):,} training images, {observe}")
+    return Study(folder, chosen, dataset, data.observe(dataset, observe, args.seed).to(chosen))

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -137,6 +138,7 @@ class Trainer:
         self.steps_per_epoch = math.ceil(len(data.train.images) / batch_size)
         self.step = 0
         self.history: list[dict[str, float]] = []
+        self._kept_epochs = 0
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self._checked = self._batch(data.validation.images[:_CHECKED], data.validation.labels)
         self.vae.check(*self._checked)
@@ -197,7 +199,7 @@ class Trainer:
         row["seconds"] = time.perf_counter() - start
         row |= _check_columns(check)
         self.history.append(row)
-        self._keep(check)
+        self._keep()
         if not self.quiet:
             self._say(_line(row, check))
         if check.suspicious:
@@ -234,20 +236,13 @@ class Trainer:
         return loss
 
     def _validate(self) -> dict[str, float]:
-        bound = self.bound(self.data.validation)
-        return {f"validation_{name}": t.mean().item() for name, t in bound._asdict().items()}
+        """The means of the ELBO at beta = 1 and its terms, with fixed noise."""
 
-    def bound(self, split: Any, title: str = "") -> evaluate.Bound:
-        """The ELBO at beta = 1 of each image of a split, with fixed noise."""
-        return evaluate.over(
-            split,
-            lambda x, y: evaluate.elbo(
-                self.vae.model, self.vae.guide, x, y if self.labels else None
-            ),
-            batch_size=500,
-            seed=self.seed,
-            title=title,
-        )
+        def bound(x: Tensor, y: Tensor | None) -> evaluate.Bound:
+            return evaluate.elbo(self.vae.model, self.vae.guide, x, y if self.labels else None)
+
+        means = evaluate.over(self.data.validation, bound, batch_size=500, seed=self.seed)
+        return {f"validation_{name}": t.mean().item() for name, t in means._asdict().items()}
 
     def _cross_check(self, beta: float) -> Check:
         check = cross_check(
@@ -277,7 +272,7 @@ class Trainer:
 
     # ---- what is kept ----
 
-    def _keep(self, check: Check) -> None:
+    def _keep(self) -> None:
         if self.folder is None:
             return
         _write_csv(self.folder / "metrics.csv", self.history)
@@ -290,6 +285,7 @@ class Trainer:
             }
             checkpoint.save(self.folder / "best.pt", best)
         checkpoint.save(self.folder / "checkpoint.pt", self.state())
+        self._kept_epochs = self.epoch
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs: tensors and plain values only."""
@@ -318,6 +314,7 @@ class Trainer:
         by_index = {i: saved[path] for i, path in enumerate(self._paths()) if path in saved}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": by_index})
         self.history, self.step = state["history"], state["step"]
+        self._kept_epochs = self.epoch
         torch.set_rng_state(state["random_state"])
         if state["device_random_state"] is not None:
             _set_device_random_state(self._checked[0].device, state["device_random_state"])
@@ -331,6 +328,7 @@ class Trainer:
 
     def _say(self, text: str) -> None:
         tqdm.write(text)
+        sys.stdout.flush()  # a pipe is to see each epoch as it ends
 
     def _batch(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         y = labels[: len(images)] if self.labels and labels is not None else None
@@ -343,11 +341,11 @@ class Trainer:
         )
 
     def _kept(self) -> str:
-        if self.folder is None or not self.epoch:
-            return " No epoch was finished yet."
+        if not self._kept_epochs:
+            return " Nothing was kept yet."
         return (
-            f" {self.folder / 'checkpoint.pt'} holds the state after epoch {self.epoch}; go on by "
-            f"--resume {self.folder}."
+            f" {self.folder}/checkpoint.pt holds the state after epoch {self._kept_epochs}; "
+            f"go on by --resume {self.folder}."
         )
 
 

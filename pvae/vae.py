@@ -108,7 +108,7 @@ class VAE(nn.Module):
         Raises:
             ValueError: wrong shape or dtype, NaN, or values outside the likelihood's support.
         """
-        p = self.decode(self.encode(x, y).mean, y)
+        p = self.decode(self.encode(x, y).sample(), y)
         if p.event_shape != x.shape[1:]:
             raise ValueError(
                 f"x holds images of shape {tuple(x.shape[1:])}, "
