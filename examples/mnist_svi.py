@@ -84,7 +84,7 @@ def main() -> None:
     numbers = report.results(vae, observed, seed=args.seed, quiet=args.quiet)
     numbers["seconds"] = time.perf_counter() - start
     run.write_json(folder / "results.json", numbers)
-    report.pictures(vae, observed, trainer.history, folder, seed=args.seed)
+    report.pictures(vae, observed, trainer.history, folder, numbers, seed=args.seed)
     print(report.results_table(numbers, observed, dataset.name, args.latent_dim))
     print(
         f"best epoch {best['epoch']}; {numbers['seconds']:.0f} s; pictures and numbers: {folder}/"

@@ -133,18 +133,24 @@ def pictures(
     data: Observed,
     history: Sequence[Mapping[str, float]],
     folder: Path,
+    numbers: Mapping[str, float],
     *,
     seed: int = 0,
 ) -> list[Path]:
     """Saves the figures of a trained pair and returns their paths: reconstructions, samples,
-    the manifold of a 2-D latent or else traversals, interpolations, latents and curves."""
+    the manifold of a 2-D latent or else traversals, interpolations, latents and curves.
+
+    `history` is the trainer's, `numbers` come from `results`.
+    """
     x = pixels(data.test.images[:1000])
     y = None if data.test.labels is None else data.test.labels[:1000]
     with evaluate.evaluating(vae), evaluate.fixed_noise(x.device, seed):
         means = evaluate.posterior_means(vae.guide, x)
         figures = {
             "reconstructions": plots.reconstructions(
-                x[:32], _shown(vae.reconstruct(x[:32])), title="Test images and reconstructions"
+                x[:32],
+                _shown(vae.reconstruct(x[:32])),
+                title=f"Test images, test ELBO {numbers['test_elbo']:.2f} nats per image",
             ),
             "samples": plots.samples(
                 _shown(vae.sample(64)), title="Mean images at draws from the prior"
