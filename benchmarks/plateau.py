@@ -14,7 +14,6 @@ import argparse
 import pyro
 import torch
 from pyro.infer import SVI
-from torch import Tensor
 
 import pvae
 from pvae import cli, data, memory
@@ -30,9 +29,7 @@ def collapsed(split: data.Split) -> float:
     return (torch.xlogy(mean, mean) + torch.xlogy(1 - mean, 1 - mean)).sum().item()
 
 
-def first_epoch(
-    dataset: data.Dataset, mean_image: Tensor, seed: int, published: bool
-) -> dict[str, float]:
+def first_epoch(dataset: data.Dataset, seed: int, published: bool) -> dict[str, float]:
     """The row of the first epoch's numbers."""
     defaults = cli.parser("").parse_args([])
     pyro.set_rng_seed(seed)
@@ -41,7 +38,7 @@ def first_epoch(
         defaults.latent_dim,
         hidden=16 if published else defaults.hidden,
         activation="relu" if published else defaults.activation,
-        mean_image=None if published else mean_image,
+        mean_image=None if published else dataset.mean_image,
     ).to(memory_format=torch.channels_last)
     rate = 1e-3 if published else defaults.learning_rate
     adam = pvae.SingleOptimizer(torch.optim.Adam(vae.parameters(), lr=rate, fused=True))
@@ -75,13 +72,12 @@ def main() -> None:
 
     memory.keep_freed_memory()
     dataset = data.load(args.dataset, args.data_root)
-    mean_image = data.pixels(dataset.train.images).mean(0)
     floor = collapsed(dataset.validation)
     print(f"{dataset.name}: collapsed solution {floor:.1f} nats per image (validation)")
     print(f"{'seed':>4} {'validation ELBO':>16} {'KL':>6} {'time':>7}")
     left = 0
     for seed in range(args.seeds):
-        row = first_epoch(dataset, mean_image, seed, args.published)
+        row = first_epoch(dataset, seed, args.published)
         gone = row["validation_elbo"] > floor + MARGIN
         left += gone
         print(

@@ -26,12 +26,12 @@ def main() -> None:
     start = time.perf_counter()
     pyro.set_rng_seed(args.seed)
     device = cli.device(args.device)
-    folder = Path(args.resume) if args.resume else run.new_folder(args.out, "mnist_svi")
 
     # data: whole splits in memory; what the model is shown of them
     dataset = data.load(args.dataset, args.data_root, seed=args.seed)
     observed = data.observe(dataset, args.observe, seed=args.seed).to(device)
     args.num_epochs = cli.num_epochs(args, len(dataset.train.images))
+    folder = Path(args.resume) if args.resume else run.new_folder(args.out, "mnist_svi")
     cli.keep_config(folder, args, dataset)
 
     # the pair of programs: p(z) p(x|z) and q(z|x)
@@ -44,7 +44,7 @@ def main() -> None:
         args.prior,
         hidden=args.hidden,
         activation=args.activation,
-        mean_image=data.pixels(dataset.train.images).mean(0),
+        mean_image=dataset.mean_image,
     )
     vae.to(device).to(memory_format=torch.channels_last)
 

@@ -362,8 +362,8 @@ def start_study(args: argparse.Namespace, name: str, observe: str) -> Study:
     """
     pyro.set_rng_seed(args.seed)
     chosen = device(args.device)
-    folder = run.new_folder(args.out, name)
     dataset = data.load(args.dataset, args.data_root, seed=args.seed)
+    folder = run.new_folder(args.out, name)
     args.num_epochs = num_epochs(args, len(dataset.train.images))
     args.observe = observe
     keep_config(folder, args, dataset)

@@ -79,6 +79,16 @@ class Dataset:
         return channels, height, width
 
     @property
+    def mean_image(self) -> Tensor:
+        """The mean of the training images, float32 `(C, H, W)` in [0, 1].
+
+        >>> load("digits").mean_image.shape
+        torch.Size([1, 28, 28])
+        """
+        images = self.train.images  # summed as integers, without a float copy of the data set
+        return (images.sum(0, dtype=torch.int64) / (255.0 * len(images))).to(torch.float32)
+
+    @property
     def num_classes(self) -> int | None:
         """One more than the largest label in any split, or None where there are no labels.
 

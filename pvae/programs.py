@@ -53,14 +53,17 @@ class Program(nn.Module):
     def register(self) -> None:
         """Makes the parameters known to the Pyro handlers around this call."""
         store = pyro.get_param_store()
+        known = dict(store.named_parameters())
         for path, parameter in self.named_parameters():
             name = f"{self._unique_name}$$${path}"  # pyro.module's own naming
-            if parameter.requires_grad and name not in store:
-                # pyro.param would store a contiguous copy of a channels_last weight, and train
-                # that copy; set_state keeps the very parameter
-                store.set_state(
-                    {"params": {name: parameter}, "constraints": {name: constraints.real}}
-                )
+            if not parameter.requires_grad or known.get(name) is parameter:
+                continue
+            # New here, or replaced since (load_state_dict with assign=True): the store is to hold
+            # the very parameter. pyro.param would keep the one it knows, or a contiguous copy of
+            # a channels_last one, and train that while the module stays as it is.
+            if name in known:
+                del store[name]
+            store.set_state({"params": {name: parameter}, "constraints": {name: constraints.real}})
         pyro.module(self._unique_name, self)
 
 

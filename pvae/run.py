@@ -1,6 +1,7 @@
 """The folder of one run: its configuration, its results, and never another run's."""
 
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -35,7 +36,9 @@ def new_folder(out: str | os.PathLike[str] | None, name: str) -> Path:
         ValueError: `out` holds something already.
         OSError: the folder cannot be made or written to.
     """
-    folder = Path(out) if out is not None else _first_free(Path("runs") / name)
+    if out is None:
+        return _first_free(Path("runs") / name)
+    folder = Path(out)
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(
             f"--out {folder} holds files already, which a new run would overwrite: choose another "
@@ -52,11 +55,16 @@ def new_folder(out: str | os.PathLike[str] | None, name: str) -> Path:
 
 
 def _first_free(folder: Path) -> Path:
-    free, number = folder, 1
-    while free.exists():
-        number += 1
-        free = folder.with_name(f"{folder.name}-{number}")
-    return free
+    for number in itertools.count(1):
+        free = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        try:
+            free.mkdir(parents=True)  # fails where it exists: two runs at once get two folders
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise OSError(f"{free} cannot be made: {error}; name a folder by --out") from error
+        return free
+    raise AssertionError("there is always a next number")
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:

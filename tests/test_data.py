@@ -794,3 +794,9 @@ def test_sixteen_bit_images_are_refused_not_clipped(tmp_path):
     Image.fromarray(np.full((4, 4), 40_000, dtype=np.uint16)).save(tmp_path / "mine" / "0.png")
     with pytest.raises(ValueError, match=r"0\.png .*must have 8 bits"):
         load(tmp_path / "mine")
+
+
+def test_the_mean_image_is_that_of_the_training_pixels():
+    digits = load("digits")
+    mean = pixels(digits.train.images).mean(0)
+    torch.testing.assert_close(digits.mean_image, mean, rtol=0, atol=1e-6)
