@@ -29,7 +29,9 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
             return action.help
         # what a help says of None gives way to the default that an example sets
         text, says_default, _ = (action.help or "").partition(" (default: ")
-        return f"{text} (default: %(default)s)" if says_default else super()._get_help_string(action)
+        return (
+            f"{text} (default: %(default)s)" if says_default else super()._get_help_string(action)
+        )
 
 
 def _number(kind: type, low: float, *, strict: bool = False, high: float = math.inf) -> Any:

@@ -146,9 +146,14 @@ def mse_beta(weight: float, elements: int, scale: float) -> float:
 def mse_scale(weight: float, elements: int) -> float:
     """`s = sqrt(w D / 2)`, at which `mse_and_kl` is the Gaussian ELBO with beta = 1.
 
+    Raises:
+        ValueError: `weight` is not above 0: without a KL there is no such scale.
+
     >>> mse_scale(0.1, 80)
     2.0
     """
+    if not weight > 0:
+        raise ValueError(f"weight must be above 0, not {weight}")
     return math.sqrt(weight * elements / 2)
 
 
