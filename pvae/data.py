@@ -105,8 +105,8 @@ def load(
       CIFAR-10: the last tenth) is for validation.
     - "digits": scikit-learn's 1,797 digits, 8x8, scaled to 28x28; needs no network.
     - "patches": 64x64 RGB patches, one every 8 pixels, of scikit-learn's two photographs (a temple
-      and a flower, which are the labels); needs no network. The splits are three regions of each
-      photograph, side by side, so that they share no pixel, though patches within one do.
+      and a flower, which are the labels); needs no network. The splits are strips of each
+      photograph, so that they share no pixel, though the patches of one split do.
     - a `.npy` or `.npz` file: uint8, bool, or float in [0, 1] (rounded to 255ths); shaped
       `(N, H, W)`, `(N, C, H, W)` or `(N, H, W, C)` with C 1 or 3, and where both readings of four
       axes are possible, axis 1 is the channels. In a `.npz` the images are "images", "x" or the
@@ -373,7 +373,12 @@ def _digits(seed: int, note: str = "") -> Dataset:
 
 
 _PATCH, _STRIDE = 64, 8  # pixels
-_REGIONS = ((0, 448), (448, 544), (544, 640))  # columns; not rows, where the sky is no ground
+# columns of the photographs; not rows, of which the upper ones are sky
+_STRIPS = (
+    ((0, 192), (256, 384), (448, 640)),  # training
+    ((192, 256),),  # validation
+    ((384, 448),),  # test
+)
 
 
 def _patches() -> Dataset:
@@ -382,12 +387,15 @@ def _patches() -> Dataset:
     # a copy of each: Pillow's arrays cannot be written to, of which torch warns
     photographs = [torch.tensor(x).permute(2, 0, 1) for x in load_sample_images().images]
 
-    def region(left: int, right: int) -> Split:
-        parts = [_patches_of(photograph[..., left:right]) for photograph in photographs]
-        labels = [torch.full((len(part),), label) for label, part in enumerate(parts)]
+    def split(strips: Sequence[tuple[int, int]]) -> Split:
+        parts, labels = [], []
+        for label, photograph in enumerate(photographs):
+            for left, right in strips:
+                parts.append(_patches_of(photograph[..., left:right]))
+                labels.append(torch.full((len(parts[-1]),), label))
         return Split(torch.cat(parts), torch.cat(labels))
 
-    return _dataset("patches", (region(left, right) for left, right in _REGIONS))
+    return _dataset("patches", map(split, _STRIPS))
 
 
 def _patches_of(photograph: Tensor) -> Tensor:
