@@ -27,7 +27,11 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False:
             return action.help
-        return super()._get_help_string(action)
+        # what a help says of None gives way to the default that an example sets
+        text, says_default, _ = (action.help or "").partition(" (default: ")
+        return (
+            f"{text} (default: %(default)s)" if says_default else super()._get_help_string(action)
+        )
 
 
 def _number(kind: type, low: float, *, strict: bool = False, high: float = math.inf) -> Any:

@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-NAMES = ("mnist", "fashion-mnist", "kmnist", "cifar10", "digits")
+NAMES = ("mnist", "fashion-mnist", "kmnist", "cifar10", "digits", "patches")
 OBSERVATIONS = ("grey", "threshold", "static", "dynamic", "dequantized")
 
 # Random streams, so that no two uses of one seed share their numbers; 0, 1 and 2 are the pixels
@@ -114,6 +114,9 @@ def load(
       into the cache (never with `download=False`). The last sixth of the training images (of
       CIFAR-10: the last tenth) is for validation.
     - "digits": scikit-learn's 1,797 digits, 8x8, scaled to 28x28; needs no network.
+    - "patches": 64x64 RGB patches, one every 8 pixels, of scikit-learn's two photographs (a temple
+      and a flower, which are the labels); needs no network. The splits are strips of each
+      photograph, so that they share no pixel, though the patches of one split do.
     - a `.npy` or `.npz` file: uint8, bool, or float in [0, 1] (rounded to 255ths); shaped
       `(N, H, W)`, `(N, C, H, W)` or `(N, H, W, C)` with C 1 or 3, and where both readings of four
       axes are possible, axis 1 is the channels. In a `.npz` the images are "images", "x" or the
@@ -137,6 +140,8 @@ def load(
         return _read_published(name, _obtain(name, root, download))
     if name == "digits":
         return _digits(seed)
+    if name == "patches":
+        return _patches()
     path = Path(os.path.abspath(os.path.expanduser(name)))
     if not name or not path.exists():
         raise ValueError(_unknown(name))
@@ -375,6 +380,39 @@ def _digits(seed: int, note: str = "") -> Dataset:
     large = [Image.fromarray(x).resize((28, 28), Image.Resampling.BICUBIC) for x in small]
     images = torch.from_numpy(np.stack([np.asarray(x) for x in large])).unsqueeze(1)
     return _split_at_random("digits", images, torch.from_numpy(digits.target).long(), seed, note)
+
+
+_PATCH, _STRIDE = 64, 8  # pixels
+# columns of the photographs; not rows, of which the upper ones are sky
+_STRIPS = (
+    ((0, 192), (256, 384), (448, 640)),  # training
+    ((192, 256),),  # validation
+    ((384, 448),),  # test
+)
+
+
+def _patches() -> Dataset:
+    from sklearn.datasets import load_sample_images  # here, as it takes 1.5 s
+
+    # a copy of each: Pillow's arrays cannot be written to, of which torch warns
+    photographs = [torch.tensor(x).permute(2, 0, 1) for x in load_sample_images().images]
+
+    def split(strips: Sequence[tuple[int, int]]) -> Split:
+        parts, labels = [], []
+        for label, photograph in enumerate(photographs):
+            for left, right in strips:
+                parts.append(_patches_of(photograph[..., left:right]))
+                labels.append(torch.full((len(parts[-1]),), label))
+        return Split(torch.cat(parts), torch.cat(labels))
+
+    return _dataset("patches", map(split, _STRIPS))
+
+
+def _patches_of(photograph: Tensor) -> Tensor:
+    """`(C, H, W)` cut into `(N, C, 64, 64)`, row by row."""
+    rows = photograph.unfold(1, _PATCH, _STRIDE)  # (C, rows, W, 64)
+    patches = rows.unfold(2, _PATCH, _STRIDE)  # (C, rows, columns, 64, 64)
+    return patches.permute(1, 2, 0, 3, 4).flatten(0, 1).contiguous()
 
 
 # ----- published data sets, in torchvision's layout -----------------------------------------------

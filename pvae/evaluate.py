@@ -14,10 +14,11 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from pvae.data import Split, chunks
+from pvae.programs import evaluating
 
 Program = Callable[..., Any]
 _DECODES = 2000  # images decoded at once: bounds the memory of importance sampling
@@ -40,29 +41,6 @@ def fixed_noise(device: torch.device | str, seed: int) -> Iterator[None]:
     ):
         torch.manual_seed(seed)
         yield
-
-
-@contextlib.contextmanager
-def evaluating(*programs: Program) -> Iterator[None]:
-    """Modules among `programs` are in eval mode inside, without gradients, and as before after.
-
-    >>> net = nn.Dropout()
-    >>> with evaluating(net):
-    ...     net.training
-    False
-    >>> net.training
-    True
-    """
-    modules = [m for p in programs if isinstance(p, nn.Module) for m in p.modules()]
-    training = [m.training for m in modules]
-    for module in modules:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, was in zip(modules, training, strict=True):
-            module.training = was
 
 
 class Bound(NamedTuple):

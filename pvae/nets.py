@@ -1,10 +1,12 @@
 """Encoders and decoders: tensors to tensors, knowing nothing of probability.
 
-Every net takes any image size and channel count, and sets its own output bias on request.
+Every net takes any image size and channel count, or refuses it at construction, and every decoder
+sets its own output bias on request.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +127,12 @@ def _doubling(in_channels: int, out_channels: int, size: tuple[int, int]) -> nn.
     )
 
 
+def _set_channel_bias(out: nn.Conv2d | nn.ConvTranspose2d, raw: Tensor) -> None:
+    assert out.bias is not None
+    with torch.no_grad():
+        out.bias.copy_(raw.mean(dim=(1, 2)))
+
+
 class ConvDecoder(nn.Module):
     """The Keras tutorial's decoder: Linear to 64 x H/4 x W/4, ConvTranspose 3x3 s2 64->64, 64->32,
     ConvTranspose 3x3 to the likelihood's parameters.
@@ -170,6 +178,242 @@ class ConvDecoder(nn.Module):
 
     def set_output_bias(self, raw: Tensor) -> None:
         """Starts each channel at the mean of `raw` (`out_shape`) over its pixels."""
-        assert self.out.bias is not None
-        with torch.no_grad():
-            self.out.bias.copy_(raw.mean(dim=(1, 2)))
+        _set_channel_bias(self.out, raw)
+
+
+_COURSE = (28, 28)
+
+
+def _check_course(name: str, shape: Sequence[int]) -> None:
+    _check_image_shape(name, shape)
+    if tuple(shape[1:]) != _COURSE:
+        raise ValueError(
+            f"{name} is {tuple(shape)}, but the course's net takes {_COURSE[0]}x{_COURSE[1]} "
+            f"images alone, not {shape[1]}x{shape[2]}: its decoder has no padding to choose, "
+            "1 -> 5 -> 13 -> 28; the nets conv, deep and mlp take any size"
+        )
+
+
+class CourseEncoder(nn.Module):
+    """The course's CNN: Conv 4x4 s2 C->32, 4x4 s2 p1 32->64, 4x4 s2 64->128, the output.
+
+    Heights and widths go 28 -> 13 -> 6 -> 2, so that 512 features are left; a linear layer to
+    `2 * latent_dim` of them is the published pair of heads, for the loc and the log-scale.
+
+    Args:
+        image_shape: `(C, 28, 28)`.
+        out_shape: shape of one output, such as `(2 * latent_dim,)`.
+        activation: makes the activations (ReLU as published).
+
+    Raises:
+        ValueError: the images are not 28x28, or the input is not `(N, C, 28, 28)`.
+
+    >>> CourseEncoder((1, 28, 28), (40,))(torch.zeros(5, 1, 28, 28)).shape
+    torch.Size([5, 40])
+    """
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        out_shape: Sequence[int],
+        activation: Activation = nn.ReLU,
+    ) -> None:
+        super().__init__()
+        _check_course("image_shape", image_shape)
+        self.image_shape, self.out_shape = torch.Size(image_shape), torch.Size(out_shape)
+        self.layers = nn.Sequential(
+            nn.Conv2d(image_shape[0], 32, 4, stride=2),  # (N, 32, 13, 13)
+            activation(),
+            nn.Conv2d(32, 64, 4, stride=2, padding=1),  # (N, 64, 6, 6)
+            activation(),
+            nn.Conv2d(64, 128, 4, stride=2),  # (N, 128, 2, 2)
+            activation(),
+            nn.Flatten(),
+            nn.Linear(512, math.prod(out_shape)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_input(x, self.image_shape)
+        return self.layers(x).reshape(-1, *self.out_shape)
+
+
+class CourseDecoder(nn.Module):
+    """The course's CNN: Linear to 512, ConvTranspose 5x5 s2 512->64, 5x5 s2 64->32, 4x4 s2 to the
+    likelihood's parameters. Heights and widths go 1 -> 5 -> 13 -> 28.
+
+    Args:
+        latent_shape: shape of one latent, `(D,)`.
+        out_shape: `(channels, 28, 28)` of the output.
+        activation: makes the activations (ReLU as published).
+
+    Raises:
+        ValueError: the output is not 28x28, or the input is not `(N, *latent_shape)`.
+
+    >>> CourseDecoder((20,), (1, 28, 28))(torch.zeros(5, 20)).shape
+    torch.Size([5, 1, 28, 28])
+    """
+
+    def __init__(
+        self,
+        latent_shape: Sequence[int],
+        out_shape: Sequence[int],
+        activation: Activation = nn.ReLU,
+    ) -> None:
+        super().__init__()
+        _check_course("out_shape", out_shape)
+        self.latent_shape, self.out_shape = torch.Size(latent_shape), torch.Size(out_shape)
+        self.layers = nn.Sequential(
+            nn.Linear(math.prod(latent_shape), 512),
+            activation(),
+            nn.Unflatten(1, (512, 1, 1)),
+            nn.ConvTranspose2d(512, 64, 5, stride=2),  # (N, 64, 5, 5)
+            activation(),
+            nn.ConvTranspose2d(64, 32, 5, stride=2),  # (N, 32, 13, 13)
+            activation(),
+        )
+        self.out = nn.ConvTranspose2d(32, out_shape[0], 4, stride=2)  # (N, channels, 28, 28)
+
+    def forward(self, z: Tensor) -> Tensor:
+        _check_input(z, self.latent_shape)
+        return self.out(self.layers(z.flatten(1)))
+
+    def set_output_bias(self, raw: Tensor) -> None:
+        """Starts each channel at the mean of `raw` (`out_shape`) over its pixels."""
+        _set_channel_bias(self.out, raw)
+
+
+WIDTHS = (32, 64, 128, 256, 512)
+
+
+def _check_widths(widths: Sequence[int]) -> None:
+    if not widths or min(widths) < 1:
+        raise ValueError(f"widths must be channels of at least 1, one a layer, not {tuple(widths)}")
+
+
+def _halvings(shape: Sequence[int], times: int) -> list[tuple[int, int]]:
+    """The height and width of an image, and of what each halving of it leaves."""
+    sizes = [(shape[1], shape[2])]
+    for _ in range(times):
+        sizes.append((_halved(sizes[-1][0]), _halved(sizes[-1][1])))
+    return sizes
+
+
+class DeepEncoder(nn.Module):
+    """The deep "vanilla VAE": a Conv 3x3 s2, BatchNorm and LeakyReLU for each width, the output.
+
+    Every layer halves height and width, rounding up. In train mode BatchNorm normalizes by the
+    batch, so that an output depends on the images beside it, and every call moves the running
+    statistics that it normalizes by in eval mode: SVI's step calls the encoder once, in the guide.
+    Source: the "vanilla VAE" of github.com/AntixK/PyTorch-VAE (2020); Batch Normalization (2015),
+    arXiv:1502.03167.
+
+    Args:
+        image_shape: `(C, H, W)`, any sizes.
+        out_shape: shape of one output, such as `(2 * latent_dim,)`.
+        widths: channels after each convolution.
+        activation: makes the activations (LeakyReLU as published).
+
+    Raises:
+        ValueError: `image_shape` is not three sizes, `widths` are not sizes, the input is not
+            `(N, C, H, W)`, or a single image is left with one pixel in train mode (torch's error).
+
+    >>> DeepEncoder((3, 64, 48), (256,), widths=(8, 16))(torch.zeros(5, 3, 64, 48)).shape
+    torch.Size([5, 256])
+    """
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        out_shape: Sequence[int],
+        widths: Sequence[int] = WIDTHS,
+        activation: Activation = nn.LeakyReLU,
+    ) -> None:
+        super().__init__()
+        _check_image_shape("image_shape", image_shape)
+        _check_widths(widths)
+        self.image_shape, self.out_shape = torch.Size(image_shape), torch.Size(out_shape)
+        layers: list[nn.Module] = []
+        for channels, next_channels in pairwise([image_shape[0], *widths]):
+            layers += [
+                nn.Conv2d(channels, next_channels, 3, stride=2, padding=1),
+                nn.BatchNorm2d(next_channels),
+                activation(),
+            ]
+        flat = widths[-1] * math.prod(_halvings(image_shape, len(widths))[-1])
+        layers += [nn.Flatten(), nn.Linear(flat, math.prod(out_shape))]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_input(x, self.image_shape)
+        return self.layers(x).reshape(-1, *self.out_shape)
+
+
+class DeepDecoder(nn.Module):
+    """The mirror of `DeepEncoder`: Linear, a ConvTranspose 3x3 s2, BatchNorm and LeakyReLU for each
+    width, and a Conv 3x3 to the likelihood's parameters, which are any real numbers.
+
+    The published form, for images in [-1, 1], ends in a tanh: `nn.Sequential(DeepDecoder(...),
+    nn.Tanh())`. Of BatchNorm, and the source, see `DeepEncoder`.
+
+    Args:
+        latent_shape: shape of one latent, `(D,)`.
+        out_shape: `(channels, H, W)` of the output, any sizes.
+        widths: the encoder's, in its order.
+        activation: makes the activations (LeakyReLU as published).
+
+    Raises:
+        ValueError: `out_shape` is not three sizes, `widths` are not sizes, or the input is not
+            `(N, *latent_shape)`.
+
+    >>> DeepDecoder((128,), (3, 64, 48), widths=(8, 16))(torch.zeros(5, 128)).shape
+    torch.Size([5, 3, 64, 48])
+    """
+
+    def __init__(
+        self,
+        latent_shape: Sequence[int],
+        out_shape: Sequence[int],
+        widths: Sequence[int] = WIDTHS,
+        activation: Activation = nn.LeakyReLU,
+    ) -> None:
+        super().__init__()
+        _check_image_shape("out_shape", out_shape)
+        _check_widths(widths)
+        self.latent_shape, self.out_shape = torch.Size(latent_shape), torch.Size(out_shape)
+        *larger, smallest = _halvings(out_shape, len(widths))
+        deepest = (widths[-1], *smallest)
+        layers: list[nn.Module] = [
+            nn.Linear(math.prod(latent_shape), math.prod(deepest)),
+            nn.Unflatten(1, deepest),
+        ]
+        channels = [*reversed(widths), widths[0]]
+        for (wide, narrow), size in zip(pairwise(channels), reversed(larger), strict=True):
+            layers += [_doubling(wide, narrow, size), nn.BatchNorm2d(narrow), activation()]
+        self.layers = nn.Sequential(*layers)
+        self.out = nn.Conv2d(widths[0], out_shape[0], 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        _check_input(z, self.latent_shape)
+        return self.out(self.layers(z.flatten(1)))
+
+    def set_output_bias(self, raw: Tensor) -> None:
+        """Starts each channel at the mean of `raw` (`out_shape`) over its pixels."""
+        _set_channel_bias(self.out, raw)
+
+
+class Affine(nn.Module):
+    """`v -> scale v + shift`, between images in [0, 1] and the range that a net was made for.
+
+    `Affine(2, -1)` before an encoder and `Affine(0.5, 0.5)` after a decoder's tanh: the nets work
+    in [-1, 1], and the pair takes and returns images in [0, 1] like every other.
+
+    >>> Affine(2, -1)(torch.tensor([0.0, 0.5, 1.0]))
+    tensor([-1.,  0.,  1.])
+    """
+
+    def __init__(self, scale: float, shift: float) -> None:
+        super().__init__()
+        self.scale, self.shift = scale, shift
+
+    def forward(self, v: Tensor) -> Tensor:
+        return self.scale * v + self.shift

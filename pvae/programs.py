@@ -4,11 +4,14 @@ Both are plain Pyro: stock `SVI`, `Predictive`, `ELBOModule`, `RenyiELBO` and `p
 on them. The sites are `z` and `x`, the plate is `data`.
 """
 
+import contextlib
 import itertools
 import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro
+import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
@@ -19,6 +22,29 @@ def _leave_store(prefix: str) -> None:
     store = pyro.get_param_store()
     for name in [name for name in store if name.startswith(prefix)]:
         del store[name]
+
+
+@contextlib.contextmanager
+def evaluating(*programs: Callable[..., Any]) -> Iterator[None]:
+    """Modules among `programs` are in eval mode inside, without gradients, and as before after.
+
+    >>> net = nn.Dropout()
+    >>> with evaluating(net):
+    ...     net.training
+    False
+    >>> net.training
+    True
+    """
+    modules = [m for p in programs if isinstance(p, nn.Module) for m in p.modules()]
+    training = [m.training for m in modules]
+    for module in modules:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, was in zip(modules, training, strict=True):
+            module.training = was
 
 
 class Program(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pvae import closed_form, heads, nets, priors
 from pvae.closed_form import ClosedForm, Terms
 from pvae.conditional import Conditional
-from pvae.programs import Guide, Model
+from pvae.programs import Guide, Model, evaluating
 
 
 class VAE(nn.Module):
@@ -20,7 +20,8 @@ class VAE(nn.Module):
 
     Hand the two to any stock Pyro tool; the methods here are what people do with a trained pair.
     Images are `(B, C, H, W)` floats, latents `(*, B, D)`; `y` are labels `(B,)` for pairs that are
-    conditional on them.
+    conditional on them. What returns images runs in eval mode and leaves the pair's own mode, and
+    BatchNorm's running statistics, as they were.
 
     Args:
         model: a `pvae.Model`, or any module with `prior` and `likelihood` that is a Pyro program.
@@ -54,12 +55,11 @@ class VAE(nn.Module):
         """The likelihood `p(x|z)`, batch shape `(*, B)`, event shape `(C, H, W)`."""
         return self.model.likelihood(*_given(z, y))
 
-    @torch.no_grad()
     def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The mean image at the posterior mean, `(B, C, H, W)`; errors as `encode`."""
-        return self.decode(self.encode(x, y).mean, y).mean
+        with evaluating(self):
+            return self.decode(self.encode(x, y).mean, y).mean
 
-    @torch.no_grad()
     def sample(self, n: int = 1, y: Tensor | None = None) -> Tensor:
         """Mean images at `n` draws from the prior (one for each label where `y` is given).
 
@@ -68,11 +68,11 @@ class VAE(nn.Module):
         """
         if n < 1:
             raise ValueError(f"n must be at least 1, not {n}")
-        prior = self.model.prior(*(() if y is None else (y,)))
-        z = prior.sample((n,)) if y is None else prior.expand((len(y),)).sample()
-        return self.decode(z, y).mean
+        with evaluating(self):
+            prior = self.model.prior(*(() if y is None else (y,)))
+            z = prior.sample((n,)) if y is None else prior.expand((len(y),)).sample()
+            return self.decode(z, y).mean
 
-    @torch.no_grad()
     def interpolate(
         self, start: Tensor, end: Tensor, steps: int = 10, y: Tensor | None = None
     ) -> Tensor:
@@ -88,10 +88,11 @@ class VAE(nn.Module):
                 "start and end must have one shape, "
                 f"not {tuple(start.shape)} and {tuple(end.shape)}"
             )
-        a, b = self.encode(start, y).mean, self.encode(end, y).mean  # (B, D)
-        weights = torch.linspace(0, 1, steps, dtype=a.dtype, device=a.device)
-        z = torch.lerp(a, b, weights[:, None, None])  # (steps, B, D)
-        return self.decode(z, y).mean.transpose(0, 1)
+        with evaluating(self):
+            a, b = self.encode(start, y).mean, self.encode(end, y).mean  # (B, D)
+            weights = torch.linspace(0, 1, steps, dtype=a.dtype, device=a.device)
+            z = torch.lerp(a, b, weights[:, None, None])  # (steps, B, D)
+            return self.decode(z, y).mean.transpose(0, 1)
 
     def terms(self, x: Tensor, z: Tensor, y: Tensor | None = None) -> Terms:
         """The ELBO's terms at `z` `(*, B, D)` without any Pyro handler: hand-written where there
@@ -101,14 +102,14 @@ class VAE(nn.Module):
         prior = self.model.prior(*(() if y is None else (y,)))
         return closed_form.sampled_terms(self.encode(x, y), self.decode(z, y), prior, x, z)
 
-    @torch.no_grad()
     def check(self, x: Tensor, y: Tensor | None = None) -> None:
         """Checks that the pair can be trained on images like `x`, before a long run starts.
 
         Raises:
             ValueError: wrong shape or dtype, NaN, or values outside the likelihood's support.
         """
-        p = self.decode(self.encode(x, y).sample(), y)
+        with evaluating(self):
+            p = self.decode(self.encode(x, y).sample(), y)
         if p.event_shape != x.shape[1:]:
             raise ValueError(
                 f"x holds images of shape {tuple(x.shape[1:])}, "
@@ -229,22 +230,40 @@ def _mlp(
     return nets.MLP(in_shape, out_shape, (hidden,), activation)
 
 
-def _conv_decoder(
-    in_shape: Sequence[int], out_shape: Sequence[int], hidden: int, activation: nets.Activation
-) -> nn.Module:
-    return nets.ConvDecoder(
-        in_shape, out_shape, activation
-    )  # the published form has no hidden layer
+def _without_hidden(net: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """For a net whose published form has no hidden layer."""
+
+    def make(
+        in_shape: Sequence[int], out_shape: Sequence[int], hidden: int, activation: nets.Activation
+    ) -> nn.Module:
+        return net(in_shape, out_shape, activation=activation)
+
+    return make
 
 
 NETS: Mapping[str, Net] = {
-    "conv": Net(nets.ConvEncoder, _conv_decoder, "two strided convolutions and their mirror"),
+    "conv": Net(
+        nets.ConvEncoder,
+        _without_hidden(nets.ConvDecoder),
+        "two strided convolutions and their mirror",
+    ),
     "mlp": Net(_mlp, _mlp, "one hidden layer each way"),
+    "course": Net(
+        _without_hidden(nets.CourseEncoder),
+        _without_hidden(nets.CourseDecoder),
+        "three 4x4 convolutions, for 28x28 alone",
+    ),
+    "deep": Net(
+        _without_hidden(nets.DeepEncoder),
+        _without_hidden(nets.DeepDecoder),
+        "five strided convolutions with BatchNorm",
+    ),
 }
 
 ACTIVATIONS: Mapping[str, nets.Activation] = {
     "silu": nn.SiLU,
     "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
     "gelu": nn.GELU,
     "tanh": nn.Tanh,
 }
@@ -302,7 +321,7 @@ def choose(name: str, value: str, table: Mapping[str, Any]) -> Any:
 
     >>> choose("net", "cnn", NETS)
     Traceback (most recent call last):
-    ValueError: net must be one of conv, mlp, not 'cnn'
+    ValueError: net must be one of conv, mlp, course, deep, not 'cnn'
     """
     if value not in table:
         raise ValueError(f"{name} must be one of {', '.join(table)}, not {value!r}")
@@ -326,7 +345,8 @@ def build(
     Args:
         image_shape: `(C, H, W)`.
         latent_dim: the latent's dimension `D`.
-        hidden, activation: of the networks; the published Keras form is 16 and "relu".
+        hidden, activation: of the networks; the published forms are 16 and "relu" for "conv",
+            "relu" for "course" and "leaky_relu" for "deep", which have no hidden width.
         mean_image: `(C, H, W)` in [0, 1]: the decoder's output bias starts there, without which
             a run may sit for epochs at the collapsed solution.
 

@@ -160,3 +160,14 @@ def test_an_interrupt_exits_with_130_and_says_how_to_go_on(capsys):
         cli.run_main(main)
     assert stop.value.code == 130
     assert "go on by --resume runs/a" in capsys.readouterr().err
+
+
+def test_help_gives_the_default_that_an_example_sets(capsys):
+    study = cli.study_parser("test")
+    study.set_defaults(dataset="patches", num_epochs=6)
+    with pytest.raises(SystemExit):
+        study.parse_args(["--help"])
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "an image folder (default: patches)" in text
+    assert "epochs (default: 6)" in text
+    assert "(default: 10" not in text

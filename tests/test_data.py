@@ -349,6 +349,46 @@ def test_digits_use_the_whole_range_of_bytes():
     assert x.max() == 255
 
 
+# ----- patches of photographs ---------------------------------------------------------------------
+
+
+def test_patches_are_rgb_and_the_same_every_time():
+    first, again = load("patches"), load("patches", seed=1)
+    assert first.image_shape == (3, 64, 64)
+    assert sizes(first) == (2 * 46 * (17 + 9 + 17), 2 * 46, 2 * 46)
+    assert first.train.images.dtype == torch.uint8
+    assert first.sha256 == again.sha256
+    assert first.num_classes == 2
+    for split in (first.train, first.validation, first.test):
+        assert torch.equal(split.labels.bincount(), torch.full((2,), len(split.images) // 2))
+    # in colour: the channels differ in every split
+    assert (first.test.images[:, 0] != first.test.images[:, 2]).float().mean() > 0.5
+
+
+def test_no_pixel_of_a_photograph_is_in_two_splits(monkeypatch):
+    """Photographs whose pixels spell their own row, column and number."""
+    row, column = np.mgrid[:427, :640]
+    made = [
+        np.stack([row % 256, column % 256, number * 8 + row // 256 * 4 + column // 256], axis=-1)
+        for number in (0, 1)
+    ]
+    fake = type("Bunch", (), {"images": [x.astype(np.uint8) for x in made]})
+    monkeypatch.setattr("sklearn.datasets.load_sample_images", lambda: fake)
+    data = load("patches")
+    seen = []
+    for split in (data.train, data.validation, data.test):
+        low_row, low_column, rest = split.images.long().unbind(1)
+        rows, columns = low_row + rest // 4 % 2 * 256, low_column + rest % 4 * 256
+        # each is a patch: 64 rows and columns in their order, of the photograph of its label
+        assert torch.equal(rows - rows[:, :1, :1], torch.arange(64)[:, None].expand(rows.shape))
+        assert torch.equal(columns - columns[:, :1, :1], torch.arange(64).expand(rows.shape))
+        assert torch.equal(rest[:, 0, 0] // 8, split.labels)
+        seen.append(((rest // 8 * 427 + rows) * 640 + columns).unique())
+    together = torch.cat(seen)
+    assert len(together.unique()) == len(together)
+    assert len(together) > 0.97 * 2 * 427 * 640  # and hardly a pixel is left out
+
+
 # ----- published data sets ------------------------------------------------------------------------
 
 

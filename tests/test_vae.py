@@ -46,7 +46,7 @@ def test_output_starts_at_the_mean_image(likelihood):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"net": "cnn"}, "net must be one of conv, mlp, not 'cnn'"),
+        ({"net": "cnn"}, "net must be one of conv, mlp, course, deep, not 'cnn'"),
         ({"likelihood": "beta"}, "likelihood must be one of bernoulli, .* not 'beta'"),
         ({"guide": "iaf"}, "guide must be one of normal, normal_log_scale, not 'iaf'"),
         ({"prior": "vamp"}, "prior must be one of standard_normal, not 'vamp'"),
