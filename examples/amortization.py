@@ -70,9 +70,13 @@ def elbos(vae: VAE, guide: Callable[..., Any], x: Tensor, seed: int) -> Tensor:
 
 def main() -> None:
     parser = cli.study_parser("The amortization gap: one encoder against a factor for each image.")
-    parser.add_argument("--latent-dim", type=cli.NATURAL, default=16, metavar="D", help="latent dimension")
+    parser.add_argument(
+        "--latent-dim", type=cli.NATURAL, default=16, metavar="D", help="latent dimension"
+    )
     parser.add_argument("--images", type=cli.NATURAL, default=500, metavar="N", help="test images")
-    parser.add_argument("--steps", type=cli.NATURAL, default=1000, metavar="S", help="steps of the factors")
+    parser.add_argument(
+        "--steps", type=cli.NATURAL, default=1000, metavar="S", help="steps of the factors"
+    )
     args = parser.parse_args()
     study = cli.start_study(args, "amortization", "dynamic")
 

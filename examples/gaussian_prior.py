@@ -7,7 +7,9 @@ R = 1 + r / 10, and the angle is uniform, so
 
     p(x) = p_r(10 (R - 1)) * 10 / (2 pi R),    p_r(r) = r exp(-r^2 / 2),
 
-and no model's mean log density exceeds E log p(x); what it lacks is KL(p || model).
+and no model's mean log density exceeds E log p(x); what it lacks is KL(p || model). The ELBO
+lacks a little more, as z given x is not Gaussian: the plane has to be torn at 0. Training by the
+importance-weighted bound minds that less, and its ring is sharper.
 
 Source: Tutorial on Variational Autoencoders (2016), arXiv:1606.05908, figure 2.
 """
@@ -18,7 +20,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from matplotlib.figure import Figure
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import ELBO, SVI
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import trange
@@ -28,6 +30,7 @@ from pvae import VAE, Conditional, Guide, Model, cli, evaluate, plots, report, r
 from pvae.heads import Normal, NormalSharedScale
 from pvae.nets import MLP
 from pvae.priors import StandardNormal
+from pvae.vae import OBJECTIVES
 
 
 def g(z: Tensor) -> Tensor:
@@ -53,11 +56,13 @@ def ring_vae(hidden: int = 64) -> VAE:
     )
 
 
-def train(vae: VAE, x: Tensor, *, steps: int, batch_size: int, rate: float, quiet: bool) -> None:
+def train(
+    vae: VAE, x: Tensor, elbo: ELBO, *, steps: int, batch_size: int, rate: float, quiet: bool
+) -> None:
     """Stock SVI; each step sees points drawn from `x` `(N, 2)`."""
     adam = torch.optim.Adam(vae.parameters(), lr=rate)
     schedule = CosineAnnealingLR(adam, steps)
-    svi = SVI(vae.model, vae.guide, pvae.SingleOptimizer(adam), Trace_ELBO())
+    svi = SVI(vae.model, vae.guide, pvae.SingleOptimizer(adam), elbo)
     for _ in trange(steps, desc="ring", leave=False, disable=quiet or None):
         svi.step(x[torch.randint(len(x), (batch_size,), device=x.device)])
         schedule.step()
@@ -73,26 +78,31 @@ def main() -> None:
     run.write_json(folder / "config.json", config)
 
     x, held_out = g(torch.randn(20_000, 2, device=device)).split([15_000, 5_000])
-    vae = ring_vae().to(device)
     steps = math.ceil(len(x) / args.batch_size) * cli.num_epochs(args, len(x))
-    train(
-        vae, x, steps=steps, batch_size=args.batch_size, rate=args.learning_rate, quiet=args.quiet
-    )
-
-    # the mean log density of points that no model has seen
     gaussian = dist.MultivariateNormal(x.mean(0), x.T.cov())
-    with evaluate.fixed_noise(device, args.seed):
-        bound = evaluate.elbo(vae.model, vae.guide, held_out, num_samples=50).elbo
-        iwae = evaluate.importance_weighted(vae.model, vae.guide, held_out, num_samples=500)
-    log_density = {
-        "a Gaussian fitted to the ring": gaussian.log_prob(held_out),
-        "VAE, ELBO": bound,
-        "VAE, IWAE-500 bound": iwae,
-        "the ring's own density": ring_log_density(held_out),
-    }
+    log_density = {"a Gaussian fitted to the ring": gaussian.log_prob(held_out)}
+    # the ELBO also asks for a Gaussian posterior, the importance-weighted bound much less so
+    vaes = {}
+    for name, particles in {"ELBO": 1, "IWAE-8": 8}.items():
+        elbo = OBJECTIVES["trace_elbo" if particles == 1 else "iwae"].elbo(particles)
+        vaes[name] = ring_vae().to(device)
+        train(
+            *(vaes[name], x, elbo),
+            steps=steps,
+            batch_size=args.batch_size,
+            rate=args.learning_rate,
+            quiet=args.quiet,
+        )
+        # the mean log density of points that no model has seen, bounded
+        with evaluate.fixed_noise(device, args.seed):
+            log_density[f"VAE by the {name}, IWAE-500 bound"] = evaluate.importance_weighted(
+                vaes[name].model, vaes[name].guide, held_out, num_samples=500
+            )
+    log_density["the ring's own density"] = ring_log_density(held_out)
+
     estimates = {name: evaluate.estimate(values) for name, values in log_density.items()}
     run.write_json(folder / "results.json", {name: e._asdict() for name, e in estimates.items()})
-    plots.save(drawn(vae, torch.randn(4000, 2, device=device)), folder / "ring.png")
+    plots.save(drawn(vaes, torch.randn(4000, 2, device=device)), folder / "ring.png")
     print(
         report.columns(
             f"log p(x), {len(held_out):,} points not trained on, nats per point",
@@ -104,22 +114,20 @@ def main() -> None:
 
 
 @torch.no_grad()
-def drawn(vae: VAE, z: Tensor) -> Figure:
-    """The same points thrice, coloured by the angle of z: z, g(z), and what the VAE has learned."""
-    p = vae.decode(z)
-    panels = {
-        "z ~ N(0, I)": z,
-        "g(z) = z / 10 + z / ||z||": g(z),
-        f"learned: f(z), noise {p.stddev[0, 0]:.3f}": p.mean,
-    }
-    figure = Figure((10, 3.6), dpi=150, layout="constrained")
+def drawn(vaes: dict[str, VAE], z: Tensor) -> Figure:
+    """The same points, coloured by the angle of z: z, g(z), and what each VAE has learned."""
+    panels = {"z ~ N(0, I)": z, "x = g(z) = z / 10 + z / ||z||": g(z)}
+    for name, vae in vaes.items():
+        p = vae.decode(z)
+        panels[f"f(z), learned by {name}\nnoise {p.stddev[0, 0]:.3f}"] = p.mean
+    figure = Figure((12, 3.5), dpi=120, layout="constrained")
     angle = torch.atan2(z[:, 1], z[:, 0]).cpu().numpy()
-    for axes, (title, points) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+    for axes, (title, points) in zip(figure.subplots(1, 4), panels.items(), strict=True):
         across, up = points.cpu().numpy().T
-        axes.scatter(across, up, c=angle, cmap="hsv", s=3, linewidths=0)
+        axes.scatter(across, up, c=angle, cmap="hsv", s=3, linewidths=0, antialiased=False)
         axes.set_title(title, fontsize=10)
-        axes.set_aspect("equal")
-        name = "z" if points is z else "x"
+        name, limit = ("z", 4) if points is z else ("x", 1.5)
+        axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
         axes.set(xlabel=f"{name}1", ylabel=f"{name}2")
         axes.spines[["top", "right"]].set_visible(False)
     return figure
