@@ -77,7 +77,7 @@ def main() -> None:
     config = {"arguments": vars(args), "seed": args.seed, "versions": run.versions()}
     run.write_json(folder / "config.json", config)
 
-    x, held_out = g(torch.randn(20_000, 2, device=device)).split([15_000, 5_000])
+    x, held_out = g(torch.randn(17_000, 2, device=device)).split([15_000, 2_000])
     steps = math.ceil(len(x) / args.batch_size) * cli.num_epochs(args, len(x))
     gaussian = dist.MultivariateNormal(x.mean(0), x.T.cov())
     log_density = {"a Gaussian fitted to the ring": gaussian.log_prob(held_out)}
@@ -102,7 +102,7 @@ def main() -> None:
 
     estimates = {name: evaluate.estimate(values) for name, values in log_density.items()}
     run.write_json(folder / "results.json", {name: e._asdict() for name, e in estimates.items()})
-    plots.save(drawn(vaes, torch.randn(4000, 2, device=device)), folder / "ring.png")
+    plots.save(drawn(vaes, torch.randn(3000, 2, device=device)), folder / "ring.png")
     print(
         report.columns(
             f"log p(x), {len(held_out):,} points not trained on, nats per point",
@@ -119,12 +119,12 @@ def drawn(vaes: dict[str, VAE], z: Tensor) -> Figure:
     panels = {"z ~ N(0, I)": z, "x = g(z) = z / 10 + z / ||z||": g(z)}
     for name, vae in vaes.items():
         p = vae.decode(z)
-        panels[f"f(z), learned by {name}\nnoise {p.stddev[0, 0]:.3f}"] = p.mean
-    figure = Figure((12, 3.5), dpi=120, layout="constrained")
+        panels[f"f(z), learned by the {name}\nnoise {p.stddev[0, 0]:.3f}"] = p.mean
+    figure = Figure((12, 3.6), dpi=120, layout="constrained")
     angle = torch.atan2(z[:, 1], z[:, 0]).cpu().numpy()
     for axes, (title, points) in zip(figure.subplots(1, 4), panels.items(), strict=True):
         across, up = points.cpu().numpy().T
-        axes.scatter(across, up, c=angle, cmap="hsv", s=3, linewidths=0, antialiased=False)
+        axes.scatter(across, up, c=angle, cmap="hsv", s=3, linewidths=0)
         axes.set_title(title, fontsize=10)
         name, limit = ("z", 4) if points is z else ("x", 1.5)
         axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")

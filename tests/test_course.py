@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def test_optimized_factors_are_the_exact_posteriors():
     decoder = [p.clone() for p in vae.model.parameters()]
     factors, per_image = factors_of(vae, x)
     encoder = amortization.elbos(vae, vae.guide, x, seed=0)
-    amortization.optimize(vae, factors, x, steps=500, learning_rate=0.05, particles=4)
+    amortization.optimize(vae, factors, x, steps=400, learning_rate=0.1, particles=64)
     q = factors.posterior(torch.arange(len(x)))
     assert torch.distributions.kl_divergence(q, exact).max() < 0.02
     factor = amortization.elbos(vae, per_image, x, seed=0)
@@ -126,7 +127,7 @@ def styled():
 def log_joint(likelihood, x, *z):
     """log p(y) + log p(x | ..., y), `(B, K)`, one class after the other."""
     each = [
-        likelihood(*z, torch.full((len(x),), y)).log_prob(x) - torch.tensor(CLASSES).log()
+        likelihood(*z, torch.full((len(x),), y)).log_prob(x) - math.log(CLASSES)
         for y in range(CLASSES)
     ]
     return torch.stack(each, dim=1)
@@ -228,7 +229,7 @@ def test_the_weights_are_counted_once_for_each_data_set(elbo):
         for index in (slice(0, 6), slice(0, 3), slice(3, 6))
     )
     assert (first + second) / 2 == pytest.approx(whole, rel=1e-10)
-    assert first != pytest.approx(second, rel=1e-3)
+    assert first != pytest.approx(second, rel=1e-6)
     assert bayesian_decoder.weight_kl(model, guide) > 100
 
 
