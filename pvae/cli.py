@@ -56,8 +56,8 @@ def _choices(group: Any, flag: str, table: Mapping[str, Any], default: str, what
     group.add_argument(flag, choices=list(table), default=default, metavar="NAME", help=help_text)
 
 
-_POSITIVE, _NATURAL = _number(float, 0, strict=True), _number(int, 1)
-_FRACTION = _number(float, 0, high=1)
+NATURAL = _number(int, 1)  # the type of an argument that counts something
+_POSITIVE, _FRACTION = _number(float, 0, strict=True), _number(float, 0, high=1)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -84,14 +84,16 @@ def parser(description: str) -> argparse.ArgumentParser:
     return p
 
 
-def study_parser(description: str) -> argparse.ArgumentParser:
-    """The arguments of a short study, which composes its pairs itself and is not resumed.
+def study_parser(description: str, *, images: bool = True) -> argparse.ArgumentParser:
+    """The arguments of a short study, which composes its pairs itself and is not resumed; without
+    `images` it takes no data set.
 
     >>> study_parser("A study.").parse_args(["--seed", "3"]).seed
     3
     """
     p = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
-    _data_arguments(p)
+    if images:
+        _data_arguments(p)
     _training_arguments(p)
     _run_arguments(p)
     p.set_defaults(resume=None)
@@ -117,9 +119,9 @@ def _data_arguments(p: argparse.ArgumentParser) -> Any:
 
 def _pair_arguments(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group("model and guide")
-    g.add_argument("--latent-dim", type=_NATURAL, default=32, metavar="D", help="latent dimension")
+    g.add_argument("--latent-dim", type=NATURAL, default=32, metavar="D", help="latent dimension")
     _choices(g, "--net", NETS, "conv", "networks")
-    g.add_argument("--hidden", type=_NATURAL, default=256, metavar="N", help="hidden width")
+    g.add_argument("--hidden", type=NATURAL, default=256, metavar="N", help="hidden width")
     g.add_argument("--activation", choices=list(ACTIVATIONS), default="silu", help="activation")
     _choices(g, "--likelihood", LIKELIHOODS, "bernoulli", "p(x|z)")
     _choices(g, "--guide", GUIDES, "normal", "q(z|x)")
@@ -131,11 +133,11 @@ def _training_arguments(p: argparse.ArgumentParser) -> Any:
     g.add_argument(
         "-n",
         "--num-epochs",
-        type=_NATURAL,
+        type=NATURAL,
         metavar="N",
         help="epochs (default: 10, and at least 2,000 steps)",
     )
-    g.add_argument("-b", "--batch-size", type=_NATURAL, default=128, metavar="B", help="batch size")
+    g.add_argument("-b", "--batch-size", type=NATURAL, default=128, metavar="B", help="batch size")
     g.add_argument(
         "-lr", "--learning-rate", type=_POSITIVE, default=4e-3, metavar="LR", help="Adam's rate"
     )
@@ -158,7 +160,7 @@ def _schedule_arguments(g: Any) -> None:
     )
     _choices(g, "--objective", OBJECTIVES, "trace_elbo", "what SVI optimizes")
     g.add_argument(
-        "--num-particles", type=_NATURAL, default=1, metavar="K", help="draws of z for each image"
+        "--num-particles", type=NATURAL, default=1, metavar="K", help="draws of z for each image"
     )
     g.add_argument(
         "--beta",

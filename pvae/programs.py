@@ -21,7 +21,15 @@ _numbers = itertools.count()
 def _leave_store(prefix: str) -> None:
     store = pyro.get_param_store()
     for name in [name for name in store if name.startswith(prefix)]:
+        # Pyro maps a parameter back to one name, and fails to delete another: but two programs
+        # that share a module give it one each
+        parameter = store[name].unconstrained()
+        store.set_state({"params": {name: parameter}, "constraints": {name: constraints.real}})
         del store[name]
+        for other, value in store.items():
+            if value.unconstrained() is parameter:
+                known = {"params": {other: parameter}, "constraints": {other: constraints.real}}
+                store.set_state(known)
 
 
 @contextlib.contextmanager

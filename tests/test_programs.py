@@ -229,6 +229,24 @@ def test_names_leave_the_store_with_the_object():
     assert set(pyro.get_param_store()) == left
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_module_shared_by_two_programs_stays_with_the_one_that_is_left():
+    gc.collect()
+    vae = tiny()
+    shared = Guide(vae.guide.posterior)
+    stock_svi(vae).step(X)
+    shared(X)
+    names = set(pyro.get_param_store())
+    del shared
+    gc.collect()
+    store = pyro.get_param_store()
+    assert len(names - set(store)) == len(list(vae.guide.parameters()))
+    assert {store.param_name(p) for p in vae.parameters()} <= set(store)
+    before = weights(vae)
+    stock_svi(vae).step(X)
+    assert set(moved(vae, before)) == set(before)
+
+
 def test_clearing_the_store_does_not_untrain_or_freeze():
     vae = tiny()
     svi = stock_svi(vae)

@@ -1,0 +1,188 @@
+r"""Amortized inference against inference for each image: what one encoder for all costs.
+
+A VAE's encoder answers for every image at once. The same decoder may instead be given one
+variational factor for each image, its own loc and scale, optimized for that image alone. Then
+
+    log p(x) - ELBO(encoder)  =  log p(x) - ELBO(factor)           approximation gap: the family
+                              +  ELBO(factor) - ELBO(encoder)      amortization gap: the sharing
+
+and both parts are printed for test images, in nats per image, with their standard errors. The
+factors start at the encoder's output, the decoder is frozen, and log p(x) is bounded by IWAE-500.
+
+Source: Inference Suboptimality in Variational Autoencoders (2018), arXiv:1801.03558.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from pyro.infer import SVI
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from tqdm import tqdm
+
+import pvae
+from pvae import Conditional, Guide, cli, data, evaluate, plots, report, run
+from pvae.train import Trainer
+from pvae.vae import OBJECTIVES, VAE
+
+DRAWS = 64  # of z for each image, in every ELBO that is reported
+
+
+def one_factor_each(vae: VAE, x: Tensor) -> Guide:
+    """The guide `q(z | index)`: the encoder's output for each `x` `(N, C, H, W)`, now free."""
+    with evaluate.evaluating(vae):
+        raw = vae.guide.posterior.raw(x)  # (N, 2 D)
+    factors = nn.Embedding.from_pretrained(raw, freeze=False)
+    return Guide(Conditional(factors, vae.guide.posterior.head, event_dim=0))
+
+
+def optimize(
+    vae: VAE,
+    factors: Guide,
+    x: Tensor,
+    *,
+    steps: int,
+    learning_rate: float,
+    particles: int = 1,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Stock SVI over the factors of `x` alone, the decoder frozen; `on_step` is called after."""
+    vae.model.requires_grad_(False).eval()
+    adam = torch.optim.Adam(factors.parameters(), lr=learning_rate)
+    schedule = CosineAnnealingLR(adam, steps)
+    elbo = OBJECTIVES["trace_elbo"].elbo(particles)
+    svi = SVI(vae.model, factors, pvae.SingleOptimizer(adam), elbo)
+    index = torch.arange(len(x), device=x.device)
+    for step in range(1, steps + 1):
+        svi.step(x, index=index)
+        schedule.step()
+        on_step(step)
+
+
+def elbos(vae: VAE, guide: Callable[..., Any], x: Tensor, seed: int) -> Tensor:
+    """ELBO of each image `(N,)`; two guides at one seed see the same noise."""
+    with evaluate.fixed_noise(x.device, seed):
+        return evaluate.elbo(vae.model, guide, x, num_samples=DRAWS).elbo
+
+
+def main() -> None:
+    parser = cli.study_parser("The amortization gap: one encoder against a factor for each image.")
+    parser.add_argument(
+        "--latent-dim", type=cli.NATURAL, default=16, metavar="D", help="latent dimension"
+    )
+    parser.add_argument("--images", type=cli.NATURAL, default=500, metavar="N", help="test images")
+    parser.add_argument(
+        "--steps", type=cli.NATURAL, default=1000, metavar="S", help="steps of the factors"
+    )
+    args = parser.parse_args()
+    study = cli.start_study(args, "amortization", "dynamic")
+
+    vae = trained(args, study)
+    x = data.pixels(study.observed.test.images[: args.images])
+    factors = one_factor_each(vae, x)
+    per_image = partial(factors, index=torch.arange(len(x), device=x.device))
+
+    # the factors, and their ELBO at 40 moments on the way
+    encoder = elbos(vae, vae.guide, x, args.seed)
+    path = {0: elbos(vae, per_image, x, args.seed).mean().item()}
+    watched = cli.spread(args.steps, 40)
+    with tqdm(total=args.steps, desc="factors", leave=False, disable=args.quiet or None) as bar:
+
+        def on_step(step: int) -> None:
+            bar.update()
+            if step in watched:
+                path[step] = elbos(vae, per_image, x, args.seed).mean().item()
+
+        optimize(vae, factors, x, steps=args.steps, learning_rate=0.03, on_step=on_step)
+
+    factor = elbos(vae, per_image, x, args.seed)
+    with evaluate.fixed_noise(x.device, args.seed):
+        iwae = evaluate.importance_weighted(vae.model, per_image, x, num_samples=500)
+    quantities = {
+        "ELBO, encoder": encoder,
+        "ELBO, one factor for each image": factor,
+        "IWAE-500 bound on log p(x)": iwae,
+        "amortization gap": factor - encoder,
+        "approximation gap": iwae - factor,
+    }
+    estimates = {name: evaluate.estimate(values) for name, values in quantities.items()}
+    run.write_json(
+        study.folder / "results.json", {name: e._asdict() for name, e in estimates.items()}
+    )
+    plots.save(drawn(path, estimates, factor - encoder), study.folder / "amortization.png")
+    plots.save(worst(vae, per_image, x, factor - encoder), study.folder / "largest_gaps.png")
+    print(
+        report.columns(
+            f"{study.dataset.name}, {len(x)} test images, binarised, nats per image",
+            ["", "mean", "standard error"],
+            [[name, f"{e.mean:.2f}", f"{e.se:.2f}"] for name, e in estimates.items()],
+        )
+    )
+    print(f"pictures and numbers: {study.folder}/")
+
+
+def trained(args: Any, study: cli.Study) -> VAE:
+    """A VAE of one hidden layer each way, trained as the main example trains it."""
+    mean_image = data.pixels(study.dataset.train.images).mean(0)
+    shape = study.dataset.image_shape
+    vae = pvae.build(shape, args.latent_dim, "mlp", mean_image=mean_image).to(study.device)
+    adam = torch.optim.Adam(vae.parameters(), lr=args.learning_rate)
+    objective = OBJECTIVES["trace_elbo"]
+    svi = SVI(vae.model, vae.guide, pvae.SingleOptimizer(adam), objective.elbo(1))
+    Trainer(
+        vae,
+        svi,
+        objective,
+        study.observed,
+        epochs=args.num_epochs,
+        batch_size=args.batch_size,
+        kl_warmup=0.05,
+        lr_warmup=0.05,
+        seed=args.seed,
+        quiet=args.quiet,
+    ).fit()
+    return vae
+
+
+def drawn(path: dict[int, float], estimates: dict[str, evaluate.Estimate], gaps: Tensor) -> Figure:
+    """Left: the factors' ELBO on its way from the encoder's; right: the gap of each image."""
+    figure = Figure((9, 3.8), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    encoder, bound = (estimates[k].mean for k in ("ELBO, encoder", "IWAE-500 bound on log p(x)"))
+    left.axhline(bound, color="0.6", linestyle="--", label=f"IWAE-500: {bound:.2f}")
+    left.plot(path.keys(), path.values(), ".-", color="#3f90da", label="one factor for each image")
+    left.axhline(encoder, color="#bd1f01", label=f"encoder: {encoder:.2f}")
+    left.set(xlabel="step", ylabel="ELBO, nats per image")
+    left.set_title("The factors, optimized from the encoder's output", fontsize=10)
+    left.legend(fontsize=8, loc="center right")
+
+    gap = estimates["amortization gap"]
+    right.hist(gaps.cpu().numpy(), bins=40, color="#3f90da")
+    right.axvline(gap.mean, color="black", linestyle=":")
+    right.set(xlabel="ELBO(factor) - ELBO(encoder), nats", ylabel="images")
+    right.set_title(f"Amortization gap: {gap.mean:.2f} ± {gap.se:.2f} nats per image", fontsize=10)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def worst(vae: VAE, per_image: Callable[..., Any], x: Tensor, gaps: Tensor) -> Figure:
+    """The images of the largest gaps, as the encoder and as their own factor see them."""
+    chosen = gaps.argsort(descending=True)[:12]
+    means = (evaluate.posterior_means(guide, x)[chosen] for guide in (vae.guide, per_image))
+    with torch.no_grad():
+        by_encoder, by_factor = (vae.decode(z).mean for z in means)
+    return plots.grid(
+        torch.cat([x[chosen], by_encoder, by_factor]),
+        len(chosen),
+        title="Test images of the largest amortization gaps, nats",
+        row_labels=["x", "encoder", "own factor"],
+        column_labels=[f"{gap:.1f}" for gap in gaps[chosen].tolist()],
+    )
+
+
+if __name__ == "__main__":
+    cli.run_main(main)

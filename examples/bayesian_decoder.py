@@ -1,0 +1,231 @@
+r"""Latents may include the parameters: a decoder with Bayesian weights.
+
+The weights w of the decoder are one more latent, drawn once for the whole data set, above the
+latents z_n that are drawn for each of its N images:
+
+    p(w) prod_n p(z_n) p(x_n | z_n, w),      q(w) prod_n q(z_n | x_n).
+
+    ELBO = E_q[ sum_n log p(x_n | z_n, w) - KL(q(z_n|x_n) || p(z_n)) ] - KL(q(w) || p(w))
+
+A batch of B images stands for all N: the data plate has size N and takes the batch as its
+subsample, so that Pyro scales what lies inside by N / B, and counts the KL of w, outside, once for
+each data set, not once for each batch. With more data that KL grows, but more slowly than N: the
+posterior of the weights narrows, and so does the band of images that it decodes to.
+
+Source: Auto-Encoding Variational Bayes (2013), arXiv:1312.6114, appendix F.
+"""
+
+import copy
+import math
+from dataclasses import replace
+from functools import partial
+from itertools import chain, count, islice
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from matplotlib.figure import Figure
+from pyro.infer import SVI, TraceMeanField_ELBO
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from tqdm import tqdm
+
+import pvae
+from pvae import cli, data, evaluate, plots, report, run
+from pvae.programs import Program
+from pvae.vae import VAE
+
+
+class BayesianModel(nn.Module):
+    """p(w) prod_n p(z_n) p(x_n | z_n, w): `likelihood(z)` with its parameters w drawn.
+
+    Each parameter has a normal prior about 0 with the scale 1 / sqrt(fan-in), under which every
+    layer's output is about as large as its input. Nothing here is learned: the module's own
+    parameters only lend w their names and shapes.
+    """
+
+    def __init__(self, prior: nn.Module, likelihood: nn.Module, images: int) -> None:
+        super().__init__()
+        self.prior = prior
+        self.likelihood = likelihood
+        self.images = images  # N
+
+    def weight_priors(self) -> dict[str, dist.Distribution]:
+        shaped = self.likelihood.named_parameters()
+        scales = {name: torch.full_like(w, w[0].numel() ** -0.5) for name, w in shaped}
+        return {name: dist.Normal(0 * s, s).to_event(s.dim()) for name, s in scales.items()}
+
+    def forward(self, x: Tensor) -> None:
+        w = {name: pyro.sample(f"w.{name}", p) for name, p in self.weight_priors().items()}
+        with pyro.plate("data", self.images, subsample=x):
+            z = pyro.sample("z", self.prior())
+            pyro.sample("x", functional_call(self.likelihood, w, (z,)), obs=x)
+
+
+class BayesianGuide(Program):
+    """q(w) prod_n q(z_n | x_n): a normal for each weight, starting narrow about `likelihood`'s."""
+
+    def __init__(self, posterior: nn.Module, likelihood: nn.Module, images: int) -> None:
+        super().__init__()
+        self.posterior = posterior
+        self.loc = copy.deepcopy(likelihood)
+        self.log_scale = copy.deepcopy(likelihood)
+        for p in self.log_scale.parameters():
+            nn.init.constant_(p, math.log(0.01))
+        self.images = images
+
+    def weight_posteriors(self) -> dict[str, dist.Distribution]:
+        log_scales = dict(self.log_scale.named_parameters())
+        return {
+            name: dist.Normal(loc, log_scales[name].exp()).to_event(loc.dim())
+            for name, loc in self.loc.named_parameters()
+        }
+
+    def forward(self, x: Tensor) -> None:
+        self.register()
+        for name, q in self.weight_posteriors().items():
+            pyro.sample(f"w.{name}", q)
+        with pyro.plate("data", self.images, subsample=x):
+            pyro.sample("z", self.posterior(x))
+
+
+def weight_kl(model: BayesianModel, guide: BayesianGuide) -> Tensor:
+    """KL(q(w) || p(w)) of all weights together, in nats."""
+    priors = model.weight_priors()
+    kls = [
+        torch.distributions.kl_divergence(q, priors[name])
+        for name, q in guide.weight_posteriors().items()
+    ]
+    return torch.stack(kls).sum()
+
+
+def draw_weights(vae: VAE, guide: BayesianGuide) -> None:
+    """Fills the decoder of a plain VAE with one draw w ~ q(w)."""
+    draw = {name: q.sample() for name, q in guide.weight_posteriors().items()}
+    vae.model.likelihood.load_state_dict(draw)
+
+
+class Decoders(NamedTuple):
+    """What is kept of one size of the training set: images decoded over weight draws, numbers."""
+
+    mean: Tensor  # (B, C, H, W)
+    std: Tensor
+    numbers: dict[str, float]
+
+
+def main() -> None:
+    parser = cli.study_parser("A decoder with Bayesian weights, for more and more training images.")
+    parser.add_argument(
+        "--train-images",
+        type=cli.NATURAL,
+        nargs="+",
+        default=[500, 5_000, 50_000],
+        metavar="N",
+        help="sizes of the training set",
+    )
+    parser.add_argument("--latent-dim", type=cli.NATURAL, default=8, metavar="D", help="of z")
+    args = parser.parse_args()
+    study = cli.start_study(args, "bayesian_decoder", "dynamic")
+    there = len(study.dataset.train.images)
+    # every size is trained for as many steps as the epochs take on the whole data set
+    steps = args.num_epochs * math.ceil(there / args.batch_size)
+    sizes = sorted({min(size, there) for size in args.train_images})
+    x = data.pixels(study.observed.test.images[:1000])
+
+    decoders = {}
+    with tqdm(total=2 * steps * len(sizes), leave=False, disable=args.quiet or None) as bar:
+        for size in sizes:
+            bar.set_description(f"{size:,} images")
+            kept = (None if t is None else t[:size] for t in study.observed.train)
+            observed = replace(study.observed, train=data.Split(*kept))
+            decoders[size] = at_size(args, observed, x, steps, bar)
+
+    numbers = {size: d.numbers for size, d in decoders.items()}
+    run.write_json(study.folder / "results.json", {str(n): row for n, row in numbers.items()})
+    plots.save(drawn(x[:12], decoders), study.folder / "uncertainty.png")
+    print(
+        report.columns(
+            f"{study.dataset.name}, {len(x):,} test images, binarised, nats",
+            ["training images", *next(iter(numbers.values()))],
+            [[f"{n:,}", *(f"{v:.4g}" for v in row.values())] for n, row in numbers.items()],
+        )
+    )
+    print(f"picture and numbers: {study.folder}/")
+
+
+def at_size(args: Any, observed: data.Observed, x: Tensor, steps: int, bar: Any) -> Decoders:
+    """Trains both decoders on the same images, and looks at the test images `x`."""
+    n = len(observed.train.images)
+    train = partial(fit, observed, args, steps, bar)
+    point, vae = (built(args, observed) for _ in range(2))
+    train(point.model, point.guide, list(point.parameters()))
+    with evaluate.fixed_noise(x.device, args.seed):
+        point_elbo = evaluate.elbo(point.model, point.guide, x).elbo
+
+    model = BayesianModel(vae.model.prior, vae.model.likelihood, n)
+    guide = BayesianGuide(vae.guide.posterior, vae.model.likelihood, n).to(x.device)
+    train(model, guide, list(guide.parameters()))
+    elbos, images = [], []
+    with torch.no_grad(), evaluate.fixed_noise(x.device, args.seed):
+        for _ in range(30):
+            draw_weights(vae, guide)
+            elbos.append(evaluate.elbo(vae.model, vae.guide, x).elbo)
+            images.append(vae.reconstruct(x[:12]))
+        kl = weight_kl(model, guide).item()
+    std = torch.stack(images).std(0)
+    return Decoders(
+        torch.stack(images).mean(0),
+        std,
+        {
+            "KL(q(w)||p(w))": kl,
+            "per training image": kl / n,
+            "pixel std": std.mean().item(),
+            "test ELBO given w ~ q(w)": torch.stack(elbos).mean().item(),
+            "test ELBO, point weights": point_elbo.mean().item(),
+        },
+    )
+
+
+def built(args: Any, observed: data.Observed) -> VAE:
+    images = data.pixels(observed.train.images)
+    vae = pvae.build(images.shape[1:], args.latent_dim, "mlp", mean_image=images.mean(0))
+    return vae.to(images.device)
+
+
+def fit(
+    observed: data.Observed,
+    args: Any,
+    steps: int,
+    bar: Any,
+    model: nn.Module,
+    guide: nn.Module,
+    learned: list[nn.Parameter],
+) -> None:
+    """Stock SVI over `steps` batches; the KLs of z and of w are analytic."""
+    adam = torch.optim.Adam(learned, lr=args.learning_rate)
+    schedule = CosineAnnealingLR(adam, steps)
+    svi = SVI(model, guide, pvae.SingleOptimizer(adam), TraceMeanField_ELBO())
+    epochs = (observed.batches(args.batch_size, seed=args.seed, epoch=e) for e in count())
+    for x, _ in islice(chain.from_iterable(epochs), steps):
+        svi.step(x)
+        schedule.step()
+        bar.update()
+
+
+def drawn(x: Tensor, decoders: dict[int, Decoders]) -> Figure:
+    """Test images, and for each size of the training set what the drawn weights make of them."""
+    top = max(d.std.max() for d in decoders.values())  # one scale for all, to compare them
+    rows = [x, *(image for d in decoders.values() for image in (d.mean, d.std / top))]
+    labels = ["x", *(f"N = {n:,}: {what}" for n in decoders for what in ("mean", "std"))]
+    return plots.grid(
+        torch.cat(rows),
+        len(x),
+        title=f"Decoded over weights w ~ q(w), trained on N images (std: white is {top:.2f})",
+        row_labels=labels,
+    )
+
+
+if __name__ == "__main__":
+    cli.run_main(main)
