@@ -57,7 +57,7 @@ class SharedCovariance(heads.Head):
 def linear_model(exact: LinearGaussian, image_shape: Sequence[int]) -> pvae.Model:
     """The Pyro program of `exact`; its parameters stay as they are."""
     latent_dim = exact.weight.shape[1]
-    decoder = MLP((latent_dim,), image_shape, hidden=())
+    decoder = MLP((latent_dim,), image_shape, hidden=()).to(exact.weight.dtype)
     with torch.no_grad():
         decoder.out.weight.copy_(exact.weight)
         decoder.out.bias.copy_(exact.mean)
@@ -108,7 +108,7 @@ def train(
 ) -> list[dict[str, float]]:
     """Trains a guide by stock SVI; the bound on 500 test images, over the steps."""
     x_test = small(data.pixels(study.observed.test.images[:500]))
-    model = linear_model(exact, x_test.shape[1:]).to(study.device)
+    model = linear_model(exact, x_test.shape[1:]).float().to(study.device)
     guide = linear_guide(head, x_test.shape[1:]).to(study.device)
     adam = torch.optim.Adam(guide.parameters(), lr=args.learning_rate)
     svi = SVI(model, guide, pvae.SingleOptimizer(adam), Trace_ELBO(max_plate_nesting=1))
@@ -156,9 +156,7 @@ def figure(curves: dict[str, list[dict[str, float]]], least: dict[str, float]) -
     """A column for each family: the bound under the evidence, and the gap between the two."""
     fig = Figure((10, 6), dpi=150, layout="constrained")
     fig.suptitle("log p(x) = ELBO + KL(q(z|x) || p(z|x)): only the guide is trained", fontsize=11)
-    above, below = fig.subplots(
-        2, len(curves), sharex=True, sharey="row", height_ratios=[3, 2]
-    )
+    above, below = fig.subplots(2, len(curves), sharex=True, sharey="row", height_ratios=[3, 2])
     for top, bottom, (name, rows) in zip(above, below, curves.items(), strict=True):
         steps = [row["step"] for row in rows]
         elbo = [row["elbo"] for row in rows]

@@ -30,6 +30,7 @@ import pyro.distributions as dist
 import torch
 from elbo import linear_guide, linear_model, small
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from pyro import poutine
 from pyro.infer import SVI, TraceGraph_ELBO
 from torch import Tensor, nn
@@ -63,8 +64,9 @@ class ScoreNormal(heads.Normal):
     """The head of a mean-field guide whose gradient Pyro estimates by the score function."""
 
     def forward(self, h: Tensor) -> dist.Distribution:
-        q = super().forward(h).base_dist
-        return _NonreparameterizedNormal(q.loc, q.scale).to_event(self.event_dim)
+        loc, raw_scale = h.chunk(2, dim=-self.event_dim)
+        scale = self.min_scale + self.link(raw_scale)
+        return _NonreparameterizedNormal(loc, scale).to_event(self.event_dim)
 
 
 Options = Callable[[Tensor], Mapping[str, Any]]  # of the images x, to Pyro's baseline options
@@ -99,9 +101,10 @@ def with_baseline(guide: pvae.Guide, options: Options) -> Callable[[Tensor], Any
     """The guide's program with Pyro's baseline options at its site z, put there by a handler."""
 
     def program(x: Tensor) -> Any:
-        baseline = {"baseline": dict(options(x))}
-        config = poutine.infer_config(guide, lambda s: baseline if s["name"] == "z" else {})
-        return config(x)
+        def config(site: Any) -> Any:
+            return {"baseline": dict(options(x))} if site["name"] == "z" else {}
+
+        return poutine.infer_config(guide, config)(x)
 
     return program
 
@@ -127,7 +130,7 @@ def gradients(
     x: Tensor,
     particles: int,
     replicates: int,
-    burn_in: int = 50,
+    burn_in: int = 30,
 ) -> Tensor:
     """Independent estimates of the loss's gradient by the guide's parameters, `(R, P)`.
 
@@ -135,7 +138,8 @@ def gradients(
     Pyro keeps that average there under the site's name.
     """
     elbo, program = objective(particles), with_baseline(guide, options)
-    parameters, rows = list(guide.posterior.parameters()), []
+    parameters: list[Any] = list(guide.posterior.parameters())
+    rows = []
     with pyro.get_param_store().scope():
         for _ in range(burn_in + replicates):
             guide.zero_grad()
@@ -148,7 +152,7 @@ def fit_baseline(model: pvae.Model, guide: pvae.Guide, net: nn.Module, x: Tensor
     """Trains the baseline network alone, where the guide stays."""
     adam = torch.optim.Adam(net.parameters(), lr=4e-3)
     elbo, program = objective(1), with_baseline(guide, neural(net, 1))
-    for _ in range(500):
+    for _ in range(300):
         adam.zero_grad()
         elbo.loss_and_grads(model, program, x)
         adam.step()
@@ -225,12 +229,16 @@ def train(study: cli.Study, args: Any, head: heads.Head, baseline: bool, title: 
     svi = SVI(model, with_baseline(guide, options), pvae.SingleOptimizer(adam), objective(1))
 
     def validation() -> float:
-        return evaluate.over(
-            study.observed.validation,
-            lambda x, _: evaluate.elbo(model, guide, x).elbo,
-            batch_size=500,
-            seed=args.seed,
-        ).mean().item()
+        return (
+            evaluate.over(
+                study.observed.validation,
+                lambda x, _: evaluate.elbo(model, guide, x).elbo,
+                batch_size=500,
+                seed=args.seed,
+            )
+            .mean()
+            .item()
+        )
 
     history = [validation()]
     for epoch in tqdm(range(args.num_epochs), title, leave=False, disable=args.quiet or None):
@@ -273,7 +281,7 @@ def figure(found: dict[str, dict[str, list[float]]], curves: dict[str, list[floa
             SAMPLES, [f["variance"][0] / n for n in SAMPLES], ":", color="0.5", linewidth=0.8
         )
     bias.set_ylim(-6, 6)
-    bias.set_xticks([])
+    bias.set_xticks(range(len(found)), [name.replace(" ", "\n") for name in found], fontsize=7)
     bias.set_ylabel("error of the mean / its standard error")
     bias.set_title("unbiased: 20 random projections each, L = 1", fontsize=10)
     variance.set_xlabel("draws L (dotted: 1/L)")
@@ -286,7 +294,8 @@ def figure(found: dict[str, dict[str, list[float]]], curves: dict[str, list[floa
     training.set_xlabel("epoch")
     training.set_ylabel("validation ELBO, nats per image")
     training.set_title("a VAE trained with L = 1", fontsize=10)
-    training.legend(fontsize=7, loc="lower right")
+    training.xaxis.set_major_locator(MaxNLocator(integer=True))
+    training.legend(fontsize=7)
     for axes in (bias, variance, training):
         axes.grid(color="0.92", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
@@ -296,7 +305,7 @@ def figure(found: dict[str, dict[str, list[float]]], curves: dict[str, list[floa
 def main() -> None:
     parser = cli.study_parser("Score-function and reparameterized gradients of the ELBO.")
     parser.add_argument(
-        "--replicates", type=int, default=400, metavar="R", help="estimates of each gradient"
+        "--replicates", type=int, default=200, metavar="R", help="estimates of each gradient"
     )
     parser.set_defaults(learning_rate=1e-3)
     args = parser.parse_args()

@@ -227,7 +227,9 @@ class LinearGaussian:
         Raises:
             ValueError: `latent_dim` is not between 1 and `E - 1`, or `x` has no noise left over.
 
-        >>> LinearGaussian.fit(torch.tensor([[2.0, 1.0], [-2.0, -1.0], [2.0, -1.0], [-2.0, 1.0]]), 1)
+        >>> LinearGaussian.fit(
+        ...     torch.tensor([[2.0, 1.0], [-2.0, -1.0], [2.0, -1.0], [-2.0, 1.0]]), 1
+        ... )
         LinearGaussian(weight=tensor([[1.7321], [0.0000]]), mean=tensor([0., 0.]), scale=1.0)
         """
         x = x.flatten(1)
@@ -307,9 +309,9 @@ class LinearGaussian:
         half = torch.linalg.cholesky(self.precision)  # P = half half^T
         trace = (half.T @ scale_tril).square().sum((-2, -1))
         distance = ((loc - self.posterior_loc(x)) @ half).square().sum(-1)
-        half_log_dets = (
-            half.diagonal().log().sum() + scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        )
+        half_log_dets = half.diagonal().log().sum() + scale_tril.diagonal(
+            dim1=-2, dim2=-1
+        ).log().sum(-1)
         return (trace + distance - loc.shape[-1]) / 2 - half_log_dets
 
     def mean_field_gap(self) -> float:
