@@ -240,3 +240,138 @@ def sampled_terms(posterior: Any, likelihood: Any, prior: Any, x: Tensor, z: Ten
     except NotImplementedError:
         kl = None
     return Terms(reconstruction, kl, posterior.log_prob(z) - prior.log_prob(z))
+
+
+# ---- the linear Gaussian model, of which everything is known ----
+
+
+@dataclass(frozen=True)
+class LinearGaussian:
+    r"""`z ~ N(0, I)`, `x|z ~ N(W z + mu, s^2 I)`: the VAE whose evidence and posterior are known.
+
+    `p(x) = N(mu, W W^T + s^2 I)` and `p(z|x) = N(m, P^-1)` with the precision
+    `P = I + W^T W / s^2`, one for all `x`, and `m = P^-1 W^T (x - mu) / s^2`. All methods take `x`
+    as `(B, *event)`, flattened to `(B, E)`, and return nats for each image; a Gaussian `q(z|x)` is
+    given by its `loc` `(B, D)` and the Cholesky factor `scale_tril` `(B, D, D)` of its covariance.
+    Source: Probabilistic principal component analysis (1999), J. R. Statist. Soc. B 61, 611-622.
+
+    Args:
+        weight: `W`, `(E, D)`.
+        mean: `mu`, `(E,)`.
+        scale: `s`.
+
+    >>> exact = LinearGaussian(torch.ones(1, 1), torch.zeros(1), 1.0)  # p(x) = N(0, 2)
+    >>> exact.log_evidence(torch.zeros(1, 1))
+    tensor([-1.2655])
+    """
+
+    weight: Tensor
+    mean: Tensor
+    scale: float
+
+    @classmethod
+    def fit(cls, x: Tensor, latent_dim: int) -> "LinearGaussian":
+        """The maximum-likelihood model of images `(N, *event)`: probabilistic PCA.
+
+        `s^2` is the mean of the covariance's small eigenvalues, and the columns of `W` are its
+        first eigenvectors, times `sqrt(eigenvalue - s^2)`.
+
+        Raises:
+            ValueError: `latent_dim` is not between 1 and `E - 1`, or `x` has no noise left over.
+
+        >>> LinearGaussian.fit(
+        ...     torch.tensor([[2.0, 1.0], [-2.0, -1.0], [2.0, -1.0], [-2.0, 1.0]]), 1
+        ... )
+        LinearGaussian(weight=tensor([[1.7321], [0.0000]]), mean=tensor([0., 0.]), scale=1.0)
+        """
+        x = x.flatten(1)
+        if not 1 <= latent_dim < x.shape[1]:
+            raise ValueError(
+                f"latent_dim must be at least 1 and below the {x.shape[1]} elements of an image, "
+                f"not {latent_dim}"
+            )
+        eigenvalues, vectors = torch.linalg.eigh(torch.cov(x.T, correction=0))  # ascending
+        variance = eigenvalues[:-latent_dim].mean()
+        if not variance > 0:
+            raise ValueError(f"x lies in a subspace of {latent_dim} dimensions: s would be 0")
+        weight = vectors[:, -latent_dim:] * (eigenvalues[-latent_dim:] - variance).sqrt()
+        return cls(weight.flip(1), x.mean(0), variance.sqrt().item())
+
+    @property
+    def precision(self) -> Tensor:
+        """`P = I + W^T W / s^2` of the posterior, `(D, D)`.
+
+        >>> LinearGaussian(torch.ones(1, 1), torch.zeros(1), 1.0).precision
+        tensor([[2.]])
+        """
+        eye = torch.eye(self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
+        return eye + self.weight.T @ self.weight / self.scale**2
+
+    def posterior_loc(self, x: Tensor) -> Tensor:
+        """The posterior mean `m`, `(B, D)`.
+
+        >>> LinearGaussian(torch.ones(1, 1), torch.zeros(1), 1.0).posterior_loc(torch.ones(3, 1)).T
+        tensor([[0.5000, 0.5000, 0.5000]])
+        """
+        b = (x.flatten(1) - self.mean) @ self.weight / self.scale**2  # (B, D)
+        return torch.linalg.solve(self.precision, b.T).T
+
+    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        """`log p(x|z)` for `z` `(B, D)`, `(B,)`.
+
+        >>> exact = LinearGaussian(torch.ones(1, 1), torch.zeros(1), 1.0)
+        >>> exact.log_likelihood(torch.ones(1, 1), torch.ones(1, 1))
+        tensor([-0.9189])
+        """
+        log_scale = self.weight.new_tensor(math.log(self.scale))
+        return normal(x.flatten(1), z @ self.weight.T + self.mean, log_scale)
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        """`log p(x) = log p(x | z = 0) + m^T P m / 2 - log det P / 2`, `(B,)`.
+
+        >>> exact = LinearGaussian(torch.ones(1, 1), torch.zeros(1), 1.0)
+        >>> exact.log_evidence(torch.ones(1, 1))
+        tensor([-1.5155])
+        """
+        m = self.posterior_loc(x)
+        quadratic = ((m @ self.precision) * m).sum(-1)
+        return self.log_likelihood(x, 0 * m) + (quadratic - self.precision.logdet()) / 2
+
+    def elbo(self, x: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:
+        """`log p(x | z = loc) - tr(W S W^T) / 2 s^2 - KL(q || N(0, I))`, `S` the covariance of `q`,
+        `(B,)`: the expectation over `q` is in closed form.
+
+        >>> exact = LinearGaussian(torch.ones(1, 1), torch.zeros(1), 1.0)
+        >>> exact.elbo(torch.ones(1, 1), torch.full((1, 1), 0.5), torch.full((1, 1, 1), 0.5**0.5))
+        tensor([-1.5155])
+        """
+        spread = (self.weight @ scale_tril).square().sum((-2, -1)) / self.scale**2
+        half_log_det = scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        trace = scale_tril.square().sum((-2, -1))
+        kl = (trace + loc.square().sum(-1) - loc.shape[-1]) / 2 - half_log_det
+        return self.log_likelihood(x, loc) - spread / 2 - kl
+
+    def gap(self, x: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:
+        """`KL(q(z|x) || p(z|x))`, `(B,)`: what the ELBO lacks of the evidence.
+
+        >>> exact = LinearGaussian(torch.ones(1, 1), torch.zeros(1), 1.0)
+        >>> exact.gap(torch.ones(1, 1), torch.zeros(1, 1), torch.full((1, 1, 1), 0.5**0.5))
+        tensor([0.2500])
+        """
+        half = torch.linalg.cholesky(self.precision)  # P = half half^T
+        trace = (half.T @ scale_tril).square().sum((-2, -1))
+        distance = ((loc - self.posterior_loc(x)) @ half).square().sum(-1)
+        half_log_dets = half.diagonal().log().sum() + scale_tril.diagonal(
+            dim1=-2, dim2=-1
+        ).log().sum(-1)
+        return (trace + distance - loc.shape[-1]) / 2 - half_log_dets
+
+    def mean_field_gap(self) -> float:
+        """The least `KL(q || p(z|x))` of any `q` with a diagonal covariance, the same for all `x`.
+
+        `q` then has the variances `1 / P_dd`, and the KL is `(sum_d log P_dd - log det P) / 2`.
+
+        >>> LinearGaussian(torch.eye(2), torch.zeros(2), 1.0).mean_field_gap()
+        0.0
+        """
+        return ((self.precision.diagonal().log().sum() - self.precision.logdet()) / 2).item()

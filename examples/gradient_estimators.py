@@ -1,0 +1,336 @@
+"""Two ways to estimate the gradient of the ELBO, and what a baseline does for the first.
+
+The ELBO is an expectation over z ~ q(z|x), f(z) = log p(x, z) - log q(z|x), whose gradient by the
+parameters of q is estimated from L draws z_l,
+
+    score function (REINFORCE)   1/L sum_l (f(z_l) - b) d log q(z_l|x)
+    reparameterized (SGVI)       1/L sum_l d f(z(eps_l)),    z(eps) = m(x) + s(x) eps.
+
+Both are unbiased for every L and, since E[d log q] = 0, for every baseline b that does not depend
+on the draw; their variances fall as 1/L, from very different heights. The first only needs the
+value of f, so that it also serves for discrete z; the second needs the derivative of f by z.
+
+In Pyro the distribution decides: `has_rsample` true, and TraceGraph_ELBO reparameterizes; false,
+and it takes the score function, with the baseline that the site's `infer` asks for. The gradient
+is held against the exact one, by autograd of the closed-form ELBO of the linear Gaussian model of
+examples/elbo.py. Then a VAE is trained by each, from the same start.
+
+Sources: Simple statistical gradient-following algorithms (1992), Machine Learning 8; Neural
+variational inference and learning in belief networks (2014), arXiv:1402.0030; Auto-Encoding
+Variational Bayes (2013), arXiv:1312.6114; Monte Carlo gradient estimation in machine learning
+(2019), arXiv:1906.10652.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from elbo import linear_guide, linear_model, small
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from pyro import poutine
+from pyro.infer import SVI, TraceGraph_ELBO
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+from tqdm import tqdm
+
+import pvae
+from pvae import cli, data, evaluate, heads, plots, report, run
+from pvae.closed_form import LinearGaussian
+from pvae.nets import MLP
+from pvae.priors import StandardNormal
+
+LATENT_DIM = 8
+SAMPLES = (1, 10, 100)  # L
+COLOURS = {
+    "score function": "#bd1f01",
+    "score function, decaying average": "#ffa90e",
+    "score function, neural baseline": "#832db6",
+    "reparameterized": "#3f90da",
+}
+
+
+class _NonreparameterizedNormal(dist.Normal):
+    """A normal that is not differentiated through its draws. (Not `.has_rsample_(False)`, which
+    does not survive `to_event` inside a plate.)"""
+
+    has_rsample = False
+
+
+class ScoreNormal(heads.Normal):
+    """The head of a mean-field guide whose gradient Pyro estimates by the score function."""
+
+    def forward(self, h: Tensor) -> dist.Distribution:
+        loc, raw_scale = h.chunk(2, dim=-self.event_dim)
+        scale = self.min_scale + self.link(raw_scale)
+        return _NonreparameterizedNormal(loc, scale).to_event(self.event_dim)
+
+
+Options = Callable[[Tensor], Mapping[str, Any]]  # of the images x, to Pyro's baseline options
+
+
+def no_baseline(x: Tensor) -> Mapping[str, Any]:
+    """The plain score function."""
+    return {}
+
+
+def decaying_average(x: Tensor) -> Mapping[str, Any]:
+    """b = the average of the last ten or so costs at the same place in the batch; Pyro keeps it
+    in its store, so that all batches must be of one size."""
+    return {"use_decaying_avg_baseline": True, "baseline_beta": 0.9}
+
+
+def neural(net: nn.Module, particles: int) -> Options:
+    """b = b(x), a network that Pyro trains on (f - b)^2, beside the guide. The ELBO is a sum over
+    pixels, so the network's output is scaled by their number."""
+
+    def options(x: Tensor) -> Mapping[str, Any]:
+        def cost(x: Tensor) -> Tensor:  # (B,), or with several particles (L, B), as the costs
+            b = x[0].numel() * net(x).squeeze(-1)
+            return b if particles == 1 else b.expand(particles, -1)
+
+        return {"nn_baseline": cost, "nn_baseline_input": x}
+
+    return options
+
+
+def with_baseline(guide: pvae.Guide, options: Options) -> Callable[[Tensor], Any]:
+    """The guide's program with Pyro's baseline options at its site z, put there by a handler."""
+
+    def program(x: Tensor) -> Any:
+        def config(site: Any) -> Any:
+            return {"baseline": dict(options(x))} if site["name"] == "z" else {}
+
+        return poutine.infer_config(guide, config)(x)
+
+    return program
+
+
+def objective(particles: int) -> TraceGraph_ELBO:
+    return TraceGraph_ELBO(particles, vectorize_particles=True, max_plate_nesting=1)
+
+
+# ---- the gradient at one guide, many times over ----
+
+
+def exact_gradient(exact: LinearGaussian, guide: pvae.Guide, x: Tensor) -> Tensor:
+    """The gradient of the loss, minus the closed-form ELBO summed over images, `(P,)`."""
+    q = guide.posterior(x)
+    elbo = exact.elbo(x, q.mean, q.stddev.diag_embed()).sum()
+    return -parameters_to_vector(torch.autograd.grad(elbo, list(guide.posterior.parameters())))
+
+
+def gradients(
+    model: pvae.Model,
+    guide: pvae.Guide,
+    options: Options,
+    x: Tensor,
+    particles: int,
+    replicates: int,
+    burn_in: int = 30,
+) -> Tensor:
+    """Independent estimates of the loss's gradient by the guide's parameters, `(R, P)`.
+
+    The first few, while a running average forms, are left out. The store is a fresh one, since
+    Pyro keeps that average there under the site's name.
+    """
+    elbo, program = objective(particles), with_baseline(guide, options)
+    parameters: list[Any] = list(guide.posterior.parameters())
+    rows = []
+    with pyro.get_param_store().scope():
+        for _ in range(burn_in + replicates):
+            guide.zero_grad()
+            elbo.loss_and_grads(model, program, x)
+            rows.append(parameters_to_vector([p.grad for p in parameters]))
+    return torch.stack(rows[burn_in:])
+
+
+def fit_baseline(model: pvae.Model, guide: pvae.Guide, net: nn.Module, x: Tensor) -> None:
+    """Trains the baseline network alone, where the guide stays."""
+    adam = torch.optim.Adam(net.parameters(), lr=4e-3)
+    elbo, program = objective(1), with_baseline(guide, neural(net, 1))
+    for _ in range(300):
+        adam.zero_grad()
+        elbo.loss_and_grads(model, program, x)
+        adam.step()
+
+
+def total_variance(estimates: Tensor) -> float:
+    """The sum of the variances of the gradient's coordinates, `(R, P)`."""
+    return estimates.var(0).sum().item()
+
+
+def projections(estimates: Tensor, truth: Tensor, count: int = 20) -> Tensor:
+    """Errors of the mean estimate in random directions, in their standard errors, `(count,)`."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(len(truth), count, generator=generator).to(truth)
+    errors = (estimates - truth) @ directions  # (R, count)
+    return errors.mean(0) / (errors.std(0) / len(errors) ** 0.5)
+
+
+def study_gradients(study: cli.Study, args: Any) -> dict[str, dict[str, list[float]]]:
+    """For each estimator the variance at each L, over the squared norm of the exact gradient, and
+    the projected errors at the first L."""
+    x = small(data.pixels(study.dataset.train.images)).double()
+    exact = LinearGaussian.fit(x, LATENT_DIM)
+    x = x[:16]
+    model = linear_model(exact, x.shape[1:]).double()
+    reparameterized = linear_guide(heads.Normal((LATENT_DIM,)), x.shape[1:]).double()
+    score = linear_guide(ScoreNormal((LATENT_DIM,)), x.shape[1:]).double()
+    score.load_state_dict(reparameterized.state_dict())
+    truth = exact_gradient(exact, reparameterized, x)
+
+    baseline = MLP(x.shape[1:], (1,), hidden=(64,)).double()
+    fit_baseline(model, score, baseline, x)
+    plans: dict[str, tuple[pvae.Guide, Callable[[int], Options]]] = {
+        "score function": (score, lambda _: no_baseline),
+        "score function, decaying average": (score, lambda _: decaying_average),
+        "score function, neural baseline": (score, lambda particles: neural(baseline, particles)),
+        "reparameterized": (reparameterized, lambda _: no_baseline),
+    }
+    found = {}
+    bar = tqdm(plans.items(), "gradients", leave=False, disable=args.quiet or None)
+    for name, (guide, options) in bar:
+        estimates = [
+            gradients(model, guide, options(n), x, n, args.replicates).detach() for n in SAMPLES
+        ]
+        found[name] = {
+            "variance": [total_variance(e) / truth.square().sum().item() for e in estimates],
+            "errors": projections(estimates[0], truth).tolist(),
+        }
+    return found
+
+
+# ---- training by each ----
+
+
+def train(study: cli.Study, args: Any, head: heads.Head, baseline: bool, title: str) -> list[float]:
+    """Trains a VAE by stock SVI with one draw; the validation ELBO before and after each epoch."""
+    pyro.set_rng_seed(args.seed)
+    shape = study.dataset.image_shape
+    likelihood = heads.Bernoulli(shape)
+    decoder = MLP((LATENT_DIM,), likelihood.param_shape)
+    decoder.set_output_bias(likelihood.raw_mean(data.pixels(study.dataset.train.images).mean(0)))
+    model = pvae.Model(
+        StandardNormal(LATENT_DIM), pvae.Conditional(decoder, likelihood, event_dim=1)
+    ).to(study.device)
+    guide = pvae.Guide(pvae.Conditional(MLP(shape, head.param_shape), head, event_dim=3))
+    options: Options = no_baseline
+    if baseline:  # a part of the guide, so that SVI trains it too
+        guide.baseline = MLP(shape, (1,))
+        options = neural(guide.baseline, 1)
+    guide.to(study.device)
+
+    parameters = [*model.parameters(), *guide.parameters()]
+    adam = torch.optim.Adam(parameters, lr=args.learning_rate)
+    svi = SVI(model, with_baseline(guide, options), pvae.SingleOptimizer(adam), objective(1))
+
+    def validation() -> float:
+        return (
+            evaluate.over(
+                study.observed.validation,
+                lambda x, _: evaluate.elbo(model, guide, x).elbo,
+                batch_size=500,
+                seed=args.seed,
+            )
+            .mean()
+            .item()
+        )
+
+    history = [validation()]
+    for epoch in tqdm(range(args.num_epochs), title, leave=False, disable=args.quiet or None):
+        for x, _ in study.observed.batches(args.batch_size, seed=args.seed, epoch=epoch):
+            svi.step(x)
+        history.append(validation())
+    return history
+
+
+# ---- what is shown ----
+
+
+def tables(found: dict[str, dict[str, list[float]]], curves: dict[str, list[float]]) -> str:
+    gradient = report.columns(
+        "variance of the gradient, over the squared norm of the exact one; its bias in 20 random "
+        "directions",
+        ["estimator", *(f"L = {n}" for n in SAMPLES), "largest error / se"],
+        [
+            [name, *(f"{v:.3g}" for v in f["variance"]), f"{max(map(abs, f['errors'])):.2f}"]
+            for name, f in found.items()
+        ],
+    )
+    training = report.columns(
+        "validation ELBO of a VAE trained with L = 1, nats per image",
+        ["estimator", "before", "first epoch", "last epoch"],
+        [[name, f"{c[0]:.1f}", f"{c[1]:.1f}", f"{c[-1]:.1f}"] for name, c in curves.items()],
+    )
+    return f"{gradient}\n{training}"
+
+
+def figure(found: dict[str, dict[str, list[float]]], curves: dict[str, list[float]]) -> Figure:
+    fig = Figure((13, 4), dpi=150, layout="constrained")
+    bias, variance, training = fig.subplots(1, 3)
+    bias.axhspan(-4, 4, color="0.95", zorder=0)
+    for i, (name, f) in enumerate(found.items()):
+        spread = torch.linspace(-0.25, 0.25, len(f["errors"])) + i
+        bias.scatter(spread, f["errors"], s=9, color=COLOURS[name])
+        variance.loglog(SAMPLES, f["variance"], "o-", color=COLOURS[name], label=name)
+        variance.loglog(
+            SAMPLES, [f["variance"][0] / n for n in SAMPLES], ":", color="0.5", linewidth=0.8
+        )
+    bias.set_ylim(-6, 6)
+    bias.set_xticks(range(len(found)), [name.replace(" ", "\n") for name in found], fontsize=7)
+    bias.set_ylabel("error of the mean / its standard error")
+    bias.set_title("unbiased: 20 random projections each, L = 1", fontsize=10)
+    variance.set_xlabel("draws L (dotted: 1/L)")
+    variance.set_ylabel("variance / |exact gradient|$^2$")
+    variance.set_title("variance of the gradient", fontsize=10)
+    variance.legend(fontsize=7)
+    for name, values in curves.items():
+        label = f"{name}: {values[-1]:.1f}"
+        training.plot(range(len(values)), values, ".-", color=COLOURS[name], label=label)
+    training.set_xlabel("epoch")
+    training.set_ylabel("validation ELBO, nats per image")
+    training.set_title("a VAE trained with L = 1", fontsize=10)
+    training.xaxis.set_major_locator(MaxNLocator(integer=True))
+    training.legend(fontsize=7)
+    for axes in (bias, variance, training):
+        axes.grid(color="0.92", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    return fig
+
+
+def main() -> None:
+    parser = cli.study_parser("Score-function and reparameterized gradients of the ELBO.")
+    parser.add_argument(
+        "--replicates", type=int, default=200, metavar="R", help="estimates of each gradient"
+    )
+    parser.set_defaults(learning_rate=1e-3)
+    args = parser.parse_args()
+    start = time.perf_counter()
+    study = cli.start_study(args, "gradient_estimators", "dynamic")
+
+    found = study_gradients(study, args)
+    plans = {
+        "score function": (ScoreNormal, False),
+        "score function, neural baseline": (ScoreNormal, True),
+        "reparameterized": (heads.Normal, False),
+    }
+    curves = {
+        name: train(study, args, head((LATENT_DIM,)), baseline, name)
+        for name, (head, baseline) in plans.items()
+    }
+    print(tables(found, curves))
+    plots.save(figure(found, curves), study.folder / "gradient_estimators.png")
+    seconds = time.perf_counter() - start
+    run.write_json(
+        study.folder / "results.json",
+        {"gradients": found, "validation_elbo": curves, "seconds": seconds},
+    )
+    print(f"{seconds:.0f} s; picture and numbers: {study.folder}/")
+
+
+if __name__ == "__main__":
+    cli.run_main(main)
