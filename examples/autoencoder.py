@@ -39,14 +39,23 @@ from pvae.vae import LIKELIHOODS, OBJECTIVES, VAE
 WARMUP = 0.05  # fraction of training in which learning rate and KL weight rise
 
 
-def autoencoder_loss(x: Tensor, encoder: nn.Module, decoder: nn.Module, likelihood: str) -> Tensor:
-    """`-log p(x | z = loc(x))` summed over images `(B, C, H, W)`, without noise and without KL;
-    for the normal up to the constant `log(2 pi) / 2` a pixel."""
-    loc, _ = encoder(x).chunk(2, dim=-1)  # the log-variance is not used
-    h = decoder(loc)
-    if likelihood == "bernoulli":
-        return F.binary_cross_entropy_with_logits(h, x, reduction="sum")
+def cross_entropy(h: Tensor, x: Tensor) -> Tensor:
+    """`-log p(x|z)` of Bernoulli pixels with logits `h`, summed over images."""
+    return F.binary_cross_entropy_with_logits(h, x, reduction="sum")
+
+
+def half_squared_error(h: Tensor, x: Tensor) -> Tensor:
+    """`-log p(x|z)` of normal pixels with loc `h` and scale 1, but for `log(2 pi) / 2` a pixel."""
     return F.mse_loss(h, x, reduction="sum") / 2
+
+
+LOSSES = {"bernoulli": cross_entropy, "gaussian": half_squared_error}
+
+
+def autoencoder_loss(x: Tensor, encoder: nn.Module, decoder: nn.Module, likelihood: str) -> Tensor:
+    """`-log p(x | z = loc(x))` summed over images `(B, C, H, W)`: no noise and no KL."""
+    loc, _ = encoder(x).chunk(2, dim=-1)  # the log-variance is not used
+    return LOSSES[likelihood](decoder(loc), x)
 
 
 def main() -> None:
@@ -240,7 +249,7 @@ def arguments() -> argparse.Namespace:
     group = parser.add_argument_group("networks")
     group.add_argument(
         "--likelihood",
-        choices=["bernoulli", "gaussian"],
+        choices=list(LOSSES),
         default="bernoulli",
         help="p(x|z): cross-entropy on binarised pixels, or squared error on grey ones",
     )

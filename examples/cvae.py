@@ -6,8 +6,8 @@ r"""A VAE and its conditional VAE: the label joins the encoder and the decoder.
 Both are multilayer perceptrons 784-400-20. Told the label y, z is left with what the label does
 not say, the *style*: one z decoded under every label gives one style of every class.
 
-The two bounds are on different things. Of K classes that are equally frequent each has
-p(y) = 1/K, and p(x) >= p(x, y) = p(x|y) p(y): the CVAE's bound less log K nats is one on log p(x).
+The two bounds are on different things. With p(y) = 1/K for each of K classes,
+p(x) >= p(x, y) = p(x|y) / K: the CVAE's bound less log K nats is one on log p(x) too.
 
 Sources: Auto-Encoding Variational Bayes (2013), arXiv:1312.6114; Semi-Supervised Learning with
 Deep Generative Models (2014), arXiv:1406.5298, its model M2 with every label seen.
