@@ -56,6 +56,7 @@ def _choices(group: Any, flag: str, table: Mapping[str, Any], default: str, what
     group.add_argument(flag, choices=list(table), default=default, metavar="NAME", help=help_text)
 
 
+_DEFAULT_DATA = "MNIST, found or downloaded; offline, scikit-learn's digits"
 NATURAL = _number(int, 1)  # the type of an argument that counts something
 _POSITIVE, _FRACTION = _number(float, 0, strict=True), _number(float, 0, high=1)
 
@@ -84,29 +85,32 @@ def parser(description: str) -> argparse.ArgumentParser:
     return p
 
 
-def study_parser(description: str, *, images: bool = True) -> argparse.ArgumentParser:
+def study_parser(
+    description: str, *, images: bool = True, default_data: str = _DEFAULT_DATA
+) -> argparse.ArgumentParser:
     """The arguments of a short study, which composes its pairs itself and is not resumed; without
     `images` it takes no data set.
+
+    `default_data` is what the help says of a `--dataset` that is not given.
 
     >>> study_parser("A study.").parse_args(["--seed", "3"]).seed
     3
     """
     p = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
     if images:
-        _data_arguments(p)
+        _data_arguments(p, default_data)
     _training_arguments(p)
     _run_arguments(p)
     p.set_defaults(resume=None)
     return p
 
 
-def _data_arguments(p: argparse.ArgumentParser) -> Any:
+def _data_arguments(p: argparse.ArgumentParser, default: str = _DEFAULT_DATA) -> Any:
     g = p.add_argument_group("data")
     g.add_argument(
         "--dataset",
         metavar="NAME|PATH",
-        help=f"{', '.join(data.NAMES)}, a .npz/.npy file or an image folder "
-        "(default: MNIST, found or downloaded; offline, scikit-learn's digits)",
+        help=f"{', '.join(data.NAMES)}, a .npz/.npy file or an image folder (default: {default})",
     )
     g.add_argument(
         "--data-root",

@@ -1,9 +1,12 @@
 """Conditional distributions: a network, then a head that turns its output into a distribution."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 Join = Callable[[Tensor, Tensor], Tensor]
 
@@ -18,6 +21,92 @@ def ignore_label(v: Tensor, y: Tensor) -> Tensor:
     return v
 
 
+class ConcatLabel(nn.Module):
+    r"""A join that appends the one-hot label: `join(v, y) = [v, one_hot(y)]`.
+
+    With `K` classes a vector `(*, B, D)` becomes `(*, B, D + K)`, an image `(*, B, C, H, W)`
+    becomes `(*, B, C + K, H, W)`, each class a plane of zeros or ones, or, flattened,
+    `(*, B, C H W + K)`. The leading dimensions of `v` and the shape of `y` broadcast, so either
+    may have more than the other: particles in `v`, an enumerated `y` of `(K, 1)`, one label `()`.
+
+    Args:
+        num_classes: `K`; labels are the integers from 0 to `K - 1`.
+        event_dim: dimensions of one `v`: 1 for a vector, 3 for an image.
+        flatten: makes a vector of each `v` first, for networks without convolutions. Planes would
+            give them each class once a pixel, and so a far larger step on it.
+
+    Raises:
+        ValueError: a size below 1; labels that are not integers or out of range; shapes of `v`
+            and `y` that do not broadcast.
+
+    Source: Semi-Supervised Learning with Deep Generative Models (2014), arXiv:1406.5298.
+
+    >>> ConcatLabel(3)(torch.zeros(2, 2), torch.tensor([0, 2]))
+    tensor([[0., 0., 1., 0., 0.],
+            [0., 0., 0., 0., 1.]])
+    >>> every = torch.arange(3)[:, None]  # (3, 1): each label for each image
+    >>> ConcatLabel(3, event_dim=3)(torch.zeros(5, 1, 8, 8), every).shape
+    torch.Size([3, 5, 4, 8, 8])
+    """
+
+    def __init__(self, num_classes: int, *, event_dim: int = 1, flatten: bool = False) -> None:
+        super().__init__()
+        for name, value in (("num_classes", num_classes), ("event_dim", event_dim)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        self.num_classes = num_classes
+        self.event_dim = event_dim
+        self.flatten = flatten
+
+    def joined_shape(self, event_shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of one joined `v`, what a network after this join takes.
+
+        >>> ConcatLabel(10, event_dim=3).joined_shape((1, 28, 28))
+        (11, 28, 28)
+        >>> ConcatLabel(10, event_dim=3, flatten=True).joined_shape((1, 28, 28))
+        (794,)
+        """
+        first, *rest = (prod(event_shape),) if self.flatten else event_shape
+        return (first + self.num_classes, *rest)
+
+    def forward(self, v: Tensor, y: Tensor) -> Tensor:
+        self._check_labels(y)
+        lead = v.dim() - self.event_dim
+        batch = self._batch_shape(v, y)
+        if self.flatten:
+            v = v.flatten(lead)
+        first, *rest = v.shape[lead:]
+        label = one_hot(y.long(), self.num_classes).to(v.dtype)  # (*y, K)
+        label = label.reshape(*label.shape, *(1 for _ in rest))  # (*y, K, 1, 1) beside an image
+        parts = (v.expand(*batch, first, *rest), label.expand(*batch, self.num_classes, *rest))
+        return torch.cat(parts, dim=len(batch))
+
+    def _check_labels(self, y: Tensor) -> None:
+        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+            raise ValueError(
+                f"y has dtype {y.dtype}; labels are integers from 0 to {self.num_classes - 1}, "
+                "made one-hot by the join"
+            )
+        outside = y[(y < 0) | (y >= self.num_classes)]
+        if len(outside):
+            raise ValueError(
+                f"y holds the label {outside[0].item()}; labels are integers from 0 to "
+                f"{self.num_classes - 1} (num_classes is {self.num_classes})"
+            )
+
+    def _batch_shape(self, v: Tensor, y: Tensor) -> torch.Size:
+        lead = v.dim() - self.event_dim
+        try:
+            if lead < 0:
+                raise RuntimeError
+            return torch.broadcast_shapes(v.shape[:lead], y.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"v {tuple(v.shape)} and y {tuple(y.shape)} do not broadcast: all dimensions of v "
+                f"but its last {self.event_dim} must fit those of y"
+            ) from None
+
+
 class Conditional(nn.Module):
     r"""The conditional distribution `p(u | v, y) = head(net(join(v, y)))`.
 
@@ -29,7 +118,8 @@ class Conditional(nn.Module):
     Args:
         net: `(N,) + event -> (N,) + param_shape`.
         head: `(*, B) + param_shape -> Distribution` with batch shape `(*, B)`.
-        event_dim: dimensions of one `v`: 1 for a latent vector, 3 for an image, 0 for an index.
+        event_dim: dimensions of one `v` as the network takes it, after the join: 1 for a latent
+            vector, 3 for an image, 0 for an index.
         join: combines `v` with a label or side vector `y`; None where there is none.
 
     Raises:

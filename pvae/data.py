@@ -149,6 +149,15 @@ def load(
     return _split_at_random(path.name, images, labels, seed, note)
 
 
+def is_found(name: str, root: str | os.PathLike[str] | None = None) -> bool:
+    """Whether `load(name, root)` would find a published data set without downloading it.
+
+    >>> is_found("kmnist", root="/nowhere") in (True, False)
+    True
+    """
+    return any(not _missing(name, folder) for folder in _folders(root))
+
+
 def pixels(images: Tensor) -> Tensor:
     """Turn uint8 images into float32 in [0, 1] by a division by 255; floats pass as they are.
 

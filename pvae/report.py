@@ -119,12 +119,15 @@ def results_table(numbers: Mapping[str, float], data: Observed, name: str, laten
 # ---- pictures ----
 
 
-def progress_picture(vae: VAE, data: Observed, epoch: int, folder: Path) -> None:
+def progress_picture(
+    vae: VAE, data: Observed, epoch: int, folder: Path, *, labels: bool = False
+) -> None:
     """Saves the reconstructions of the first validation images as `progress/epoch_NNN.png`."""
     (folder / "progress").mkdir(exist_ok=True)
-    x = pixels(data.validation.images[:16])
+    x, y = _first(data.validation, 16)
     with evaluate.evaluating(vae):
-        figure = plots.reconstructions(x, _shown(vae.reconstruct(x)), title=f"epoch {epoch}")
+        again = _shown(vae.reconstruct(x, y if labels else None))
+        figure = plots.reconstructions(x, again, title=f"epoch {epoch}")
     plots.save(figure, folder / "progress" / f"epoch_{epoch:03d}.png")
 
 
@@ -135,36 +138,33 @@ def pictures(
     folder: Path,
     numbers: Mapping[str, float],
     *,
+    labels: bool = False,
     seed: int = 0,
 ) -> list[Path]:
     """Saves the figures of a trained pair and returns their paths: reconstructions, samples,
     the manifold of a 2-D latent or else traversals, interpolations, latents and curves.
 
-    `history` is the trainer's, `numbers` come from `results`.
+    `history` is the trainer's, `numbers` come from `results`. `labels` is for a conditional pair:
+    samples by label, and interpolations within one.
     """
-    x = pixels(data.test.images[:1000])
-    y = None if data.test.labels is None else data.test.labels[:1000]
+    x, y = _first(data.test, 1000)
+    given = y if labels else None
     with evaluate.evaluating(vae), evaluate.fixed_noise(x.device, seed):
-        means = evaluate.posterior_means(vae.guide, x)
+        means = evaluate.posterior_means(vae.guide, x, given)
+        again = _shown(vae.reconstruct(x[:32], None if given is None else given[:32]))
         figures = {
             "reconstructions": plots.reconstructions(
-                x[:32],
-                _shown(vae.reconstruct(x[:32])),
-                title=f"Test images, test ELBO {numbers['test_elbo']:.2f} nats per image",
+                x[:32], again, title=f"Test images, ELBO {numbers['test_elbo']:.2f} nats per image"
             ),
-            "samples": plots.samples(
-                _shown(vae.sample(64)), title="Mean images at draws from the prior"
-            ),
-            "interpolations": plots.interpolations(
-                _interpolations(vae, x, y), title="Between the posterior means of two test images"
-            ),
+            "samples": _samples(vae, given),
+            "interpolations": _interpolations(vae, x, y, labels),
             "latents": _latents(means, y),
             "curves": plots.curves(history, title="Training"),
         }
         if means.shape[1] == 2:
-            figures["manifold"] = _manifold(vae)
+            figures["manifold"] = _manifold(vae, given)
         else:
-            figures["traversals"] = _traversals(vae, means)
+            figures["traversals"] = _traversals(vae, means, given)
     for name, figure in tqdm(figures.items(), "pictures", leave=False, disable=None):
         plots.save(figure, folder / f"{name}.png")
     return [folder / f"{name}.png" for name in figures]
@@ -175,14 +175,37 @@ def _shown(images: Tensor) -> Tensor:
     return images.clamp(0, 1)
 
 
-def _interpolations(vae: VAE, x: Tensor, y: Tensor | None, pairs: int = 8) -> Tensor:
-    """Between `pairs` images and as many others, of other labels where there are labels."""
+def _first(split: Split, n: int) -> tuple[Tensor, Tensor | None]:
+    return pixels(split.images[:n]), None if split.labels is None else split.labels[:n]
+
+
+def _samples(vae: VAE, y: Tensor | None) -> plots.Figure:
+    if y is None:
+        return plots.samples(_shown(vae.sample(64)), title="Mean images at draws from the prior")
+    classes = y.unique()
+    return plots.grid(
+        _shown(vae.sample(y=classes.repeat(8))),
+        len(classes),
+        title="Mean images at draws from the prior, a column a label",
+        column_labels=[str(label) for label in classes.tolist()],
+    )
+
+
+def _interpolations(
+    vae: VAE, x: Tensor, y: Tensor | None, labels: bool, pairs: int = 8
+) -> plots.Figure:
+    """Between `pairs` images and as many others: of other labels where there are labels, but of
+    the same one where the pair is conditional on it."""
     pairs = min(pairs, len(x) - 1)
     ends = []
     for i in range(pairs):
-        later = [j for j in range(i + 1, len(x)) if y is None or y[j] != y[i]]
+        later = [j for j in range(i + 1, len(x)) if y is None or (y[j] == y[i]).item() == labels]
         ends.append(later[(i * 7) % len(later)] if later else i + 1)
-    return _shown(vae.interpolate(x[:pairs], x[ends]))
+    images = vae.interpolate(x[:pairs], x[ends], y=y[:pairs] if labels and y is not None else None)
+    of = " of one label" if labels else ""
+    return plots.interpolations(
+        _shown(images), title=f"Between the posterior means of two test images{of}"
+    )
 
 
 def _latents(means: Tensor, y: Tensor | None) -> plots.Figure:
@@ -202,15 +225,20 @@ def _latents(means: Tensor, y: Tensor | None) -> plots.Figure:
     )
 
 
-def _manifold(vae: VAE, size: int = 20) -> plots.Figure:
+def _manifold(vae: VAE, y: Tensor | None, size: int = 20) -> plots.Figure:
+    """The plane of a conditional pair is that of the first label of `y`."""
+    label = None if y is None else y[0]
     axis = torch.linspace(-2.5, 2.5, size)
     z = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)  # [i, j] = axis[j], axis[i]
-    images = vae.decode(z.reshape(-1, 2).to(_device(vae))).mean
+    images = vae.decode(z.reshape(-1, 2).to(_device(vae)), label).mean
     images = _shown(images).reshape(size, size, *images.shape[1:])
-    return plots.manifold(images, axis, title="Decoded latent plane")
+    given = "" if label is None else f", label {label}"
+    return plots.manifold(images, axis, title=f"Decoded latent plane{given}")
 
 
-def _traversals(vae: VAE, means: Tensor, units: int = 10, steps: int = 11) -> plots.Figure:
+def _traversals(
+    vae: VAE, means: Tensor, y: Tensor | None, units: int = 10, steps: int = 11
+) -> plots.Figure:
     """The most active units, each moved through the prior's range from one image's posterior."""
     variances = evaluate.unit_variances(means)
     most = variances.argsort(descending=True)[:units]
@@ -218,7 +246,7 @@ def _traversals(vae: VAE, means: Tensor, units: int = 10, steps: int = 11) -> pl
     z = means[0].repeat(len(most), steps, 1)  # (U, T, D)
     for row, unit in enumerate(most):
         z[row, :, unit] = values.to(z)
-    images = vae.decode(z.flatten(0, 1)).mean
+    images = vae.decode(z.flatten(0, 1), None if y is None else y[0]).mean
     return plots.traversals(
         _shown(images).reshape(len(most), steps, *images.shape[1:]),
         values,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pvae import closed_form, heads, nets, priors
 from pvae.closed_form import ClosedForm, Terms
-from pvae.conditional import Conditional
+from pvae.conditional import ConcatLabel, Conditional
 from pvae.programs import Guide, Model, evaluating
 
 
@@ -162,11 +162,13 @@ class Posterior(NamedTuple):
 
 class Net(NamedTuple):
     """A named architecture: `encoder(image_shape, out_shape)`, `decoder(latent_shape, out_shape)`,
-    each with the hidden width and the activation."""
+    each with the hidden width and the activation; `flat` where a label is better appended to the
+    flattened image than given as planes."""
 
     encoder: Callable[[Sequence[int], Sequence[int], int, nets.Activation], nn.Module]
     decoder: Callable[[Sequence[int], Sequence[int], int, nets.Activation], nn.Module]
     label: str
+    flat: bool = False
 
 
 def _bernoulli(head: heads.Head, x: Tensor, h: Tensor) -> Tensor:
@@ -247,7 +249,7 @@ NETS: Mapping[str, Net] = {
         _without_hidden(nets.ConvDecoder),
         "two strided convolutions and their mirror",
     ),
-    "mlp": Net(_mlp, _mlp, "one hidden layer each way"),
+    "mlp": Net(_mlp, _mlp, "one hidden layer each way", flat=True),
     "course": Net(
         _without_hidden(nets.CourseEncoder),
         _without_hidden(nets.CourseDecoder),
@@ -338,6 +340,7 @@ def build(
     *,
     hidden: int = 256,
     activation: str = "silu",
+    num_classes: int | None = None,
     mean_image: Tensor | None = None,
 ) -> VAE:
     """Builds a VAE from names: the tables `NETS`, `LIKELIHOODS`, `GUIDES` and `PRIORS`.
@@ -347,6 +350,8 @@ def build(
         latent_dim: the latent's dimension `D`.
         hidden, activation: of the networks; the published forms are 16 and "relu" for "conv",
             "relu" for "course" and "leaky_relu" for "deep", which have no hidden width.
+        num_classes: makes the pair conditional on labels `y` `(B,)` from 0 to `num_classes - 1`:
+            `p(x | z, y)` and `q(z | x, y)`, one-hot labels joining decoder and encoder.
         mean_image: `(C, H, W)` in [0, 1]: the decoder's output bias starts there, without which
             a run may sit for epochs at the collapsed solution.
 
@@ -356,6 +361,8 @@ def build(
     >>> vae = build((3, 20, 16), latent_dim=4, net="mlp", likelihood="gaussian_shared")
     >>> vae.reconstruct(torch.rand(2, 3, 20, 16)).shape
     torch.Size([2, 3, 20, 16])
+    >>> build((1, 8, 8), latent_dim=2, num_classes=10).sample(y=torch.arange(10)).shape
+    torch.Size([10, 1, 8, 8])
     """
     if hidden < 1:
         raise ValueError(f"hidden must be at least 1, not {hidden}")
@@ -365,15 +372,24 @@ def build(
     make_activation = choose("activation", activation, ACTIVATIONS)
     prior_module = choose("prior", prior, PRIORS)(latent_dim)
 
+    # what the networks take: an image and a latent, or each joined with a label
+    x_shape: tuple[int, ...] = tuple(image_shape)
+    z_shape: tuple[int, ...] = (latent_dim,)
+    x_join = z_join = None
+    if num_classes is not None:
+        x_join = ConcatLabel(num_classes, event_dim=3, flatten=architecture.flat)
+        z_join = ConcatLabel(num_classes)
+        x_shape, z_shape = x_join.joined_shape(x_shape), z_join.joined_shape(z_shape)
+
     posterior_head = posterior_family.head((latent_dim,))
-    encoder = architecture.encoder(image_shape, posterior_head.param_shape, hidden, make_activation)
-    posterior = Conditional(encoder, posterior_head, event_dim=3)
+    encoder = architecture.encoder(x_shape, posterior_head.param_shape, hidden, make_activation)
+    posterior = Conditional(encoder, posterior_head, event_dim=len(x_shape), join=x_join)
 
     head = family.head(tuple(image_shape))
-    decoder = architecture.decoder((latent_dim,), head.param_shape, hidden, make_activation)
+    decoder = architecture.decoder(z_shape, head.param_shape, hidden, make_activation)
     if mean_image is not None:
         decoder.set_output_bias(head.raw_mean(mean_image))
-    likelihood_module = Conditional(decoder, head, event_dim=1)
+    likelihood_module = Conditional(decoder, head, event_dim=1, join=z_join)
 
     oracle = ClosedForm(
         encode=posterior.raw,
@@ -391,5 +407,6 @@ def build(
         "prior": prior,
         "hidden": hidden,
         "activation": activation,
+        "num_classes": num_classes,
     }
     return vae
