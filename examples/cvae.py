@@ -90,10 +90,12 @@ def train(name: str, labels: bool, study: cli.Study, args: argparse.Namespace) -
     trainer.fit()
 
     checkpoint.restore(vae, checkpoint.read(folder / "best.pt")["model"])
-    report.pictures(vae, observed, trainer.history, folder, labels=labels, seed=args.seed)
+    numbers = report.results(vae, observed, labels=labels, seed=args.seed, quiet=args.quiet)
+    history = trainer.history
+    report.pictures(vae, observed, history, folder, numbers, labels=labels, seed=args.seed)
     if labels:
         plots.save(styles(vae, dataset), folder / "styles.png")
-    return report.results(vae, observed, labels=labels, seed=args.seed, quiet=args.quiet)
+    return numbers
 
 
 def progress(

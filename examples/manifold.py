@@ -65,7 +65,7 @@ def main() -> None:
     numbers = report.results(vae, observed, seed=args.seed, quiet=args.quiet)
     numbers["seconds"] = time.perf_counter() - start
     run.write_json(folder / "results.json", numbers)
-    report.pictures(vae, observed, trainer.history, folder, seed=args.seed)
+    report.pictures(vae, observed, trainer.history, folder, numbers, seed=args.seed)
     print(report.results_table(numbers, observed, dataset.name, latent_dim=2))
     print(
         f"{numbers['seconds']:.0f} s; the plane: {folder}/manifold.png, the digits on it: "
