@@ -18,18 +18,28 @@ from torch import Tensor, nn
 _numbers = itertools.count()
 
 
-def _leave_store(prefix: str) -> None:
+def _entry(name: str, parameter: Tensor) -> Any:
+    """What `set_state` of Pyro's store takes: it keeps the very parameter under the name."""
+    return {"params": {name: parameter}, "constraints": {name: constraints.real}}
+
+
+def _forget(name: str) -> None:
+    """Takes a name out of Pyro's store.
+
+    Two programs that share a module give each of its parameters two names, but the store maps a
+    parameter back to one, and fails to delete the other: so the map is set right before and after.
+    """
     store = pyro.get_param_store()
-    for name in [name for name in store if name.startswith(prefix)]:
-        # Pyro maps a parameter back to one name, and fails to delete another: but two programs
-        # that share a module give it one each
-        parameter = store[name].unconstrained()
-        store.set_state({"params": {name: parameter}, "constraints": {name: constraints.real}})
-        del store[name]
-        for other, value in store.items():
-            if value.unconstrained() is parameter:
-                known = {"params": {other: parameter}, "constraints": {other: constraints.real}}
-                store.set_state(known)
+    parameter = dict(store.named_parameters())[name]
+    store.set_state(_entry(name, parameter))
+    del store[name]
+    for other in [n for n, p in store.named_parameters() if p is parameter]:
+        store.set_state(_entry(other, parameter))
+
+
+def _leave_store(prefix: str) -> None:
+    for name in [name for name in pyro.get_param_store() if name.startswith(prefix)]:
+        _forget(name)
 
 
 @contextlib.contextmanager
@@ -96,8 +106,8 @@ class Program(nn.Module):
             # the very parameter. pyro.param would keep the one it knows, or a contiguous copy of
             # a channels_last one, and train that while the module stays as it is.
             if name in known:
-                del store[name]
-            store.set_state({"params": {name: parameter}, "constraints": {name: constraints.real}})
+                _forget(name)
+            store.set_state(_entry(name, parameter))
         pyro.module(self._unique_name, self)
 
 
