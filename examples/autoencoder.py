@@ -9,8 +9,9 @@ The autoencoder is its limit without noise and without KL, in plain torch:
     z = loc(x),                                    loss = -log p(x|z),
 
 with -log p(x|z) the cross-entropy (Bernoulli) or half the squared error (normal of scale 1, up to
-a constant). It reconstructs better, as no KL holds its codes to N(0, I); for that very reason
-draws from N(0, I), and even from a normal fitted to its codes, decode to what is no digit.
+a constant). It reconstructs better, as no KL holds its codes to N(0, I). For that very reason
+draws from N(0, I) miss its codes and decode to little; a normal fitted to the codes afterwards
+meets their mean and covariance, but not their shape. The VAE is sampled from its own prior.
 
 Source: Auto-Encoding Variational Bayes (2013), arXiv:1312.6114.
 """
