@@ -14,7 +14,6 @@ Sources: Auto-Encoding Variational Bayes (2013), arXiv:1312.6114, figure 4; the 
 "Variational AutoEncoder" (2020).
 """
 
-import argparse
 import time
 
 import torch
@@ -27,7 +26,7 @@ from pvae.vae import OBJECTIVES
 
 
 def main() -> None:
-    args = arguments()
+    args = cli.study_parser("The 2-D manifold of digits.").parse_args()
     start = time.perf_counter()
     study = cli.start_study(args, "manifold", "dynamic")
     folder, device, dataset, observed = study
@@ -71,12 +70,6 @@ def main() -> None:
         f"{numbers['seconds']:.0f} s; the plane: {folder}/manifold.png, the digits on it: "
         f"{folder}/latents.png"
     )
-
-
-def arguments() -> argparse.Namespace:
-    parser = cli.study_parser("The 2-D manifold of digits.")
-    parser.set_defaults(learning_rate=2e-3)
-    return parser.parse_args()
 
 
 if __name__ == "__main__":
