@@ -13,9 +13,8 @@ The table at the end reads the trained networks at three scales, this one, 1 and
 leave in a pixel: the published loss is one and the same, the ELBO (always at beta = 1) is not.
 Its nats are of images in [0, 1], as in every other example: D log 2 above those of [-1, 1].
 
-As first published w = batch size / images in the data set: about 0.0009 for the 162,770 faces that
-it was made for, but ten times that for the patches here, which drowns the images. The later
-constant, 0.00025, is the default.
+w = batch size / images in the data set is about 0.0006 for batches of 128 of 200,000 images, but
+more than ten times that for the patches here, which drowns the images: the default is 0.00025.
 
 Sources: the "vanilla VAE" of github.com/AntixK/PyTorch-VAE (2020); Auto-Encoding Variational Bayes
 (2013), arXiv:1312.6114; Simple and Effective VAE Training with Calibrated Decoders (2020),
@@ -186,7 +185,7 @@ def arguments() -> argparse.Namespace:
         type=float,
         default=0.00025,
         metavar="W",
-        help="w of the loss; batch size / training images at first, 0.00025 as published later",
+        help="w of the loss; the rule of the published code is batch size / training images",
     )
     return parser.parse_args()
 
