@@ -20,13 +20,15 @@ def _leave_store(prefix: str) -> None:
     for name in [name for name in store if name.startswith(prefix)]:
         # Pyro maps a parameter back to one name, and fails to delete another: but two programs
         # that share a module give it one each
-        parameter = store[name].unconstrained()
+        value: Any = store[name]
+        parameter = value.unconstrained()
         store.set_state({"params": {name: parameter}, "constraints": {name: constraints.real}})
         del store[name]
         for other, value in store.items():
             if value.unconstrained() is parameter:
-                known = {"params": {other: parameter}, "constraints": {other: constraints.real}}
-                store.set_state(known)
+                store.set_state(
+                    {"params": {other: parameter}, "constraints": {other: constraints.real}}
+                )
 
 
 class Program(nn.Module):
