@@ -33,10 +33,11 @@ DRAWS = 64  # of z for each image, in every ELBO that is reported
 
 def one_factor_each(vae: VAE, x: Tensor) -> Guide:
     """The guide `q(z | index)`: the encoder's output for each `x` `(N, C, H, W)`, now free."""
-    with evaluate.evaluating(vae):
-        raw = vae.guide.posterior.raw(x)  # (N, 2 D)
+    encoder: Any = vae.guide.posterior
+    with evaluate.evaluating(encoder):
+        raw = encoder.raw(x)  # (N, 2 D)
     factors = nn.Embedding.from_pretrained(raw, freeze=False)
-    return Guide(Conditional(factors, vae.guide.posterior.head, event_dim=0))
+    return Guide(Conditional(factors, encoder.head, event_dim=0))
 
 
 def optimize(
@@ -157,7 +158,7 @@ def drawn(path: dict[int, float], estimates: dict[str, evaluate.Estimate], gaps:
     left.axhline(encoder, color="#bd1f01", label=f"encoder: {encoder:.2f}")
     left.set(xlabel="step", ylabel="ELBO, nats per image")
     left.set_title("The factors, optimized from the encoder's output", fontsize=10)
-    left.legend(fontsize=8, loc="center right")
+    left.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.08))
 
     gap = estimates["amortization gap"]
     right.hist(gaps.cpu().numpy(), bins=40, color="#3f90da")

@@ -52,7 +52,7 @@ class BayesianModel(nn.Module):
         self.likelihood = likelihood
         self.images = images  # N
 
-    def weight_priors(self) -> dict[str, dist.Distribution]:
+    def weight_priors(self) -> dict[str, Any]:
         shaped = self.likelihood.named_parameters()
         scales = {name: torch.full_like(w, w[0].numel() ** -0.5) for name, w in shaped}
         return {name: dist.Normal(0 * s, s).to_event(s.dim()) for name, s in scales.items()}
@@ -76,7 +76,7 @@ class BayesianGuide(Program):
             nn.init.constant_(p, math.log(0.01))
         self.images = images
 
-    def weight_posteriors(self) -> dict[str, dist.Distribution]:
+    def weight_posteriors(self) -> dict[str, Any]:
         log_scales = dict(self.log_scale.named_parameters())
         return {
             name: dist.Normal(loc, log_scales[name].exp()).to_event(loc.dim())
@@ -129,17 +129,18 @@ def main() -> None:
     args = parser.parse_args()
     study = cli.start_study(args, "bayesian_decoder", "dynamic")
     there = len(study.dataset.train.images)
-    # every size is trained for as many steps as the epochs take on the whole data set
-    steps = args.num_epochs * math.ceil(there / args.batch_size)
     sizes = sorted({min(size, there) for size in args.train_images})
+    # the steps of these epochs on the whole data set are shared out, the same to every size
+    steps = math.ceil(args.num_epochs * there / args.batch_size / len(sizes))
     x = data.pixels(study.observed.test.images[:1000])
 
     decoders = {}
     with tqdm(total=2 * steps * len(sizes), leave=False, disable=args.quiet or None) as bar:
         for size in sizes:
             bar.set_description(f"{size:,} images")
-            kept = (None if t is None else t[:size] for t in study.observed.train)
-            observed = replace(study.observed, train=data.Split(*kept))
+            images, labels = study.observed.train
+            kept = data.Split(images[:size], None if labels is None else labels[:size])
+            observed = replace(study.observed, train=kept)
             decoders[size] = at_size(args, observed, x, steps, bar)
 
     numbers = {size: d.numbers for size, d in decoders.items()}

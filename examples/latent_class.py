@@ -47,7 +47,7 @@ ELBO = TraceEnum_ELBO(max_plate_nesting=1)
 class Mixture(Program):
     """p(y) p(x | y), the classes equally likely a priori; `likelihood(y)` is over `x`."""
 
-    def __init__(self, classes: int, likelihood: nn.Module) -> None:
+    def __init__(self, classes: int, likelihood: Conditional) -> None:
         super().__init__()
         self.classes = classes
         self.likelihood = likelihood
@@ -157,7 +157,8 @@ def main() -> None:
     fit(plain, nothing, batches, steps=math.ceil(steps / 4), rate=0.05, quiet=args.quiet)
     with torch.no_grad():
         templates = plain.likelihood.raw(torch.arange(args.classes, device=study.device))
-    model, guide = (program.to(study.device) for program in styled(templates, args.style_dim))
+    model, guide = styled(templates, args.style_dim)
+    nn.ModuleList([model, guide]).to(study.device)
     fit(
         *(model, guide, batches),
         steps=math.ceil(3 * steps / 4),
@@ -166,9 +167,13 @@ def main() -> None:
     )
 
     numbers = {}
-    for name, pair in {"mixture": (plain, nothing), "styled": (model, guide)}.items():
+    pairs: dict[str, tuple[Program, Callable[..., Any]]] = {
+        "mixture": (plain, nothing),
+        "styled": (model, guide),
+    }
+    for name, pair in pairs.items():
         with evaluate.fixed_noise(study.device, args.seed):
-            bound = sum(-elbo_loss(*pair, part) for part in x.split(500)) / len(x)
+            bound = -math.fsum(elbo_loss(*pair, part) for part in x.split(500)) / len(x)
             y = torch.cat([most_probable(*pair, part) for part in x.split(500)])
         what = "log p(x), exact" if name == "mixture" else "ELBO"
         classes = named(y, labels, args.classes)
