@@ -9,13 +9,13 @@ the KL is at least 0, and 0 where q is the posterior: there log p(x, z) - log q(
 the same number for every z, and one draw has no variance at all.
 
 To see both terms we need a model whose evidence and posterior are known. Such is the VAE with a
-linear decoder, z ~ N(0, I), x|z ~ N(W z + mu, s^2 I), here probabilistic PCA of the data set,
-its latent axes turned at random, so that the posterior is correlated. The evidence does not change
-by a turn (z and R z have one prior), but a mean-field guide can no longer reach it. Both guides
-are trained by stock SVI, which is shown nothing but the model:
+linear decoder, z ~ N(0, I), x|z ~ N(W z + mu, s^2 I), here probabilistic PCA of the data set's
+images at 7x7 pixels, its latent axes turned at random, so that the posterior is correlated. The
+evidence does not change by a turn (z and R z have one prior), but a mean-field guide can no longer
+reach it. Two guides, linear in x, are trained by stock SVI, which is shown nothing but the model:
 
-    mean-field   q = N(m(x), diag(v(x)))        the gap closes to a KL known in closed form
-    full         q = N(m(x), L(x) L(x)^T)       the gap closes to 0
+    mean-field        q = N(A x + b, diag(v))    the gap closes to a KL known in closed form
+    full covariance   q = N(A x + b, L L^T)      the gap closes to 0
 
 Sources: Auto-Encoding Variational Bayes (2013), arXiv:1312.6114; Probabilistic principal component
 analysis (1999), J. R. Statist. Soc. B 61; Don't blame the ELBO! (2019), arXiv:1911.02469.
@@ -43,6 +43,8 @@ from pvae.priors import StandardNormal
 class SharedCovariance(heads.Head):
     """`N(loc, L L^T)`: the loc from the network, `L` `(D, D)` learned and one for all x, as in
     p(z|x); where `mask` is 0 it stays 0, and `torch.eye(D)` makes the family mean-field."""
+
+    mask: Tensor
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__((len(mask),), 1)
@@ -207,7 +209,7 @@ def main() -> None:
     least = {"mean-field": exact.mean_field_gap(), "full covariance": 0.0}
 
     for name, rows in curves.items():
-        print(table(f"{name} guide; nats per image, means over test images", rows))
+        print(table(f"{name} guide; nats per grey 7x7 image, means over test images", rows))
         print(f"  the least KL of this family: {least[name]:.3f}")
     error = max(row["error"] for rows in curves.values() for row in rows)
     print(f"ELBO + KL - log p(x), the largest of any image and step: {error:.1e} nats")

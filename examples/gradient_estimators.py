@@ -270,7 +270,7 @@ def tables(found: dict[str, dict[str, list[float]]], curves: dict[str, list[floa
 
 
 def figure(found: dict[str, dict[str, list[float]]], curves: dict[str, list[float]]) -> Figure:
-    fig = Figure((13, 4), dpi=150, layout="constrained")
+    fig = Figure((13, 4), dpi=110, layout="constrained")
     bias, variance, training = fig.subplots(1, 3)
     bias.axhspan(-4, 4, color="0.95", zorder=0)
     for i, (name, f) in enumerate(found.items()):
