@@ -212,20 +212,20 @@ def train(study: cli.Study, args: Any, head: heads.Head, baseline: bool, title: 
     pyro.set_rng_seed(args.seed)
     shape = study.dataset.image_shape
     likelihood = heads.Bernoulli(shape)
-    decoder = MLP((LATENT_DIM,), likelihood.param_shape)
+    decoder = MLP((LATENT_DIM,), likelihood.param_shape, (200,))
     decoder.set_output_bias(likelihood.raw_mean(data.pixels(study.dataset.train.images).mean(0)))
     model = pvae.Model(
         StandardNormal(LATENT_DIM), pvae.Conditional(decoder, likelihood, event_dim=1)
     ).to(study.device)
-    guide = pvae.Guide(pvae.Conditional(MLP(shape, head.param_shape), head, event_dim=3))
+    guide = pvae.Guide(pvae.Conditional(MLP(shape, head.param_shape, (200,)), head, event_dim=3))
     options: Options = no_baseline
     if baseline:  # a part of the guide, so that SVI trains it too
-        guide.baseline = MLP(shape, (1,))
+        guide.baseline = MLP(shape, (1,), (200,))
         options = neural(guide.baseline, 1)
     guide.to(study.device)
 
     parameters = [*model.parameters(), *guide.parameters()]
-    adam = torch.optim.Adam(parameters, lr=args.learning_rate)
+    adam = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
     svi = SVI(model, with_baseline(guide, options), pvae.SingleOptimizer(adam), objective(1))
 
     def validation() -> float:

@@ -328,6 +328,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
+@pytest.mark.slow
 def test_what_a_run_leaves(name, tmp_path):
     argv, pictures, said = RUNS[name]
     done = run(name, tmp_path, *argv)

@@ -288,6 +288,7 @@ def run(name, folder, *argv):
     return json.loads((folder / "results.json").read_text()), done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_of_elbo(tmp_path):
     numbers, shown = run("elbo", tmp_path / "r", "--latent-dim", "3")
     assert numbers["largest_error"] < 1e-10
@@ -297,6 +298,7 @@ def test_a_run_of_elbo(tmp_path):
         assert rows[-1]["kl"] < rows[0]["kl"]
 
 
+@pytest.mark.slow
 def test_a_run_of_gradient_estimators(tmp_path):
     numbers, shown = run("gradient_estimators", tmp_path / "r", "--replicates", "5")
     assert list(numbers["gradients"]) == list(estimators.COLOURS)

@@ -290,7 +290,7 @@ def test_a_conditional_pair_is_reported(tmp_path, latent_dim, monkeypatch):
     monkeypatch.setattr(plots, "save", lambda figure, path: figures.update({path.stem: figure}))
     epoch = {"epoch": 1, "train_elbo": -1.0, "validation_elbo": -1.0, "beta": 1.0}
     epoch |= {"validation_reconstruction": -1.0, "validation_kl": 0.0}
-    report.pictures(vae, observed(), [epoch], tmp_path, labels=True)
+    report.pictures(vae, observed(), [epoch], tmp_path, numbers, labels=True)
     assert ("manifold" in figures) == (latent_dim == 2)
     labels = [text.get_text() for text in figures["samples"].axes[0].get_xticklabels()]
     assert labels == ["0", "1", "2", "3"]
@@ -383,6 +383,7 @@ def pngs(folder):
     return {path.stem for path in folder.glob("*.png")}
 
 
+@pytest.mark.slow
 def test_cvae(tmp_path, small):
     stdout, numbers = run_example("cvae", tmp_path, small, "--latent-dim", "2")
     assert set(numbers) == {"VAE", "CVAE", "seconds"}
@@ -395,6 +396,7 @@ def test_cvae(tmp_path, small):
     assert again.sample(y=torch.arange(10)).shape == (10, 1, 8, 8)
 
 
+@pytest.mark.slow
 def test_autoencoder(tmp_path, small):
     stdout, numbers = run_example("autoencoder", tmp_path, small, "--latent-dim", "2")
     assert "elbo" not in numbers["autoencoder"]
@@ -405,6 +407,7 @@ def test_autoencoder(tmp_path, small):
     assert "bounds nothing" in stdout
 
 
+@pytest.mark.slow
 def test_manifold(tmp_path, small):
     _, numbers = run_example("manifold", tmp_path, small)
     assert numbers["test_elbo"] < numbers["iwae_500"]

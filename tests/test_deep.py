@@ -323,6 +323,7 @@ def test_mse_and_kl_averages_to_the_published_loss():
 # ---- the example ----
 
 
+@pytest.mark.slow
 def test_the_example_briefly(tmp_path):
     argv = [sys.executable, ROOT / "examples" / "deep_conv.py", "--dataset", "digits", "-n", "1"]
     argv += ["--widths", "4", "6", "--latent-dim", "3", "-b", "256", "--out", tmp_path / "r"]

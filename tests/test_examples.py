@@ -88,6 +88,7 @@ def test_what_a_run_leaves(tmp_path):
         ["--objective", "iwae", "--num-particles", "3", "--binarize", "static", "--beta", "2"],
     ],
 )
+@pytest.mark.slow
 def test_swaps_from_the_command_line(tmp_path, argv):
     small = [*SMALL[:-3], "4", "-n", "1", "-b", "512", "--quiet"]
     done = run(command(tmp_path / "r", *small, *argv), tmp_path)
