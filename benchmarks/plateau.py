@@ -64,7 +64,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Does training leave the collapsed solution in its first epoch?"
     )
-    parser.add_argument("--seeds", type=int, default=10, help="how many seeds (default: 10)")
+    parser.add_argument(
+        "--seeds", type=cli.NATURAL, default=10, help="how many seeds (default: 10)"
+    )
     parser.add_argument("--dataset", help="as in the examples (default: MNIST, else digits)")
     parser.add_argument("--data-root", help="as in the examples")
     parser.add_argument("--published", action="store_true", help="the Keras tutorial's form")

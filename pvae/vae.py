@@ -108,7 +108,8 @@ class VAE(nn.Module):
         Raises:
             ValueError: wrong shape or dtype, NaN, or values outside the likelihood's support.
         """
-        with evaluating(self):
+        # a draw, as not every posterior has a mean; it leaves the random state as it was
+        with evaluating(self), torch.random.fork_rng([x.device] if x.is_cuda else []):
             p = self.decode(self.encode(x, y).sample(), y)
         if p.event_shape != x.shape[1:]:
             raise ValueError(

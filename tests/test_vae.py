@@ -30,6 +30,13 @@ def test_what_people_do(likelihood, guide, shape, net):
     torch.testing.assert_close(path[:, -1], vae.reconstruct(x[2:4]))
 
 
+def test_checking_spends_no_random_numbers():
+    vae = tiny()
+    state = torch.get_rng_state()
+    vae.check(X)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_reconstruction_is_the_mean_at_the_mean():
     vae = tiny()
     loc = vae.guide.posterior.raw(X)[:, :3]
