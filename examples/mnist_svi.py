@@ -71,6 +71,7 @@ def main() -> None:
         on_epoch=lambda t: (
             report.progress_picture(vae, observed, t.epoch, folder) if t.epoch in pictured else None
         ),
+        go_on=f"--resume {folder}",
     )
     if args.resume and (folder / "checkpoint.pt").exists():  # else no epoch was finished
         trainer.resume(folder / "checkpoint.pt")
