@@ -172,6 +172,7 @@ def test_the_four_start_alike():
     assert all(torch.equal(first, other) for other in others)
 
 
+@pytest.mark.slow
 def test_the_example(tmp_path):
     argv = ["--dataset", "digits", "-n", "1", "--latent-dim", "2", "--out", tmp_path / "r"]
     command = [sys.executable, EXAMPLES / "beyond_elbo.py", *argv]
