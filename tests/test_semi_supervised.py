@@ -158,6 +158,7 @@ def test_the_example(tmp_path):
     assert "accuracy, M2" in done.stdout
 
 
+@pytest.mark.slow
 def test_more_labels_than_there_are_is_refused(tmp_path):
     done = run(tmp_path, "--dataset", "digits", "--labels", "5000")
     assert done.returncode == 1
