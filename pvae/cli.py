@@ -128,8 +128,26 @@ def _pair_arguments(p: argparse.ArgumentParser) -> None:
     g.add_argument("--hidden", type=NATURAL, default=256, metavar="N", help="hidden width")
     g.add_argument("--activation", choices=list(ACTIVATIONS), default="silu", help="activation")
     _choices(g, "--likelihood", LIKELIHOODS, "bernoulli", "p(x|z)")
-    _choices(g, "--guide", GUIDES, "normal", "q(z|x)")
+    # a factor for each datum has none for validation images: examples/amortization.py trains them
+    amortized = {name: guide for name, guide in GUIDES.items() if guide.amortized}
+    _choices(g, "--guide", amortized, "normal", "q(z|x)")
     _choices(g, "--prior", PRIORS, "standard_normal", "p(z)")
+    g.add_argument(
+        "--components",
+        type=NATURAL,
+        default=50,
+        metavar="K",
+        help="components of the priors mixture and vamp",
+    )
+    g.add_argument(
+        "--top-dim",
+        type=NATURAL,
+        metavar="D",
+        help="dimension of a second latent layer z2 above: z2 -> z1 -> x (default: one layer)",
+    )
+    g.add_argument(
+        "--conditional", action="store_true", help="give labels y to the pair: p(x|z, y), q(z|x, y)"
+    )
 
 
 def _training_arguments(p: argparse.ArgumentParser) -> Any:
@@ -179,6 +197,13 @@ def _schedule_arguments(g: Any) -> None:
         metavar="F",
         help="fraction of training in which beta rises from 0",
     )
+    g.add_argument(
+        "--kl-cycles",
+        type=NATURAL,
+        default=1,
+        metavar="N",
+        help="how often it does so, each time in its share of training",
+    )
 
 
 def _run_arguments(p: argparse.ArgumentParser) -> Any:
@@ -210,8 +235,12 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
         _refuse_changes(parser, args, saved)
         args.out = args.resume
     args.observe = _observation(parser, args)
-    if args.objective == "iwae" and args.num_particles < 2:
-        parser.error("--objective iwae needs --num-particles of at least 2: with 1 it is the ELBO")
+    least = OBJECTIVES[args.objective].min_particles
+    if args.num_particles < least:
+        parser.error(
+            f"--objective {args.objective} needs --num-particles of at least {least}: with 1 it is "
+            "the ELBO"
+        )
     return args
 
 
@@ -228,11 +257,13 @@ def _refuse_changes(
 
 
 def _observation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
-    binary = LIKELIHOODS[args.likelihood].binary
+    family = LIKELIHOODS[args.likelihood]
+    binary = family.binary
     if args.dequantize:
-        if binary or args.binarize not in (None, "none"):
+        if family.data != "grey" or args.binarize not in (None, "none"):
             parser.error(
-                "--dequantize is for grey pixels: not with --binarize or binary likelihoods"
+                "--dequantize is for likelihoods of any grey value: not with --binarize, binary "
+                "likelihoods or those of 256 levels"
             )
         return "dequantized"
     if binary and args.binarize == "none":
@@ -348,8 +379,9 @@ def announce(
     )
     print(f"data: {dataset.name}, {sizes} images of {dataset.image_shape}, {args.observe}")
     parameters = sum(p.numel() for p in vae.parameters())
+    layers = f"{args.latent_dim}" + ("" if args.top_dim is None else f"- and {args.top_dim}")
     print(
-        f"pair: {args.net} net, {args.latent_dim}-D latent, {args.likelihood} likelihood, "
+        f"pair: {args.net} net, {layers}-D latent, {args.likelihood} likelihood, "
         f"{args.guide} guide, {args.prior} prior; {parameters:,} parameters"
     )
     allocator = "; the C allocator keeps freed memory" if kept_memory else ""

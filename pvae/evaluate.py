@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pvae.data import Split, chunks
-from pvae.programs import evaluating
+from pvae.programs import evaluating, mean_of
 
 Program = Callable[..., Any]
 _DECODES = 2000  # images decoded at once: bounds the memory of importance sampling
@@ -152,8 +152,8 @@ def importance_weighted(
     return total - math.log(num_samples)
 
 
-def posterior_means(guide: Program, x: Tensor, y: Tensor | None = None, site: str = "z") -> Tensor:
-    """The mean of `q(z|x)` of each image, `(B, D)`.
+def posterior_means(guide: Program, x: Tensor, y: Tensor | None = None) -> Tensor:
+    """The mean of the posterior of each image, `(B, D)`: of the guide's first latent, `q(z|x)`.
 
     >>> import pvae
     >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
@@ -162,7 +162,7 @@ def posterior_means(guide: Program, x: Tensor, y: Tensor | None = None, site: st
     """
     with evaluating(guide):
         trace: Any = poutine.trace(guide).get_trace(x, y)
-        return trace.nodes[site]["fn"].mean
+        return mean_of(trace.nodes[_latents(trace)[0]]["fn"])
 
 
 def unit_variances(means: Tensor) -> Tensor:

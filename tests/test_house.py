@@ -25,7 +25,17 @@ HOUSE = [
     "vae",
 ]
 # the ground floor: rooms that do not import one another
-ROOMS = ["programs", "objectives", "closed_form", "conditional", "heads", "priors", "nets", "files"]
+ROOMS = [
+    "programs",
+    "objectives",
+    "closed_form",
+    "conditional",
+    "heads",
+    "priors",
+    "flows",
+    "nets",
+    "files",
+]
 TORCH_ONLY = ["closed_form", "conditional", "nets"]
 
 
