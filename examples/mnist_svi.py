@@ -78,6 +78,7 @@ def main() -> None:
             if t.epoch in pictured
             else None
         ),
+        go_on=f"--resume {folder}",
     )
     if args.resume and (folder / "checkpoint.pt").exists():  # else no epoch was finished
         trainer.resume(folder / "checkpoint.pt")

@@ -207,3 +207,58 @@ class Conditional(nn.Module):
         if y is None:
             raise ValueError("y is missing: this distribution is conditional on labels")
         return self.join(v, y)
+
+
+def concat_mask(x: Tensor, mask: Tensor) -> Tensor:
+    """A join for images with missing pixels: what is missing is set to 0, and the mask appended.
+
+    `x` `(*, B, C, H, W)` and the boolean `mask` `(*, B, 1 or C, H, W)`, True where a pixel is
+    seen, become `(*, B, C + 1 or 2 C, H, W)`: a 0 that was seen and a missing one are told apart.
+
+    Source: Handling Incomplete Heterogeneous Data using VAEs (2018), arXiv:1807.03653 (zeros);
+    VAEAC (2018), arXiv:1806.02382 (the mask beside them).
+
+    >>> x, mask = torch.ones(1, 1, 1, 2), torch.tensor([[[[True, False]]]])
+    >>> concat_mask(x, mask).tolist()
+    [[[[1.0, 0.0]], [[1.0, 0.0]]]]
+    """
+    return torch.cat([x.where(mask, 0), mask.to(x.dtype)], dim=-3)
+
+
+class Masked(nn.Module):
+    r"""A likelihood of the seen pixels alone: `log p(x_seen | z) = sum_{i seen} log p(x_i | z)`.
+
+    The pixels must be independent given `z`, as all heads make them; the integral over the missing
+    ones is then 1, and they are left out. In the programs the mask takes the place of a label:
+    `Model(prior, Masked(likelihood))(x, mask)`. A missing pixel may hold any value of the support,
+    which then counts for nothing, in the loss and in its gradient.
+
+    Args:
+        likelihood: a module with `likelihood(z)`, a distribution over `x` made by `.to_event()`.
+
+    Raises:
+        ValueError: the distribution is no `.to_event()` of independent pixels, or the mask is not
+            boolean.
+
+    >>> from pvae.heads import Bernoulli
+    >>> likelihood = Masked(Conditional(nn.Linear(2, 4), Bernoulli((4,)), event_dim=1))
+    >>> mask = torch.tensor([True, True, False, False])
+    >>> likelihood(torch.zeros(3, 2), mask).log_prob(torch.ones(3, 4)).shape
+    torch.Size([3])
+    """
+
+    def __init__(self, likelihood: nn.Module) -> None:
+        super().__init__()
+        self.likelihood = likelihood
+
+    def forward(self, z: Tensor, mask: Tensor) -> Any:
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask must be boolean, True where a pixel is seen, not {mask.dtype}")
+        p = self.likelihood(z)
+        if not isinstance(p, torch.distributions.Independent):
+            raise ValueError(
+                f"likelihood gives a {type(p).__name__}, whose pixels cannot be left out one by "
+                "one: it must be independent pixels, .to_event()"
+            )
+        pixels: Any = p.base_dist
+        return pixels.mask(mask).to_event(p.reinterpreted_batch_ndims)

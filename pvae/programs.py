@@ -1,7 +1,8 @@
 r"""The Pyro programs of a VAE: the model `p(z) p(x|z)` and the guide `q(z|x)`, and further pairs.
 
 All are plain Pyro: stock `SVI`, `Predictive`, `ELBOModule`, `RenyiELBO` and `poutine.trace` work
-on them. The sites are `z` and `x`, or `z1`, `z2` and `x`; the plate is `data`.
+on them. The sites are `z` and `x`, or `z1`, `z2` and `x`, and `y` where the label is a latent too;
+the plate is `data`.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
@@ -369,3 +371,87 @@ class HierarchicalGuide(Program):
             "z1": self.posterior(x, *_labels(y)).log_prob(z1),
             "z2": self.top(z1, *_labels(y)).log_prob(latents["z2"]),
         }
+
+
+def _classes(num_classes: int, like: Tensor) -> dist.Categorical:
+    return dist.Categorical(logits=like.new_zeros(num_classes))
+
+
+class LabelModel(Program):
+    r"""The generative program `p(y) p(z) p(x | z, y)`, the classes equally likely a priori.
+
+    The label `y` `(B,)` is a site of its own: given, it is observed; not given, `LabelGuide` says
+    what it may be.
+
+    Args:
+        prior: a module with `prior()`, a distribution over `z`.
+        likelihood: a module with `likelihood(z, y)`, a distribution over `x`; under enumeration
+            `y` is `(K, 1)`.
+        num_classes: `K`.
+
+    Source: Semi-Supervised Learning with Deep Generative Models (2014), arXiv:1406.5298, model M2.
+
+    >>> import torch
+    >>> from pvae import ConcatLabel, Conditional
+    >>> from pvae.heads import Bernoulli
+    >>> from pvae.priors import StandardNormal
+    >>> join = ConcatLabel(3)
+    >>> likelihood = Conditional(nn.Linear(5, 4), Bernoulli((4,)), event_dim=1, join=join)
+    >>> LabelModel(StandardNormal(2), likelihood, 3)(torch.ones(6, 4)).shape
+    torch.Size([6, 4])
+    """
+
+    def __init__(self, prior: nn.Module, likelihood: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.prior = prior
+        self.likelihood = likelihood
+        self.num_classes = num_classes
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Scores images `x` `(B, C, H, W)` and, where given, their labels `y` `(B,)`."""
+        self.register()
+        _check_images(x)
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", _classes(self.num_classes, x), obs=y)
+            z = pyro.sample("z", self.prior())
+            return pyro.sample("x", self.likelihood(z, y), obs=x)
+
+
+class LabelGuide(Program):
+    r"""The posterior `q(y | x) q(z | x, y)`; with a label given, `q(z | x, y)` alone.
+
+    A label that is not given is marked for enumeration: `TraceEnum_ELBO(max_plate_nesting=1)` sums
+    it out, `sum_y q(y|x) (...)`. Where all labels are given, use `Trace_ELBO`.
+
+    Args:
+        classifier: a module with `classifier(x)`, a categorical distribution over `y`.
+        posterior: a module with `posterior(x, y)`, a distribution over `z`; under enumeration `y`
+            is `(K, 1)`.
+
+    Source: as `LabelModel`.
+
+    >>> import torch
+    >>> from pvae import ConcatLabel, Conditional
+    >>> from pvae.heads import Normal
+    >>> head = Normal((2,))
+    >>> posterior = Conditional(nn.Linear(7, 4), head, event_dim=1, join=ConcatLabel(3))
+    >>> class Classifier(nn.Linear):
+    ...     def forward(self, x):
+    ...         return dist.Categorical(logits=super().forward(x))
+    >>> LabelGuide(Classifier(4, 3), posterior)(torch.ones(6, 4)).shape
+    torch.Size([6, 2])
+    """
+
+    def __init__(self, classifier: nn.Module, posterior: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.posterior = posterior
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Samples `z` (and `y` where it is not given) for images `x` `(B, C, H, W)`."""
+        self.register()
+        _check_images(x)
+        with pyro.plate("data", len(x)):
+            if y is None:
+                y = pyro.sample("y", self.classifier(x), infer={"enumerate": "parallel"})
+            return pyro.sample("z", self.posterior(x, y))

@@ -87,6 +87,8 @@ class Trainer:
         folder: where the run is kept.
         quiet: no progress bar, no line an epoch.
         on_epoch: called after each epoch with the trainer.
+        go_on: what a person types to go on with a stopped run, such as "--resume runs/a"; part of
+            the message that stops it.
 
     Raises:
         ValueError: an argument out of its range, data outside the likelihood's support, or labels
@@ -125,6 +127,7 @@ class Trainer:
         folder: Path | None = None,
         quiet: bool = False,
         on_epoch: Callable[["Trainer"], None] | None = None,
+        go_on: str | None = None,
     ) -> None:
         if epochs < 1:
             raise ValueError(f"epochs must be at least 1, not {epochs}")
@@ -147,6 +150,7 @@ class Trainer:
         self.beta, self.kl_warmup, self.kl_cycles = beta, kl_warmup, kl_cycles
         self.lr_warmup, self.cosine = lr_warmup, cosine
         self.labels, self.folder, self.quiet, self.on_epoch = labels, folder, quiet, on_epoch
+        self.go_on = go_on
         self.steps_per_epoch = math.ceil(len(data.train.images) / batch_size)
         self.step = 0
         self.history: list[dict[str, float]] = []
@@ -361,9 +365,10 @@ class Trainer:
     def _kept(self) -> str:
         if not self._kept_epochs:
             return " Nothing was kept yet."
+        by = "" if self.go_on is None else f"; go on by {self.go_on}"
         return (
-            f" {self.folder}/checkpoint.pt holds the state after epoch {self._kept_epochs}; "
-            f"go on by --resume {self.folder}."
+            f" {self.folder}/checkpoint.pt holds the state after epoch {self._kept_epochs}, "
+            f"best.pt the best model so far{by}."
         )
 
 
