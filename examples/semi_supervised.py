@@ -177,6 +177,7 @@ def main() -> None:
         alone = m2(study.dataset.mean_image, classes, args.latent_dim, args.hidden)[1].classifier
         nn.ModuleList([model, guide, alone]).to(study.device)
         fit_classifier(alone, endless(few, args), steps=steps, rate=args.learning_rate)
+        guide.classifier.load_state_dict(alone.state_dict())  # what the labels alone say, to start
         fit_m2(
             *(model, guide, zip(unlabelled, endless(few, args), strict=True)),
             steps=steps,
