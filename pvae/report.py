@@ -12,7 +12,7 @@ from pvae import evaluate, plots
 from pvae.data import Observed, Split, pixels
 from pvae.vae import VAE
 
-_OBSERVED = {
+OBSERVED = {  # what a model is shown, in words
     "grey": "grey",
     "threshold": "thresholded",
     "static": "statically binarised",
@@ -112,7 +112,7 @@ def results_table(numbers: Mapping[str, float], data: Observed, name: str, laten
         ),
         ("active units", f"{numbers['active_units']} of {latent_dim}"),
     ]
-    what = f"{name} test set, {images:,} images, {_OBSERVED[data.how]}, nats per image"
+    what = f"{name} test set, {images:,} images, {OBSERVED[data.how]}, nats per image"
     return table(what, rows)
 
 

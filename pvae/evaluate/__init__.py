@@ -32,6 +32,7 @@ from pvae.evaluate.diagnostics import (
     posterior_means,
     unit_variances,
 )
+from pvae.evaluate.factors import Gaps, gaps, one_factor_each, optimize_factors
 from pvae.evaluate.importance import (
     UNRELIABLE,
     Importance,
@@ -39,4 +40,42 @@ from pvae.evaluate.importance import (
     importance_weighted,
     pareto_k,
 )
+from pvae.evaluate.posterior import nuts
+from pvae.evaluate.probe import Probe, probe
 from pvae.programs import evaluating
+
+__all__ = [
+    "ACTIVE",
+    "UNRELIABLE",
+    "Annealed",
+    "Bound",
+    "Estimate",
+    "Gaps",
+    "Importance",
+    "Information",
+    "Probe",
+    "Sandwich",
+    "Simulated",
+    "annealed",
+    "annealed_back",
+    "bidirectional",
+    "bits_per_dimension",
+    "elbo",
+    "estimate",
+    "evaluating",
+    "fixed_noise",
+    "gaps",
+    "importance_sampling",
+    "importance_weighted",
+    "information",
+    "nuts",
+    "one_factor_each",
+    "optimize_factors",
+    "over",
+    "pareto_k",
+    "posterior_means",
+    "probe",
+    "simulate",
+    "temperatures",
+    "unit_variances",
+]

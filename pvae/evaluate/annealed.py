@@ -6,9 +6,9 @@ Chains move from an initial `q0(z)`, the prior or the guide, to the posterior al
 
 by Hamiltonian Monte Carlo on all latents, all images and chains at once. The weights
 `log w = sum_t (b_t - b_{t-1}) (log p(x, z_{t-1}) - log q0(z_{t-1}))` have `E[w] = p(x)`, so their
-log-mean is a lower bound on `log p(x)` in expectation. Run backwards from an *exact* posterior draw,
-`E[1/w] = 1/p(x)`: an upper bound. Such a draw is there for simulated data only: `z ~ p(z)` and
-`x ~ p(x|z)` is also `x ~ p(x)` and `z ~ p(z|x)`.
+log-mean is a lower bound on `log p(x)` in expectation. Run backwards from an *exact* draw of the
+posterior, `E[1/w] = 1/p(x)`: an upper bound. Such a draw is there for simulated data only, as
+`z ~ p(z)`, `x ~ p(x|z)` is also `x ~ p(x)`, `z ~ p(z|x)`.
 
 What it is not: the step sizes are adapted on the way, which the two equalities do not allow for;
 it is usual, and its effect vanishes as the temperatures become many. And the sandwich on simulated
@@ -20,6 +20,7 @@ decoder-based generative models (2016), arXiv:1611.04273.
 """
 
 import math
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pyro
@@ -64,7 +65,7 @@ def temperatures(count: int) -> Tensor:
     """`count + 1` values of b from 0 to 1, on a sigmoid.
 
     >>> [round(b, 2) for b in temperatures(4).tolist()]
-    [0.0, 0.11, 0.5, 0.89, 1.0]
+    [0.0, 0.1, 0.5, 0.9, 1.0]
     """
     if count < 1:
         raise ValueError(f"num_temperatures must be at least 1, not {count}")
@@ -165,7 +166,7 @@ class _Chains:
 def _anneal(chains: _Chains, betas: list[float], title: str) -> Tensor:
     """`sum_t (b_t - b_{t-1}) (log p(x, z) - log q0(z))` along `betas`, up or down, `(K, B)`."""
     log_w = torch.zeros_like(chains.log_q0)
-    steps = list(zip(betas[:-1], betas[1:], strict=True))
+    steps = list(pairwise(betas))
     # disable=None: no bar where the output is not a terminal
     bar = tqdm(steps, title, leave=False, disable=None if title else True)
     for number, (b, after) in enumerate(bar, start=1):
