@@ -89,7 +89,9 @@ class _Path:
 
     def pack(self, values: dict[str, Tensor]) -> Tensor:
         """From `(K, B, *event)` or `(B, *event)` of each site to `(K, B, D)`."""
-        flat = [values[name].expand_as(self.first[name]).flatten(2) for name in self.names]
+        flat = [
+            values[name].expand_as(self.first[name]).reshape(*self.shape, -1) for name in self.names
+        ]
         return torch.cat(flat, dim=-1)
 
     def unpack(self, z: Tensor) -> dict[str, Tensor]:

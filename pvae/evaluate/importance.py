@@ -5,7 +5,6 @@ come, so memory does not grow with their number `k`.
 """
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -38,15 +37,19 @@ class Importance(NamedTuple):
 
 def _log_weights(
     model: Program, guide: Program, x: Tensor, y: Tensor | None, num_samples: int
-) -> Iterator[Tensor]:
-    """`log w_i` of each image in pieces `(n, B)`, `num_samples` in all."""
-    at_once = max(1, DECODES // len(x))
-    for start in range(0, num_samples, at_once):
-        shape = (min(at_once, num_samples - start), len(x))
-        model_trace, guide_trace = traces(model, guide, x, y, shape[0])
-        log_p = sum_sites(model_trace, model_trace.observation_nodes, shape)
-        log_p = log_p + sum_sites(model_trace, latents(model_trace), shape)
-        yield log_p - sum_sites(guide_trace, latents(guide_trace), shape)
+) -> Tensor:
+    """`log w_i` of `num_samples` draws for each image, `(num_samples, B)`."""
+    shape = (num_samples, len(x))
+    model_trace, guide_trace = traces(model, guide, x, y, num_samples)
+    log_p = sum_sites(model_trace, model_trace.observation_nodes, shape)
+    log_p = log_p + sum_sites(model_trace, latents(model_trace), shape)
+    return log_p - sum_sites(guide_trace, latents(guide_trace), shape)
+
+
+def _pieces(num_samples: int, images: int) -> list[int]:
+    """How many draws at once, so that about `DECODES` images are decoded."""
+    at_once = max(1, DECODES // images)
+    return [min(at_once, num_samples - done) for done in range(0, num_samples, at_once)]
 
 
 def _tail_size(num_samples: int) -> int:
@@ -98,7 +101,8 @@ def importance_sampling(
     squares = total  # ... and of their squares
     largest = x.new_empty((0, len(x)))
     with evaluating(model, guide):
-        for log_w in _log_weights(model, guide, x, y, num_samples):
+        for draws in _pieces(num_samples, len(x)):
+            log_w = _log_weights(model, guide, x, y, draws)  # its traces are freed on return
             total = torch.logaddexp(total, log_w.logsumexp(0))
             squares = torch.logaddexp(squares, (2 * log_w).logsumexp(0))
             seen = torch.cat([largest, log_w])
