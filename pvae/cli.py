@@ -58,6 +58,7 @@ def _choices(group: Any, flag: str, table: Mapping[str, Any], default: str, what
 
 _DEFAULT_DATA = "MNIST, found or downloaded; offline, scikit-learn's digits"
 NATURAL = _number(int, 1)  # the type of an argument that counts something
+COUNT = _number(int, 0)  # ... where none is a number too
 _POSITIVE, _FRACTION = _number(float, 0, strict=True), _number(float, 0, high=1)
 
 
@@ -208,7 +209,7 @@ def _schedule_arguments(g: Any) -> None:
 
 def _run_arguments(p: argparse.ArgumentParser) -> Any:
     g = p.add_argument_group("run")
-    g.add_argument("--seed", type=_number(int, 0), default=0, help="seed of everything random")
+    g.add_argument("--seed", type=COUNT, default=0, help="seed of everything random")
     g.add_argument(
         "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="device"
     )

@@ -281,6 +281,19 @@ class ClosedForm:
         return Terms(reconstruction, kl, kl_normal_sampled(z, loc, log_scale), units)
 
 
+def collapsed(mean: Tensor) -> Tensor:
+    r"""`sum_i m_i log m_i + (1 - m_i) log(1 - m_i)`, `m` `(*event)`: the best that a Bernoulli
+    decoder does that ignores z, nats per image.
+
+    With the mean image `m` of grey images it is exact in expectation over their binarisations, on
+    those very images: -205.8 on MNIST's 60,000. A model near it has collapsed.
+
+    >>> collapsed(torch.tensor([0.5, 0.0]))
+    tensor(-0.6931)
+    """
+    return (torch.xlogy(mean, mean) + torch.xlogy(1 - mean, 1 - mean)).sum()
+
+
 # ---- the linear Gaussian model, of which everything is known ----
 
 
