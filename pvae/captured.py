@@ -57,6 +57,7 @@ class NotCaptured(RuntimeError):
 
 def inductor(graph: GraphModule, inputs: list[Tensor]) -> Run:
     """Compiles a traced step by torch's inductor, with torch's own random numbers."""
+    _sum_for_biases(graph)
     options = {"fallback_random": True}  # inductor's own generators give other noise
     return torch._inductor.compile(graph, inputs, options=options)
 
@@ -64,6 +65,24 @@ def inductor(graph: GraphModule, inputs: list[Tensor]) -> Run:
 def as_traced(graph: GraphModule, inputs: list[Tensor]) -> Run:
     """Leaves a traced step as it is: the same operators one by one, nothing to wait for."""
     return graph
+
+
+def _sum_for_biases(graph: GraphModule) -> None:
+    """The gradient of a convolution's bias is the sum of the output's gradient over all but its
+    channels. oneDNN is up to a third slower where its backward is to return that as well."""
+    aten = torch.ops.aten
+    for node in [n for n in graph.graph.nodes if n.target is aten.convolution_backward.default]:
+        *given, (for_input, for_weight, _) = node.args
+        node.args = (*given, [for_input, for_weight, False])
+        for user in [u for u in node.users if u.args[1] == 2]:  # getitem(node, 2)
+            gradient = given[0]  # (B, C, ...)
+            dims = [0, *range(2, gradient.meta["val"].dim())]
+            with graph.graph.inserting_before(user):
+                total = graph.graph.call_function(aten.sum.dim_IntList, (gradient, dims))
+            total.meta["val"] = user.meta["val"]
+            user.replace_all_uses_with(total)
+            graph.graph.erase_node(user)
+    graph.recompile()
 
 
 # ---- tracing ----

@@ -70,7 +70,8 @@ class ConcatLabel(nn.Module):
         return (first + self.num_classes, *rest)
 
     def forward(self, v: Tensor, y: Tensor) -> Tensor:
-        self._check_labels(y)
+        if not torch.compiler.is_compiling():  # while a graph is traced there are no values
+            self._check_labels(y)
         lead = v.dim() - self.event_dim
         batch = self._batch_shape(v, y)
         if self.flatten:
