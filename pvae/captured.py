@@ -100,7 +100,7 @@ class _Outside(TorchFunctionMode):
         self.found: list[Tensor] = []  # keeps them alive, and so their ids unique
 
     def _stand_in(self, t: Tensor) -> Tensor:
-        if isinstance(t, FakeTensor):
+        if isinstance(t, FakeTensor) or t.is_meta:  # a fake tensor is made around a meta tensor
             return t
         if id(t) not in self.stand_ins:
             self.stand_ins[id(t)] = self.make(t)

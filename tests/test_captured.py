@@ -18,6 +18,7 @@ from torch import nn
 import pvae
 from pvae import captured, temper
 from pvae.captured import NotCaptured, as_traced
+from pvae.crosscheck import _Draws
 from pvae.heads import Normal
 
 
@@ -300,14 +301,14 @@ def test_a_cleared_store_and_replaced_modules_are_seen(x):
     svi.step(x)
     assert svi.engine == "eager"
     state = {name: t.clone() for name, t in vae.state_dict().items()}
-    vae.load_state_dict(state, assign=True)  # other tensors under the same names
+    copies = {name: t.clone() for name, t in state.items()}
+    vae.load_state_dict(copies, assign=True)  # other tensors under the same names
     svi.optim = pvae.SingleOptimizer(torch.optim.Adam(vae.parameters(), lr=1e-2))
     for _ in range(3):
         svi.step(x)
     assert svi.engine == "captured"
     for name, p in vae.named_parameters():
-        assert (p != state[name]).any() or "bias" in name, name
-        assert p.data_ptr() != 0
+        assert (p != state[name]).any(), name
 
 
 def test_store_and_optimizer_hold_what_is_trained(x):
@@ -339,6 +340,7 @@ def test_a_scale_that_changes_is_an_input(x, scaled):
     assert ours.captures == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store")
 def test_modes_shapes_dtypes_and_frozen_layers_make_graphs_of_their_own(x):
     vae = tiny()
     svi = ready(vae, x)
@@ -387,7 +389,6 @@ def test_a_number_that_a_module_holds_is_no_constant():
             assert loss == pytest.approx(expected, rel=1e-5)
         assert ours.engine == "captured"
     guide.temperature = 0.1
-    ours.step(FLIPS)
     with pytest.raises(NotCaptured, match="2 graphs"):
         ours.step(FLIPS)
 
@@ -450,7 +451,6 @@ def test_falls_back_with_one_warning(model, reason):
     with pytest.warns(UserWarning, match=f"runs eager: .*{reason}") as noted:
         svi.step(FLIPS)
     assert len(noted) == 1
-    assert noted[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for seed in range(3):
@@ -472,10 +472,10 @@ def test_strict_raises():
 
 def test_handlers_that_do_more_than_hold_numbers_are_run(x):
     svi = ready(tiny(), x, strict=False)
-    with pytest.warns(UserWarning, match="TraceMessenger"), poutine.trace() as noted:
+    with pytest.warns(UserWarning, match="values of the handler _Draws"), _Draws() as draws:
         svi.step(x)
     assert svi.engine == "eager"
-    assert {"z", "x"} <= set(noted.trace.nodes)
+    assert [z.shape for z in draws.values] == [(6, 3)]
     svi.step(x)
     assert svi.engine == "captured"
 
