@@ -24,13 +24,11 @@ traced program it keeps the value that it had.
 """
 
 import contextlib
-import random
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -59,7 +57,7 @@ def inductor(graph: GraphModule, inputs: list[Tensor]) -> Run:
     """Compiles a traced step by torch's inductor, with torch's own random numbers."""
     _sum_for_biases(graph)
     options = {"fallback_random": True}  # inductor's own generators give other noise
-    return torch._inductor.compile(graph, inputs, options=options)
+    return torch._inductor.compile(graph, [*inputs], options=options)
 
 
 def as_traced(graph: GraphModule, inputs: list[Tensor]) -> Run:
@@ -123,7 +121,7 @@ def _without_looking() -> Iterator[None]:
     """Nothing inside looks at the values of tensors, which are not there while tracing."""
     compiling, isnan = torch.compiler._is_compiling_flag, pyro.util.torch_isnan
     torch.compiler._is_compiling_flag = True  # what torch.compiler.is_compiling says
-    pyro.util.torch_isnan = lambda value: False  # what `warn_if_nan` asks
+    pyro.util.torch_isnan = lambda value: False  # type: ignore[assignment]  # what `warn_if_nan` asks
     try:
         with pyro.validation_enabled(False):
             yield
@@ -183,7 +181,8 @@ class _Graph(NamedTuple):
         self, arguments: list[Tensor], parameters: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """The losses, and the gradient of each parameter."""
-        with torch.no_grad():
+        # the graph says itself where it casts
+        with torch.no_grad(), torch._C._DisableAutocast():
             results = self.run(*arguments, *parameters, *self.rest)
         gradients: list[Tensor | None] = [None] * len(parameters)
         for i, gradient in zip(self.with_gradient, results[self.losses :], strict=True):
@@ -228,7 +227,7 @@ def _signature(args: Any, kwargs: Any, modules: Sequence[nn.Module]) -> _Signatu
         add(leaf, "an argument")
     numbers = []
     for handler in runtime._PYRO_STACK:
-        key.append(type(handler))
+        key.append(str(type(handler)))
         for name, value in vars(handler).items():
             where = f"{name} of the handler {type(handler).__name__} around the step"
             if type(value) is float:
@@ -298,7 +297,8 @@ def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
 
 def _other_random_state() -> Hashable:
     """Of Python's and NumPy's generators, whose draws a graph would freeze."""
-    return random.getstate(), np.random.get_state()[1].tobytes(), np.random.get_state()[2]
+    state = pyro.util.get_rng_state()
+    return state["random"], state["numpy"][1].tobytes(), state["numpy"][2]
 
 
 # ---- SVI ----
@@ -450,9 +450,8 @@ class SVI(pyro.infer.SVI):
         _set_random_state(start)
 
         elsewhere = _other_random_state()
-        with poutine.trace(param_only=True) as sites:
-            loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        parameters = {site["value"].unconstrained() for site in sites.trace.nodes.values()}
+        loss, sites = self._loss_and_sites(args, kwargs)
+        parameters = {site["value"].unconstrained() for site in sites.values()}
         losses = tuple(map(torch_item, loss)) if isinstance(loss, tuple) else torch_item(loss)
         if isinstance(made, _Graph):
             if _other_random_state() != elsewhere:
@@ -502,7 +501,7 @@ class SVI(pyro.infer.SVI):
 
             values = [t.detach() for t in inputs]
             traced = make_fx(loss_and_gradients, tracing_mode="fake")(*values)
-        with torch.no_grad():
+        with torch.no_grad(), torch._C._DisableAutocast():
             run = self.compiler(traced, values)
         held = {id(p) for module in self._modules for p in module._parameters.values()}
         return _Graph(

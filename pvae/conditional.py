@@ -148,6 +148,8 @@ class Conditional(nn.Module):
         v = self._joined(v, y)
         batch = v.shape[: v.dim() - self.event_dim]
         h = self.net(v.reshape(-1, *v.shape[len(batch) :]))
+        if v.is_floating_point():
+            h = h.to(v.dtype)  # under autocast only the network is coarse, no density is
         expected = getattr(self.head, "param_shape", h.shape[1:])
         if h.shape[1:] != expected:
             raise ValueError(

@@ -548,3 +548,21 @@ def test_pyro_validates_the_first_step_and_nan_is_warned_of(x):
         next(vae.parameters()).fill_(float("nan"))
     with pytest.warns(UserWarning, match="NaN: loss"):
         assert svi.step(x) != svi.step(x)
+
+
+# ---- precision ----
+
+
+def test_bfloat16_is_of_the_networks_alone(x):
+    """The same noise: the loss to the 8 bits of a bfloat16, the captured one as the eager one's."""
+    vae = tiny()
+    stock, ours = pair(vae.model, vae.guide, Trace_ELBO())
+    exact = step(stock, (x,))[0]
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert vae.encode(x).mean.dtype == torch.float32
+            coarse, loss = step(stock, (x,))[0], step(ours, (x,))[0]
+        assert loss == pytest.approx(coarse, rel=1e-5)
+        assert coarse == pytest.approx(exact, rel=1e-2)
+    assert ours.engine == "captured"
+    assert coarse != exact
