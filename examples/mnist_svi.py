@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pyro
 import torch
-from pyro.infer import SVI
 
 import pvae
 from pvae import checkpoint, cli, data, memory, report, run
@@ -51,10 +50,12 @@ def main() -> None:
     )
     vae.to(device).to(memory_format=torch.channels_last)
 
-    # stock SVI; one optimizer over all parameters
+    # stock SVI, or the same step compiled once; one optimizer over all parameters
     adam = torch.optim.Adam(vae.parameters(), lr=args.learning_rate, fused=True)
     objective = OBJECTIVES[args.objective]
-    svi = SVI(vae.model, vae.guide, pvae.SingleOptimizer(adam), objective.elbo(args.num_particles))
+    svi = cli.ENGINES[cli.engine(args, len(dataset.train.images))](
+        vae.model, vae.guide, pvae.SingleOptimizer(adam), objective.elbo(args.num_particles)
+    )
 
     labels, pictured = args.conditional, cli.spread(args.num_epochs, 10)
     trainer = Trainer(
@@ -70,6 +71,7 @@ def main() -> None:
         lr_warmup=args.lr_warmup,
         cosine=args.schedule == "cosine",
         labels=labels,
+        precision=args.precision,
         seed=args.seed,
         folder=folder,
         quiet=args.quiet,

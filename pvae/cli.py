@@ -6,18 +6,20 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyro
 import torch
+from pyro.infer import SVI
 
-from pvae import data, memory, run
+from pvae import captured, data, memory, run
 from pvae.train import TrainingFailed
 from pvae.vae import ACTIVATIONS, GUIDES, LIKELIHOODS, NETS, OBJECTIVES, PRIORS, VAE
 
 # what may be given anew when a run is resumed; all else is part of what the run is
-_RESUMABLE = {"num_epochs", "device", "data_root", "resume", "quiet", "out"}
+_RESUMABLE = {"num_epochs", "device", "data_root", "resume", "quiet", "out", "engine"}
 _BINARIZE = {"none": "grey", "threshold": "threshold", "static": "static", "dynamic": "dynamic"}
 
 
@@ -56,6 +58,13 @@ def _choices(group: Any, flag: str, table: Mapping[str, Any], default: str, what
     group.add_argument(flag, choices=list(table), default=default, metavar="NAME", help=help_text)
 
 
+# what runs a step; a signature that is as rare as the short last batch does not pay for a graph
+ENGINES: Mapping[str, Callable[..., SVI]] = {
+    "eager": SVI,
+    "captured": partial(captured.SVI, after=20),
+}
+_PAYS_BACK = 3000  # steps; to capture takes 10 to 30 s, and saves a sixth of a step or more
+
 _DEFAULT_DATA = "MNIST, found or downloaded; offline, scikit-learn's digits"
 NATURAL = _number(int, 1)  # the type of an argument that counts something
 COUNT = _number(int, 0)  # ... where none is a number too
@@ -83,6 +92,19 @@ def parser(description: str) -> argparse.ArgumentParser:
     _schedule_arguments(_training_arguments(p))
     group = _run_arguments(p)
     group.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
+    group.add_argument(
+        "--engine",
+        choices=["auto", *ENGINES],
+        default="auto",
+        help="how a step runs: eager is stock SVI, captured compiles it once, auto captures a run "
+        f"of at least {_PAYS_BACK:,} steps",
+    )
+    group.add_argument(
+        "--precision",
+        choices=["fp32", "tf32", "bf16"],
+        default="fp32",
+        help="of the networks in training: tf32 for matrix products on a GPU, bf16 by autocast",
+    )
     return p
 
 
@@ -326,6 +348,24 @@ def run_main(main: Callable[[], None]) -> None:
 
 def _interrupt(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
+
+
+def engine(args: argparse.Namespace, images: int) -> str:
+    """`--engine`, or for `auto` captured where the run is long enough to pay for it; says which.
+
+    >>> args = parser("").parse_args(["--quiet", "-n", "10"])
+    >>> engine(args, images=50_000), engine(args, images=1_000)
+    ('captured', 'eager')
+    """
+    steps = args.num_epochs * math.ceil(images / args.batch_size)
+    chosen = args.engine
+    if chosen == "auto":
+        chosen = "captured" if steps >= _PAYS_BACK else "eager"
+    if not args.quiet:
+        why = f", for a run of {steps:,} steps" if args.engine == "auto" else ""
+        wait = "; the first epoch waits for the compiler" if chosen == "captured" else ""
+        print(f"engine: {chosen}{why}{wait}")
+    return chosen
 
 
 def spread(epochs: int, count: int) -> set[int]:

@@ -128,7 +128,8 @@ class ConcatLabel(ConcatVector):
         self.num_classes = num_classes
 
     def forward(self, v: Tensor, y: Tensor) -> Tensor:
-        self._check_labels(y)
+        if not torch.compiler.is_compiling():  # while a graph is traced there are no values
+            self._check_labels(y)
         return self._concat(v, one_hot(y.long(), self.num_classes).to(v.dtype))
 
     def _check_labels(self, y: Tensor) -> None:
@@ -185,6 +186,8 @@ class Conditional(nn.Module):
         v = self._joined(v, y)
         batch = v.shape[: v.dim() - self.event_dim]
         h = self.net(v.reshape(-1, *v.shape[len(batch) :]))
+        if v.is_floating_point():
+            h = h.to(v.dtype)  # under autocast only the network is coarse, no density is
         expected = getattr(self.head, "param_shape", h.shape[1:])
         if h.shape[1:] != expected:
             raise ValueError(

@@ -1,11 +1,12 @@
 """The training loop: stock SVI over epochs, with progress, validation, cross-check and resume."""
 
+import contextlib
 import csv
 import io
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ class Trainer:
 
     Args:
         vae: the pair; its parameters are those of the optimizer in `svi`.
-        svi: stock `pyro.infer.SVI` over `vae.model` and `vae.guide`, with a `SingleOptimizer`.
+        svi: `pyro.infer.SVI`, or `pvae.captured.SVI`, over `vae.model` and `vae.guide`, with a
+            `SingleOptimizer`.
         objective: the entry of `pvae.vae.OBJECTIVES` whose ELBO `svi` has; for the cross-check.
         data: the observed data set, on the device of `vae`.
         epochs, batch_size: how long, and how many images a step.
@@ -83,6 +85,8 @@ class Trainer:
         kl_cycles: how often the KL's weight does so, each time in its share of training.
         cosine: whether the learning rate falls to 0 along a cosine.
         labels: whether labels are given to the programs.
+        precision: of a training step: "fp32", "tf32" (matrix products on a GPU) or "bf16" (the
+            networks, by autocast). Numbers are always reported in float32.
         seed: of the shuffles and redrawn pixels; the guide's noise is the global random state's.
         folder: where the run is kept.
         quiet: no progress bar, no line an epoch.
@@ -123,6 +127,7 @@ class Trainer:
         lr_warmup: float = 0.0,
         cosine: bool = True,
         labels: bool = False,
+        precision: str = "fp32",
         seed: int = 0,
         folder: Path | None = None,
         quiet: bool = False,
@@ -142,6 +147,8 @@ class Trainer:
                 f"svi has a {type(svi.optim).__name__} optimizer; the trainer schedules and saves "
                 "one torch optimizer: give SVI a pvae.SingleOptimizer"
             )
+        if precision not in ("fp32", "tf32", "bf16"):
+            raise ValueError(f"precision must be one of fp32, tf32, bf16, not {precision!r}")
         if labels and data.train.labels is None:
             raise ValueError("labels are asked for, but the data set has none")
         self.vae, self.svi, self.objective, self.data = vae, svi, objective, data
@@ -151,6 +158,7 @@ class Trainer:
         self.lr_warmup, self.cosine = lr_warmup, cosine
         self.labels, self.folder, self.quiet, self.on_epoch = labels, folder, quiet, on_epoch
         self.go_on = go_on
+        self.precision = precision
         self.steps_per_epoch = math.ceil(len(data.train.images) / batch_size)
         self.step = 0
         self.history: list[dict[str, float]] = []
@@ -241,7 +249,7 @@ class Trainer:
 
     def _step(self, x: Tensor, y: Tensor | None) -> float:
         try:
-            with temper(self._beta(self.step)):
+            with temper(self._beta(self.step)), self._precisely(x.device.type):
                 loss = self.svi.step(x, y)
         except ValueError as error:
             # Pyro's validation stops at a NaN parameter before there is a loss
@@ -251,6 +259,16 @@ class Trainer:
         if not math.isfinite(loss):
             raise TrainingFailed(self._not_finite(loss))
         return loss
+
+    @contextlib.contextmanager
+    def _precisely(self, device: str) -> Iterator[None]:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if self.precision == "tf32" else before)
+        try:
+            with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16"):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     def _validate(self) -> dict[str, float]:
         """The means of the ELBO at beta = 1 and its terms, with fixed noise."""

@@ -18,6 +18,7 @@ HOUSE = [
     "plots",
     "run",
     "evaluate",
+    "captured",
     "checkpoint",
     "memory",
     "optim",
