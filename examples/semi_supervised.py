@@ -14,7 +14,7 @@ Where y is not seen, it is a latent, summed out exactly by TraceEnum_ELBO (alpha
 
 Each step takes one batch of either kind. q(y|x) is then a classifier that has seen all images, and
 is held against the same network trained on the labels alone, which is also where it starts. A z of
-two dimensions needs the class beside it; one of 16 says all of x, and y means next to nothing. The
+two dimensions needs the class beside it; one of many says all of x, and y means little. The
 second figure shows what z is for: the style of one image, under every class.
 
 Source: Semi-Supervised Learning with Deep Generative Models (2014), arXiv:1406.5298.
