@@ -617,7 +617,8 @@ def build(
         "components": components,
         "num_data": num_data,
     }
-    for name, size in (("hidden", hidden), ("side_dim", side_dim), ("top_dim", top_dim)):
+    sizes = {"latent_dim": latent_dim, "hidden": hidden, "side_dim": side_dim, "top_dim": top_dim}
+    for name, size in sizes.items():
         if size is not None and size < 1:
             raise ValueError(f"{name} must be at least 1, not {size}")
     if num_classes is not None and side_dim is not None:
