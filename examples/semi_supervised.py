@@ -13,8 +13,9 @@ Where y is not seen, it is a latent, summed out exactly by TraceEnum_ELBO (alpha
     U(x) = sum_y q(y|x) ( L_alpha=0(x, y) - log q(y|x) )  <=  log p(x).
 
 Each step takes one batch of either kind. q(y|x) is then a classifier that has seen all images, and
-is held against the same network trained on the labels alone. The second figure shows what z is
-for: the style of one image, under every class.
+is held against the same network trained on the labels alone, which is also where it starts. A z of
+two dimensions needs the class beside it; one of 16 says all of x, and y means next to nothing. The
+second figure shows what z is for: the style of one image, under every class.
 
 Source: Semi-Supervised Learning with Deep Generative Models (2014), arXiv:1406.5298.
 """
@@ -164,12 +165,13 @@ def main() -> None:
         raise ValueError(f"--dataset {args.dataset} has no labels, a few of which are needed")
     pool = data.Split(images[: args.unlabelled], None)
     smallest = int(y.bincount().min()) * classes
-    if not classes <= min(args.labels) <= max(args.labels) <= smallest:
-        raise ValueError(f"--labels {args.labels} must lie between {classes} and {smallest:,}")
+    amounts = args.labels or [n for n in (100, 300, 1000, 3000) if n <= smallest] or [smallest]
+    if not classes <= min(amounts) <= max(amounts) <= smallest:
+        raise ValueError(f"--labels {amounts} must lie between {classes} and {smallest:,}")
     steps = args.num_epochs * math.ceil(len(pool.images) / args.batch_size)
 
     rows = []
-    for labels in args.labels:
+    for labels in amounts:
         few = replace(observed, train=per_class(images, y, labels, classes))
         unlabelled = (x for x, _ in endless(replace(observed, train=pool), args))
         pyro.set_rng_seed(args.seed)
@@ -197,7 +199,7 @@ def main() -> None:
     numbers = {"rows": rows, "seconds": time.perf_counter() - start}
     run.write_json(study.folder / "results.json", numbers)
     plots.save(drawn(rows, study.dataset.name), study.folder / "accuracy.png")
-    figure = styles(model, guide, observed.test, args.labels[-1])
+    figure = styles(model, guide, observed.test, amounts[-1])
     plots.save(figure, study.folder / "styles.png")
     print(table(rows, len(pool.images), study))
     print(f"{numbers['seconds']:.0f} s; pictures and numbers: {study.folder}/")
@@ -274,15 +276,14 @@ def styles(model: Any, guide: Any, test: data.Split, labels: int) -> Figure:
 
 def arguments() -> argparse.Namespace:
     parser = cli.study_parser("Semi-supervised learning, the model M2.")
-    parser.set_defaults(learning_rate=2e-3)
     group = parser.add_argument_group("semi-supervised")
     group.add_argument(
         "--labels",
         type=cli.NATURAL,
         nargs="+",
-        default=[100, 300, 1000, 3000],
         metavar="L",
-        help="how many images have labels; one training each",
+        help="how many images have labels, one training each (default: those of 100, 300, 1000 "
+        "and 3000 that there are)",
     )
     group.add_argument(
         "--unlabelled", type=cli.NATURAL, default=10_000, metavar="N", help="images without"
@@ -290,7 +291,7 @@ def arguments() -> argparse.Namespace:
     group.add_argument(
         "--alpha", type=float, default=50.0, help="weight of the classification term, nats"
     )
-    group.add_argument("--latent-dim", type=cli.NATURAL, default=16, metavar="D", help="of z")
+    group.add_argument("--latent-dim", type=cli.NATURAL, default=2, metavar="D", help="of z")
     group.add_argument("--hidden", type=cli.NATURAL, default=256, metavar="N", help="width")
     return parser.parse_args()
 
