@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument(
         "--latent-dim", type=cli.NATURAL, default=10, metavar="K", help="latents that SVI trains"
     )
-    parser.set_defaults(learning_rate=2e-3, batch_size=500)
+    parser.set_defaults(learning_rate=1e-2, batch_size=500)
     args = parser.parse_args()
     start = time.perf_counter()
     study = cli.start_study(args, "ppca", "grey")

@@ -102,9 +102,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data-root", metavar="DIR", help="where its data is, if it has moved")
     g = parser.add_argument_group("how much of each; 0 leaves it out")
     for flag, default, text in (
-        ("--images", 500, "test images of the importance-weighted bound"),
+        ("--images", 200, "test images of the importance-weighted bound"),
         ("--annealed-images", 20, "test images of annealed importance sampling"),
-        ("--gap-images", 200, "test images of the amortization gap"),
+        ("--gap-images", 100, "test images of the amortization gap"),
         ("--nuts-samples", 500, "draws of NUTS, for the picture of one image's posterior"),
     ):
         g.add_argument(flag, type=cli.COUNT, default=default, metavar="N", help=text)
@@ -271,7 +271,13 @@ def latent_rows(task: Task) -> list[Row]:
     n, means = len(test.images), codes(test, "codes")
     active = int((evaluate.unit_variances(means) > evaluate.ACTIVE).sum())
     with evaluate.fixed_noise(means.device, task.args.seed):
-        known = evaluate.information(task.vae.model, task.vae.guide, test, labels=task.labels)
+        known = evaluate.information(
+            task.vae.model,
+            task.vae.guide,
+            test,
+            labels=task.labels,
+            title=task.title("information"),
+        )
     rows = [
         Row("active_units", f"active units, of {means.shape[1]}", Estimate(active, math.nan), n, 0),
         Row("mutual_information", f"I(x; z), at most {math.log(n):.2f}", known.mutual, n),
@@ -300,8 +306,9 @@ def picture(task: Task) -> plots.Figure:
     exact = evaluate.nuts(task.vae.model, x, y, num_samples=draws, seed=seed, quiet=quiet)["z"]
     with evaluate.evaluating(task.vae), evaluate.fixed_noise(x.device, seed):
         guide = task.vae.encode(x, y).sample((draws,))[:, 0]
-    correlation = exact.T.cpu().corrcoef().nan_to_num(0).abs().fill_diagonal_(0)
-    units = divmod(int(correlation.argmax()), len(correlation))
+    size = exact.shape[1]
+    correlation = exact.T.cpu().corrcoef().reshape(size, size).nan_to_num(0).abs()
+    units = divmod(int(correlation.fill_diagonal_(0).argmax()), size)
     return plots.posterior(exact, guide, units, title=f"Posterior of test image {which}")
 
 
