@@ -234,6 +234,7 @@ def annealed_rows(task: Task) -> list[Row]:
     return [
         Row("ais", f"AIS from {start}, {args.temperatures:,} steps", estimate(result.forward), n),
         Row("ais_iwae", f"  IWAE-{k:,} of the same images", estimate(result.iwae), n),
+        Row("ais_less_iwae", "  the difference", estimate(result.forward - result.iwae), n),
         Row("ais_lower", "  on simulated images: lower bound", estimate(result.lower), n),
         Row("ais_upper", "  ... and upper bound", estimate(result.upper), n),
         Row("ais_gap", "  ... and its width", estimate(result.upper - result.lower), n),
