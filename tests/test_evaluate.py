@@ -261,6 +261,10 @@ def test_annealing_packs_latents_of_any_shapes():
         "z1": (300,),
         "z2": (300, 2),
     }
+    path = _Path(hierarchical, None, made.x, None, 3)
+    again = path.unpack(path.pack(made.latents))  # (3, 300, *event), each chain the same
+    for name, z in made.latents.items():
+        assert torch.equal(again[name], z.expand(3, *z.shape))
     p = torch.distributions.MultivariateNormal(
         torch.zeros(2).double(), 2 * torch.eye(2).double() + 1.0
     )
