@@ -331,7 +331,8 @@ def measure(
     for variant, builder in builders.items():  # one after another: compilers do not compete
         pipe, end = context.Pipe()
         warm = 1 if seconds is None else 4
-        worker = context.Process(target=_work, args=(builder, net, batch, threads, warm, end))
+        told = (builder, net, batch, threads, warm, end)
+        worker = context.Process(target=_work, args=told, daemon=True)
         worker.start()
         end.close()
         pipe.recv()
@@ -419,6 +420,8 @@ def text(rows: list[dict[str, Any]]) -> str:
 def picture(rows: list[dict[str, Any]]) -> Figure:
     """Ratios to the plain loop, a panel for each net, a group of bars for each batch."""
     nets = list(dict.fromkeys(r["net"] for r in rows))
+    colours = {v: f"C{i}" for i, v in enumerate(dict.fromkeys(r["variant"] for r in rows))}
+    drawn = {}
     figure = Figure(figsize=(6 * len(nets), 4.2), layout="constrained")
     figure.suptitle("Time relative to the plain loop by hand (lower is faster)")
     for ax, net in zip(figure.subplots(1, len(nets), squeeze=False)[0], nets, strict=True):
@@ -434,14 +437,21 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
                 [r["ratio"] - r["low"] for r in bars],
                 [r["high"] - r["ratio"] for r in bars],
             ]
-            ax.bar(at, ratio, width * 0.9, yerr=spread, label=variant, error_kw={"lw": 0.8})
+            drawn[variant] = ax.bar(
+                at,
+                ratio,
+                width * 0.9,
+                yerr=spread,
+                color=colours[variant],
+                error_kw={"lw": 0.8},
+            )
         ax.axhline(1, color="black", lw=0.6)
         ax.set_title(net)
         ax.set_xlabel("batch size")
         ax.set_xticks(range(len(batches)), [str(b) for b in batches])
         ax.set_ylabel("time / time of the plain loop")
         ax.set_ylim(bottom=0)
-        ax.legend(fontsize=8)
+    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
