@@ -58,8 +58,8 @@ class VAE(nn.Module):
         oracle: ClosedForm | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
-        self.guide = guide
+        self.model: Any = model  # any pair of programs: what each has is said above
+        self.guide: Any = guide
         self.oracle = oracle
         self.recipe: dict[str, Any] | None = None  # the arguments of `build`, to be built again
 

@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from tqdm import tqdm
@@ -19,7 +19,6 @@ from tqdm import tqdm
 from pvae import checkpoint, cli, data, evaluate, memory, plots, report, run
 from pvae.data import Observed, Split
 from pvae.evaluate import Estimate, estimate
-from pvae.programs import Guide, Model
 from pvae.vae import VAE
 
 LEGEND = """\
@@ -244,8 +243,8 @@ def gap_rows(task: Task, steps: int = 500) -> list[Row]:
         evaluate.fixed_noise(x.device, task.args.seed),
     ):
         found = evaluate.gaps(
-            cast(Model, task.vae.model),
-            cast(Guide, task.vae.guide),
+            task.vae.model,
+            task.vae.guide,
             x,
             y,
             steps=steps,
