@@ -109,10 +109,14 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def study_parser(
-    description: str, *, images: bool = True, default_data: str = _DEFAULT_DATA
+    description: str,
+    *,
+    images: bool = True,
+    training: bool = True,
+    default_data: str = _DEFAULT_DATA,
 ) -> argparse.ArgumentParser:
     """The arguments of a short study, which composes its pairs itself and is not resumed; without
-    `images` it takes no data set.
+    `images` it takes no data set, without `training` no epochs.
 
     `default_data` is what the help says of a `--dataset` that is not given.
 
@@ -122,7 +126,8 @@ def study_parser(
     p = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
     if images:
         _data_arguments(p, default_data)
-    _training_arguments(p)
+    if training:
+        _training_arguments(p)
     _run_arguments(p)
     p.set_defaults(resume=None)
     return p
@@ -447,7 +452,8 @@ def start_study(args: argparse.Namespace, name: str, observe: str) -> Study:
     chosen = device(args.device)
     dataset = data.load(args.dataset, args.data_root, seed=args.seed)
     folder = run.new_folder(args.out, name)
-    args.num_epochs = num_epochs(args, len(dataset.train.images))
+    if hasattr(args, "num_epochs"):  # a study that trains
+        args.num_epochs = num_epochs(args, len(dataset.train.images))
     args.observe = observe
     keep_config(folder, args, dataset)
     memory.keep_freed_memory()

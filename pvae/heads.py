@@ -455,10 +455,10 @@ class MixtureOfDiscretizedLogistics(Head):
 
     def forward(self, h: Tensor) -> dist.Distribution:
         # (*, 3 K C, H, W) -> (*, C, H, W, K) thrice
-        logits, loc, raw_scale = (
-            part.unflatten(-self.event_dim, (self.components, -1)).movedim(-self.event_dim - 1, -1)
-            for part in h.chunk(3, dim=-self.event_dim)
+        raw = h.unflatten(-self.event_dim, (3, self.components, -1)).movedim(
+            -self.event_dim - 1, -1
         )
+        logits, loc, raw_scale = raw.unbind(-self.event_dim - 2)
         components = _DiscretizedLogistic(loc, raw_scale.exp() + MIN_LOGISTIC_SCALE)
         mixture = _FlatMixture(dist.Categorical(logits=logits), components)
         return mixture.to_event(self.event_dim)

@@ -58,8 +58,8 @@ class VAE(nn.Module):
         oracle: ClosedForm | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
-        self.guide = guide
+        self.model: Any = model  # any pair of programs: what each has is said above
+        self.guide: Any = guide
         self.oracle = oracle
         self.recipe: dict[str, Any] | None = None  # the arguments of `build`, to be built again
 
@@ -230,11 +230,13 @@ class Given(NamedTuple):
 
 
 class Prior(NamedTuple):
-    """A named prior; `standard` is the one that the closed form knows."""
+    """A named prior; `standard` is the one that the closed form knows, `of_images` one that is made
+    of posteriors of images."""
 
     make: Callable[[Given], nn.Module]
     label: str
     standard: bool = False
+    of_images: bool = False
 
 
 class Net(NamedTuple):
@@ -379,7 +381,8 @@ def _conditional_normal(given: Given) -> nn.Module:
     if given.side_dim is not None:
         return Conditional(nets.MLP((given.side_dim,), head.param_shape, (32,)), head, event_dim=1)
     raise ValueError(
-        "prior 'conditional' is p(z | y): it needs num_classes (or side_dim), for there is no y"
+        "prior 'conditional' is p(z | y): it needs num_classes (--conditional) or side_dim, for "
+        "there is no y"
     )
 
 
@@ -399,7 +402,9 @@ PRIORS: Mapping[str, Prior] = {
         lambda g: priors.MixtureOfNormals(g.latent_dim, components=g.components),
         "learned mixture of normals",
     ),
-    "vamp": Prior(_vamp, "mixture of posteriors at learned pseudo-inputs (VampPrior)"),
+    "vamp": Prior(
+        _vamp, "mixture of posteriors at learned pseudo-inputs (VampPrior)", of_images=True
+    ),
     "flow": Prior(lambda g: flows.FlowPrior(g.latent_dim), "masked autoregressive flow"),
     "conditional": Prior(_conditional_normal, "p(z | y), a normal for each label"),
 }
@@ -617,7 +622,8 @@ def build(
         "components": components,
         "num_data": num_data,
     }
-    for name, size in (("hidden", hidden), ("side_dim", side_dim), ("top_dim", top_dim)):
+    sizes = {"latent_dim": latent_dim, "hidden": hidden, "side_dim": side_dim, "top_dim": top_dim}
+    for name, size in sizes.items():
         if size is not None and size < 1:
             raise ValueError(f"{name} must be at least 1, not {size}")
     if num_classes is not None and side_dim is not None:
@@ -629,7 +635,7 @@ def build(
     architecture = choose("net", net, NETS)
     make_activation = choose("activation", activation, ACTIVATIONS)
     prior_family = choose("prior", prior, PRIORS)
-    _check_parts(guide, posterior_family, prior, top_dim, num_data)
+    _check_parts(guide, posterior_family, prior, prior_family, top_dim, num_data)
 
     # what the networks take: an image and a latent, or each joined with y
     image = tuple(image_shape)
@@ -712,7 +718,12 @@ def _joined(
 
 
 def _check_parts(
-    guide: str, posterior: Posterior, prior: str, top_dim: int | None, num_data: int | None
+    guide: str,
+    posterior: Posterior,
+    prior: str,
+    prior_family: Prior,
+    top_dim: int | None,
+    num_data: int | None,
 ) -> None:
     """Refuses what cannot work together, with the reason."""
     if posterior.amortized == (num_data is not None):
@@ -724,15 +735,15 @@ def _check_parts(
                 else "needs the number of data, one factor for each"
             )
         )
-    if prior == "vamp" and not posterior.amortized:
+    if prior_family.of_images and not posterior.amortized:
         raise ValueError(
-            f"prior 'vamp' puts pseudo-inputs through q(z|x), but guide {guide!r} is no function "
-            "of images: choose an amortized guide"
+            f"prior {prior!r} puts pseudo-inputs through q(z|x), but guide {guide!r} is no "
+            "function of images: choose an amortized guide"
         )
-    if prior == "vamp" and top_dim is not None:
+    if prior_family.of_images and top_dim is not None:
         raise ValueError(
-            "prior 'vamp' is a mixture of posteriors of images, but with top_dim the prior is that "
-            "of z2, whose posterior takes z1: choose another prior"
+            f"prior {prior!r} is a mixture of posteriors of images, but with top_dim the prior is "
+            "that of z2, whose posterior takes z1: choose another prior"
         )
     if posterior.baseline and top_dim is not None:
         raise ValueError(

@@ -1,8 +1,13 @@
 """The captured step against stock SVI's: the same loss and gradients at the same noise."""
 
 import copy
+import json
+import os
 import random
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -19,7 +24,10 @@ import pvae
 from pvae import captured, temper
 from pvae.captured import NotCaptured, as_traced
 from pvae.crosscheck import _Draws
+from pvae.data import load, observe
 from pvae.heads import Normal
+from pvae.train import Trainer
+from pvae.vae import OBJECTIVES
 
 
 class Still(pyro.optim.PyroOptim):
@@ -120,12 +128,19 @@ def test_one_factor_for_each_datum():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("elbo", [Trace_ELBO(), RenyiELBO(0, 3)])
-@pytest.mark.parametrize("net", ["conv", "mlp", "deep"])
-def test_compiled(net, elbo):
-    vae, x = tiny(shape=(1, 16, 16), net=net), images("bernoulli", (1, 16, 16)).float()
+@pytest.mark.parametrize(
+    ("net", "elbo", "dtype", "tolerance"),
+    [
+        ("conv", Trace_ELBO(), torch.float32, 1e-5),
+        ("deep", TraceMeanField_ELBO(), torch.float64, 1e-9),
+        ("mlp", RenyiELBO(0, 3), torch.float64, 1e-9),
+    ],
+)
+def test_compiled(net, elbo, dtype, tolerance):
+    vae, x = tiny(shape=(1, 16, 16), net=net).to(dtype), images("bernoulli", (1, 16, 16))
     vae.to(memory_format=torch.channels_last)
-    assert_same(*pair(vae.model, vae.guide, elbo, compiler=captured.inductor), (x,))
+    stock, ours = pair(vae.model, vae.guide, elbo, compiler=captured.inductor)
+    assert_same(stock, ours, (x.to(dtype),), tolerance)
 
 
 def test_training_is_that_of_stock_svi():
@@ -475,7 +490,7 @@ def test_handlers_that_do_more_than_hold_numbers_are_run(x):
     with pytest.warns(UserWarning, match="values of the handler _Draws"), _Draws() as draws:
         svi.step(x)
     assert svi.engine == "eager"
-    assert [z.shape for z in draws.values] == [(6, 3)]
+    assert [z.shape for z in draws.values["z"]] == [(6, 3)]
     svi.step(x)
     assert svi.engine == "captured"
 
@@ -566,3 +581,97 @@ def test_bfloat16_is_of_the_networks_alone(x):
         assert coarse == pytest.approx(exact, rel=1e-2)
     assert ours.engine == "captured"
     assert coarse != exact
+
+
+# ---- the trainer, the example, the benchmark ----
+
+
+def trainer(folder, precision="fp32"):
+    torch.manual_seed(0)
+    vae = pvae.build((1, 28, 28), 2, "mlp", hidden=16)
+    adam = pvae.SingleOptimizer(torch.optim.Adam(vae.parameters(), lr=1e-2))
+    objective = OBJECTIVES["trace_elbo"]
+    svi = captured.SVI(
+        vae.model, vae.guide, adam, objective.elbo(1), strict=True, compiler=as_traced
+    )
+    return Trainer(
+        vae,
+        svi,
+        objective,
+        observe(load("digits"), "dynamic"),
+        epochs=4,
+        batch_size=512,
+        kl_warmup=0.5,
+        precision=precision,
+        folder=folder,
+        quiet=True,
+    )
+
+
+def test_a_captured_run_is_resumed(tmp_path):
+    """Nearly as if uninterrupted: its first steps run eager again."""
+    whole = trainer(tmp_path)
+    whole.fit()
+    assert whole.svi.engine == "captured"
+    assert whole.svi.captures == 2  # the short last batch has a graph of its own
+    first = trainer(tmp_path)
+    first.fit(until=2)
+    second = trainer(tmp_path)
+    second.resume(tmp_path / "checkpoint.pt")
+    second.fit()
+    assert second.history[-1]["validation_elbo"] == pytest.approx(
+        whole.history[-1]["validation_elbo"], rel=1e-5
+    )
+
+
+def test_training_in_bfloat16(tmp_path):
+    coarse, exact = trainer(None, "bf16"), trainer(None)
+    coarse.fit()
+    exact.fit()
+    assert coarse.svi.engine == "captured"
+    assert coarse.history[-1]["validation_elbo"] == pytest.approx(
+        exact.history[-1]["validation_elbo"], rel=1e-2
+    )
+    assert coarse.history[-1]["validation_elbo"] != exact.history[-1]["validation_elbo"]
+
+
+def test_an_unknown_precision():
+    with pytest.raises(ValueError, match="precision must be one of fp32, tf32, bf16, not 'fp8'"):
+        trainer(None, "fp8")
+
+
+ROOT = Path(pvae.__file__).parent.parent
+
+
+def run(argv, tmp_path):
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, *argv], capture_output=True, text=True, cwd=tmp_path, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_example_captured(tmp_path):
+    small = ["--dataset", "digits", "--net", "mlp", "--hidden", "16", "-n", "2", "-b", "64"]
+    example = ROOT / "examples" / "mnist_svi.py"
+    elbos = {}
+    for engine in ("eager", "captured"):
+        said = run([example, *small, "--engine", engine, "--out", engine], tmp_path)
+        assert f"engine: {engine}" in said
+        results = json.loads((tmp_path / engine / "results.json").read_text())
+        elbos[engine] = results["test_elbo"]
+    assert elbos["captured"] == pytest.approx(elbos["eager"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_benchmark(tmp_path):
+    short = ["--nets", "mlp", "--batches", "4", "--turns", "2", "--seconds", "0.05"]
+    some = ["--variants", "eager", "pytorch/examples", "--json", "t.json", "--figure", "t.png"]
+    said = run([ROOT / "benchmarks" / "throughput.py", *short, *some], tmp_path)
+    assert "mlp, batch 4" in said
+    rows = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert [r["variant"] for r in rows] == ["plain", "eager", "pytorch/examples"]
+    assert all(r["low"] <= r["ratio"] <= r["high"] for r in rows)
+    assert (tmp_path / "t.png").exists()

@@ -237,7 +237,10 @@ def test_moves_leave_the_posterior_invariant():
         for _ in range(30):
             chains.step.fill_(0.75)
             chains.move(1.0)
+        log_q0, log_joint = path(chains.z)
     assert 0.3 < chains.accepted.mean() / 30 < 0.97  # some are rejected
+    torch.testing.assert_close(chains.log_q0, log_q0)  # what is kept is that of where they stayed
+    torch.testing.assert_close(chains.log_joint, log_joint)
     assert (chains.z[0] != draws).any(1).double().mean() > 0.9  # and yet all have moved
     agree(chains.z[0, :, 0], EXACT.posterior_loc(x)[0, 0])
     agree(chains.z[0, :, 1], EXACT.posterior_loc(x)[0, 1])
@@ -258,6 +261,10 @@ def test_annealing_packs_latents_of_any_shapes():
         "z1": (300,),
         "z2": (300, 2),
     }
+    path = _Path(hierarchical, None, made.x, None, 3)
+    again = path.unpack(path.pack(made.latents))  # (3, 300, *event), each chain the same
+    for name, z in made.latents.items():
+        assert torch.equal(again[name], z.expand(3, *z.shape))
     p = torch.distributions.MultivariateNormal(
         torch.zeros(2).double(), 2 * torch.eye(2).double() + 1.0
     )

@@ -29,7 +29,7 @@ PARTICLES = {"score_function": 8}
 def refusal(guide, prior, conditional):
     """What the builder says to a combination that cannot work, or None."""
     if prior == "vamp" and guide == "per_datum":
-        return "no function"
+        return "function of images"
     if prior == "vamp" and guide == TWO_LAYERS:
         return "with top_dim the prior is that of z2"
     if prior == "conditional" and not conditional:

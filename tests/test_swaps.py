@@ -16,7 +16,7 @@ from pvae import Conditional, heads, priors
 from pvae.closed_form import LinearGaussian
 from pvae.flows import AFFINE, SPLINE, FlowPosterior, FlowPrior
 from pvae.objectives import DReG, FreeBits, InfoVAE, MeanField, Renyi, inverse_multiquadric, mmd
-from pvae.vae import LIKELIHOODS, OBJECTIVES, build
+from pvae.vae import LIKELIHOODS, OBJECTIVES, PRIORS, build
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 255
 
@@ -136,6 +136,20 @@ def test_the_vamp_prior_is_the_mixture_of_posteriors(y):
         label = None if y is None else y[i].expand(4)
         terms = prior.logits.log_softmax(0) + vae.encode(u, label).log_prob(z[i])
         torch.testing.assert_close(p.log_prob(z)[i], terms.logsumexp(0))
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("name", PRIORS)
+def test_priors_broadcast_over_leading_dimensions(name, batch):
+    """Of the labels, and of the latents that they score."""
+    vae = build((1, 8, 8), 3, "mlp", prior=name, components=4, hidden=8, num_classes=2)
+    y, z = torch.randint(2, batch), torch.randn(5, *batch, 3)
+    p = vae.model.prior(y)
+    assert p.expand(batch).sample((5,)).shape == z.shape
+    assert p.log_prob(z).shape == (5, *batch)
+    for i in range(math.prod(batch)):  # each is what it is alone
+        alone = vae.model.prior(y.reshape(-1)[i]).log_prob(z.reshape(5, -1, 3)[:, i])
+        torch.testing.assert_close(p.log_prob(z).reshape(5, -1)[:, i], alone)
 
 
 def test_a_vamp_prior_refuses_batch_norm():

@@ -55,8 +55,8 @@ def test_output_starts_at_the_mean_image(likelihood):
     [
         ({"net": "cnn"}, "net must be one of conv, mlp, course, deep, not 'cnn'"),
         ({"likelihood": "beta"}, "likelihood must be one of bernoulli, .* not 'beta'"),
-        ({"guide": "iaf"}, "guide must be one of normal, normal_log_scale, not 'iaf'"),
-        ({"prior": "vamp"}, "prior must be one of standard_normal, not 'vamp'"),
+        ({"guide": "flow"}, "guide must be one of normal, normal_log_scale, .* not 'flow'"),
+        ({"prior": "gmm"}, "prior must be one of standard_normal, .* not 'gmm'"),
         ({"activation": "elu"}, "activation must be one of silu, .* not 'elu'"),
         ({"latent_dim": 0}, "latent_dim must be at least 1, not 0"),
         ({"hidden": 0}, "hidden must be at least 1, not 0"),

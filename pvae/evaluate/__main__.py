@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from tqdm import tqdm
@@ -19,7 +19,6 @@ from tqdm import tqdm
 from pvae import checkpoint, cli, data, evaluate, memory, plots, report, run
 from pvae.data import Observed, Split
 from pvae.evaluate import Estimate, estimate
-from pvae.programs import Guide, Model
 from pvae.vae import VAE
 
 LEGEND = """\
@@ -104,9 +103,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data-root", metavar="DIR", help="where its data is, if it has moved")
     g = parser.add_argument_group("how much of each; 0 leaves it out")
     for flag, default, text in (
-        ("--images", 500, "test images of the importance-weighted bound"),
+        ("--images", 200, "test images of the importance-weighted bound"),
         ("--annealed-images", 20, "test images of annealed importance sampling"),
-        ("--gap-images", 200, "test images of the amortization gap"),
+        ("--gap-images", 100, "test images of the amortization gap"),
         ("--nuts-samples", 500, "draws of NUTS, for the picture of one image's posterior"),
     ):
         g.add_argument(flag, type=cli.COUNT, default=default, metavar="N", help=text)
@@ -229,6 +228,7 @@ def annealed_rows(task: Task) -> list[Row]:
     return [
         Row("ais", f"AIS from {start}, {args.temperatures:,} steps", estimate(result.forward), n),
         Row("ais_iwae", f"  IWAE-{k:,} of the same images", estimate(result.iwae), n),
+        Row("ais_less_iwae", "  the difference", estimate(result.forward - result.iwae), n),
         Row("ais_lower", "  on simulated images: lower bound", estimate(result.lower), n),
         Row("ais_upper", "  ... and upper bound", estimate(result.upper), n),
         Row("ais_gap", "  ... and its width", estimate(result.upper - result.lower), n),
@@ -243,8 +243,8 @@ def gap_rows(task: Task, steps: int = 500) -> list[Row]:
         evaluate.fixed_noise(x.device, task.args.seed),
     ):
         found = evaluate.gaps(
-            cast(Model, task.vae.model),
-            cast(Guide, task.vae.guide),
+            task.vae.model,
+            task.vae.guide,
             x,
             y,
             steps=steps,
@@ -270,7 +270,13 @@ def latent_rows(task: Task) -> list[Row]:
     ]
     if task.layers == 1:
         with evaluate.fixed_noise(means.device, task.args.seed):
-            known = evaluate.information(task.vae.model, task.vae.guide, test, labels=task.labels)
+            known = evaluate.information(
+                task.vae.model,
+                task.vae.guide,
+                test,
+                labels=task.labels,
+                title=task.title("information"),
+            )
         rows += [
             Row("mutual_information", f"I(x; z), at most {math.log(n):.2f}", known.mutual, n),
             Row("aggregate_kl", "KL(q(z) || p(z))", known.aggregate, n),
@@ -298,8 +304,9 @@ def picture(task: Task) -> plots.Figure:
     exact = evaluate.nuts(task.vae.model, x, y, num_samples=draws, seed=seed, quiet=quiet)["z"]
     with evaluate.evaluating(task.vae), evaluate.fixed_noise(x.device, seed):
         guide = task.vae.encode(x, y).sample((draws,))[:, 0]
-    correlation = exact.T.cpu().corrcoef().nan_to_num(0).abs().fill_diagonal_(0)
-    units = divmod(int(correlation.argmax()), len(correlation))
+    size = exact.shape[1]
+    correlation = exact.T.cpu().corrcoef().reshape(size, size).nan_to_num(0).abs()
+    units = divmod(int(correlation.fill_diagonal_(0).argmax()), size)
     return plots.posterior(exact, guide, units, title=f"Posterior of test image {which}")
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from pyro import poutine
 from torch import Tensor
+from tqdm import tqdm
 
 from pvae.data import Split, chunks
 from pvae.evaluate.bounds import Estimate, Program, estimate, latents, traces
@@ -63,12 +64,13 @@ def information(
     num_draws: int = 2000,
     labels: bool = False,
     site: str = "z",
+    title: str = "",
 ) -> Information:
     r"""`I(x; z)` and `KL(q(z) || p(z))` over a whole split, for a pair with one latent site.
 
     Draws `z ~ q(z|x_n)` for `num_draws` images spread over the split, and compares `q(z|x_n)`,
     `q(z)` (with all images of the split, `x_n` among them) and `p(z)` there. `labels` gives the
-    images' labels to the programs.
+    images' labels to the programs; a `title` shows a progress bar on a terminal.
     Source: ELBO surgery (2016), Hoffman and Johnson, NIPS workshop on approximate inference.
 
     Raises:
@@ -99,16 +101,17 @@ def information(
             z.append(guide_trace.nodes[site]["value"][0, here])
             log_own.append(guide_trace.nodes[site]["log_prob"][0, here])
             log_prior.append(model_trace.nodes[site]["log_prob"][0, here])
-        log_aggregate = _log_mixture(posteriors, torch.cat(z)) - math.log(images)
+        log_aggregate = _log_mixture(posteriors, torch.cat(z), title) - math.log(images)
     mutual = estimate(torch.cat(log_own) - log_aggregate)
     aggregate = estimate(log_aggregate - torch.cat(log_prior))
     return Information(mutual, aggregate, images)
 
 
-def _log_mixture(posteriors: Sequence[Any], z: Tensor) -> Tensor:
+def _log_mixture(posteriors: Sequence[Any], z: Tensor, title: str) -> Tensor:
     """`log sum_n q(z_s|x_n)`, `(S,)`; of a thousand draws and images, a few at once."""
     pieces = []
-    for piece in z.split(_AT_ONCE):
+    # disable=None: no bar where the output is not a terminal
+    for piece in tqdm(z.split(_AT_ONCE), title, leave=False, disable=None if title else True):
         over = [q.log_prob(piece[:, None]).logsumexp(1) for q in posteriors]  # (S', 1, D): (S', B)
         pieces.append(torch.stack(over).logsumexp(0))
     return torch.cat(pieces)

@@ -1,0 +1,515 @@
+"""What a training step costs: the same VAE by hand, by stock Pyro, by this package and by peers.
+
+Every variant lives in a process of its own, with its own allocator, and they take turns: A B C A B
+C ..., some steps each, so that what else the machine does hits all of them. A ratio is the time of
+a variant over that of the plain loop *in the same turn*; printed are the median over turns and the
+range. The nets are those of the tutorials: `conv`, two strided convolutions and their mirror
+(hidden 16, latent 16), and `mlp`, 784-400-20-400-784. The data is uniform binary noise: a step
+costs the same on every image.
+
+The floor is the arithmetic alone: the floating point operations of one step (as torch counts them)
+over the rate of the machine's best matrix product, measured here.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import math
+import multiprocessing
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from pyro.infer import SVI, Trace_ELBO
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import ToTensor
+from tqdm import tqdm
+
+import pvae
+from pvae import captured, cli, data, memory, plots, report, run
+
+NETS: Mapping[str, dict[str, Any]] = {
+    "conv": {"net": "conv", "latent_dim": 16, "hidden": 16, "activation": "relu"},
+    "mlp": {"net": "mlp", "latent_dim": 20, "hidden": 400, "activation": "relu"},
+}
+Step = Callable[[], Any]
+
+
+def _pair(net: str, batch: int, layout: torch.memory_format) -> tuple[pvae.VAE, Tensor]:
+    pyro.set_rng_seed(0)
+    vae = pvae.build((1, 28, 28), **NETS[net]).to(memory_format=layout)
+    return vae, (torch.rand(batch, 1, 28, 28) > 0.5).float()
+
+
+def _adam(vae: nn.Module, fused: bool) -> torch.optim.Adam:
+    return torch.optim.Adam(vae.parameters(), lr=1e-3, fused=fused)
+
+
+def _negative_elbo(vae: pvae.VAE, x: Tensor, latent_dim: int) -> Tensor:
+    """The closed form at fresh noise, summed over the batch; no Pyro in it."""
+    assert vae.oracle is not None
+    return -vae.oracle.terms(x, noise=torch.randn(len(x), latent_dim)).elbo_sampled().sum()
+
+
+# ---- the variants: each builds a step ----
+
+
+def _by_hand(vae: pvae.VAE, net: str) -> Callable[[Tensor], float]:
+    adam = _adam(vae, fused=False)
+
+    def step(x: Tensor) -> float:
+        adam.zero_grad()
+        loss = _negative_elbo(vae, x, NETS[net]["latent_dim"])
+        loss.backward()
+        adam.step()
+        return loss.item()
+
+    return step
+
+
+def plain(net: str, batch: int) -> Step:
+    """A loop by hand over the closed form, as a person writes it."""
+    vae, x = _pair(net, batch, torch.contiguous_format)
+    return partial(_by_hand(vae, net), x)
+
+
+def plain_captured(net: str, batch: int) -> Step:
+    """The closed form with all that the captured step has, and no Pyro program in it."""
+    memory.keep_freed_memory()
+    vae, x = _pair(net, batch, torch.channels_last)
+
+    def loss(model: Any, guide: Any, x: Tensor) -> float:
+        model.register()
+        guide.register()
+        value = _negative_elbo(vae, x, NETS[net]["latent_dim"])
+        value.backward()
+        return value.item()
+
+    optim = pvae.SingleOptimizer(_adam(vae, fused=True))
+    svi = captured.SVI(vae.model, vae.guide, optim, loss, loss, strict=True)
+    return lambda: svi.step(x)
+
+
+def stock(net: str, batch: int) -> Step:
+    """Stock SVI with pyro.optim.Adam."""
+    vae, x = _pair(net, batch, torch.contiguous_format)
+    adam = pyro.optim.Adam({"lr": 1e-3})  # type: ignore[attr-defined]  # made at import
+    svi = SVI(vae.model, vae.guide, adam, Trace_ELBO())
+    return lambda: svi.step(x)
+
+
+def _single(svi: Callable[..., SVI], net: str, batch: int) -> tuple[Callable[..., Any], Tensor]:
+    """One fused optimizer, channels last, and the allocator that keeps memory."""
+    memory.keep_freed_memory()
+    vae, x = _pair(net, batch, torch.channels_last)
+    optim = pvae.SingleOptimizer(_adam(vae, fused=True))
+    return svi(vae.model, vae.guide, optim, Trace_ELBO()).step, x
+
+
+def eager(net: str, batch: int) -> Step:
+    """Stock SVI with all that needs no capture."""
+    step, x = _single(SVI, net, batch)
+    return partial(step, x)
+
+
+def captured_fp32(net: str, batch: int) -> Step:
+    """The same, captured."""
+    step, x = _single(partial(captured.SVI, strict=True), net, batch)
+    return partial(step, x)
+
+
+def captured_bf16(net: str, batch: int) -> Step:
+    step = captured_fp32(net, batch)
+
+    def under_autocast() -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return step()
+
+    return under_autocast
+
+
+class _TutorialNet(nn.Module):
+    """The VAE of pytorch/examples, restated: 784-400-20, ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(784, 400), nn.ReLU())
+        self.loc, self.log_variance = nn.Linear(400, 20), nn.Linear(400, 20)
+        self.decoder = nn.Sequential(nn.Linear(20, 400), nn.ReLU(), nn.Linear(400, 784))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.encoder(x)
+        loc, log_variance = self.loc(h), self.log_variance(h)
+        z = loc + torch.randn_like(loc) * (log_variance / 2).exp()
+        kl = (log_variance.exp() + loc**2 - 1 - log_variance).sum() / 2
+        logits = self.decoder(z)
+        return binary_cross_entropy_with_logits(logits, x.flatten(1), reduction="sum") + kl
+
+
+def pytorch_examples(net: str, batch: int) -> Step:
+    _, x = _pair(net, batch, torch.contiguous_format)
+    vae = _TutorialNet()
+    adam = _adam(vae, fused=False)
+
+    def step() -> float:
+        adam.zero_grad()
+        loss = vae(x)
+        loss.backward()
+        adam.step()
+        return loss.item()
+
+    return step
+
+
+def numpyro(net: str, batch: int) -> Step:
+    """The same MLP as two NumPyro programs; one jitted update a step."""
+    import jax
+    import jax.numpy as jnp
+    import numpyro
+    import numpyro.distributions as dist
+    from numpyro.infer import SVI, Trace_ELBO
+
+    def layer(name: str, fan_in: int, fan_out: int) -> Callable[[Any], Any]:
+        def start(key: Any) -> Any:
+            return jax.random.uniform(key, (fan_in, fan_out), minval=-1, maxval=1) / fan_in**0.5
+
+        w, b = numpyro.param(f"{name}.w", start), numpyro.param(f"{name}.b", jnp.zeros(fan_out))
+        return lambda h: h @ w + b
+
+    def model(x: Any) -> None:
+        first, second = layer("d1", 20, 400), layer("d2", 400, 784)
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(jnp.zeros(20), 1.0).to_event(1))
+            logits = second(jax.nn.relu(first(z)))
+            numpyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    def guide(x: Any) -> None:
+        first, second = layer("e1", 784, 400), layer("e2", 400, 40)
+        loc, log_variance = jnp.split(second(jax.nn.relu(first(x))), 2, axis=-1)
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("z", dist.Normal(loc, jnp.exp(log_variance / 2)).to_event(1))
+
+    x = jnp.asarray((torch.rand(batch, 784) > 0.5).float().numpy())
+    svi = SVI(model, guide, numpyro.optim.Adam(1e-3), Trace_ELBO())
+    state = svi.init(jax.random.PRNGKey(0), x)
+    update = jax.jit(svi.update)
+
+    def step() -> float:
+        nonlocal state
+        state, loss = update(state, x)
+        return float(loss)
+
+    return step
+
+
+VARIANTS: Mapping[str, Callable[[str, int], Step]] = {
+    "plain": plain,
+    "plain, captured": plain_captured,
+    "stock Pyro SVI": stock,
+    "eager": eager,
+    "captured": captured_fp32,
+    "captured bf16": captured_bf16,
+    "pytorch/examples": pytorch_examples,
+    "NumPyro": numpyro,
+}
+
+
+# ---- whole epochs: the data as well ----
+
+
+class _OneByOne(torch.utils.data.Dataset[Tensor]):
+    """Images as torchvision's data sets hand them out: through PIL, one at a time."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images, self.to_tensor = images, ToTensor()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.to_tensor(Image.fromarray(self.images[i, 0].numpy(), mode="L"))
+
+
+def _with_loader(step: Callable[[Tensor], Any], batch: int) -> Step:
+    loader = torch.utils.data.DataLoader(
+        _OneByOne(data.load().train.images), batch_size=batch, shuffle=True
+    )
+
+    def epoch() -> None:
+        for x in loader:
+            step(torch.bernoulli(x))
+
+    return epoch
+
+
+def _in_memory(step: Callable[[Tensor], Any], batch: int) -> Step:
+    observed, epochs = data.observe(data.load(), "dynamic"), itertools.count()
+
+    def epoch() -> None:
+        for x, _ in observed.batches(batch, seed=0, epoch=next(epochs)):
+            step(x)
+
+    return epoch
+
+
+def plain_epoch(net: str, batch: int) -> Step:
+    vae, _ = _pair(net, batch, torch.contiguous_format)
+    return _with_loader(_by_hand(vae, net), batch)
+
+
+def stock_epoch(net: str, batch: int) -> Step:
+    vae, _ = _pair(net, batch, torch.contiguous_format)
+    adam = pyro.optim.Adam({"lr": 1e-3})  # type: ignore[attr-defined]  # made at import
+    svi = SVI(vae.model, vae.guide, adam, Trace_ELBO())
+    return _with_loader(svi.step, batch)
+
+
+def eager_epoch(net: str, batch: int) -> Step:
+    return _in_memory(_single(SVI, net, batch)[0], batch)
+
+
+def captured_epoch(net: str, batch: int) -> Step:
+    # the short last batch does not pay for a graph
+    return _in_memory(_single(partial(captured.SVI, after=20), net, batch)[0], batch)
+
+
+EPOCHS: Mapping[str, Callable[[str, int], Step]] = {
+    "plain": plain_epoch,
+    "stock Pyro SVI": stock_epoch,
+    "eager": eager_epoch,
+    "captured": captured_epoch,
+}
+_MLP_ONLY = {"pytorch/examples", "NumPyro"}
+_NEEDS = {"NumPyro": "numpyro"}
+
+
+# ---- taking turns ----
+
+
+def _work(
+    builder: Callable[[str, int], Step], net: str, batch: int, threads: int, warm: int, pipe: Any
+) -> None:
+    """A worker: builds its step, then runs as many as it is told to and says how long it took."""
+    torch.set_num_threads(threads)
+    step = builder(net, batch)
+    for _ in range(warm):  # the captured ones compile here
+        step()
+    pipe.send(None)
+    while steps := pipe.recv():
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        seconds = (time.perf_counter() - start) / steps
+        pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
+def measure(
+    builders: Mapping[str, Callable[[str, int], Step]],
+    net: str,
+    batch: int,
+    *,
+    turns: int,
+    seconds: float | None,
+    threads: int,
+) -> dict[str, tuple[list[float], float]]:
+    """For each variant: seconds a step in each turn of about `seconds` (one step where None), and
+    the peak memory in MiB."""
+    context = multiprocessing.get_context("spawn")
+    workers = {}
+    bar = tqdm(total=len(builders) + turns, desc=f"{net} {batch}", leave=False, disable=None)
+    for variant, builder in builders.items():  # one after another: compilers do not compete
+        pipe, end = context.Pipe()
+        warm = 1 if seconds is None else 4
+        told = (builder, net, batch, threads, warm, end)
+        worker = context.Process(target=_work, args=told, daemon=True)
+        worker.start()
+        end.close()
+        pipe.recv()
+        workers[variant] = (worker, pipe)
+        bar.update()
+
+    def ask(variant: str, steps: int) -> tuple[float, float]:
+        workers[variant][1].send(steps)
+        return workers[variant][1].recv()
+
+    steps = {v: max(1, round(seconds / ask(v, 3)[0])) if seconds else 1 for v in builders}
+    times: dict[str, list[float]] = {v: [] for v in builders}
+    peak = {}
+    for _ in range(turns):
+        for variant in builders:
+            took, peak[variant] = ask(variant, steps[variant])
+            times[variant].append(took)
+        bar.update()
+    bar.close()
+    for worker, pipe in workers.values():
+        pipe.send(0)
+        worker.join()
+    return {v: (times[v], peak[v]) for v in builders}
+
+
+def floor(net: str, batch: int, peak: float) -> float:
+    """Seconds that the floating point operations of a step take at the rate `peak`."""
+    step = plain(net, batch)
+    with FlopCounterMode(display=False) as counted:
+        step()
+    return counted.get_total_flops() / peak
+
+
+def peak_rate(turns: int = 60) -> float:
+    """The best rate of a product of two square matrices, in operations a second."""
+    a = torch.randn(1024, 1024)
+    best = float("inf")
+    for _ in range(turns):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best
+
+
+def rows_of(
+    net: str, batch: int, measured: dict[str, tuple[list[float], float]], least: float
+) -> list[dict[str, Any]]:
+    """One row a variant; ratios are taken turn by turn."""
+    plain_times = measured["plain"][0]
+    rows = []
+    for variant, (times, memory_peak) in measured.items():
+        ratios = [t / p for t, p in zip(times, plain_times, strict=True)]
+        rows.append(
+            {
+                "net": net,
+                "batch": batch,
+                "variant": variant,
+                "ratio": statistics.median(ratios),
+                "low": min(ratios),
+                "high": max(ratios),
+                "milliseconds": 1e3 * statistics.median(times),
+                "peak_mib": memory_peak,
+                "over_floor": statistics.median(times) / least,
+            }
+        )
+    return rows
+
+
+def text(rows: list[dict[str, Any]]) -> str:
+    cells = [
+        [
+            f"{r['variant']}",
+            f"{r['milliseconds']:.2f}",
+            f"{r['ratio']:.2f}",
+            f"{r['low']:.2f}-{r['high']:.2f}",
+            f"{r['over_floor']:.1f}",
+            f"{r['peak_mib']:.0f}",
+        ]
+        for r in rows
+    ]
+    title = f"{rows[0]['net']}, batch {rows[0]['batch']}"
+    return report.columns(title, ["", "ms", "ratio", "range", "/ floor", "MiB"], cells)
+
+
+def picture(rows: list[dict[str, Any]]) -> Figure:
+    """Ratios to the plain loop, a panel for each net, a group of bars for each batch."""
+    nets = list(dict.fromkeys(r["net"] for r in rows))
+    colours = {v: f"C{i}" for i, v in enumerate(dict.fromkeys(r["variant"] for r in rows))}
+    drawn = {}
+    figure = Figure(figsize=(6 * len(nets), 4.2), layout="constrained")
+    figure.suptitle("Time relative to the plain loop by hand (lower is faster)")
+    for ax, net in zip(figure.subplots(1, len(nets), squeeze=False)[0], nets, strict=True):
+        of_net = [r for r in rows if r["net"] == net]
+        batches = list(dict.fromkeys(r["batch"] for r in of_net))
+        variants = list(dict.fromkeys(r["variant"] for r in of_net))
+        width = 0.8 / len(variants)
+        for i, variant in enumerate(variants):
+            bars = [r for r in of_net if r["variant"] == variant]
+            at = [batches.index(r["batch"]) + (i - (len(variants) - 1) / 2) * width for r in bars]
+            ratio = [r["ratio"] for r in bars]
+            spread = [
+                [r["ratio"] - r["low"] for r in bars],
+                [r["high"] - r["ratio"] for r in bars],
+            ]
+            drawn[variant] = ax.bar(
+                at,
+                ratio,
+                width * 0.9,
+                yerr=spread,
+                color=colours[variant],
+                error_kw={"lw": 0.8},
+            )
+        ax.axhline(1, color="black", lw=0.6)
+        ax.set_title(net)
+        ax.set_xlabel("batch size")
+        ax.set_xticks(range(len(batches)), [str(b) for b in batches])
+        ax.set_ylabel("time / time of the plain loop")
+        ax.set_ylim(bottom=0)
+    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="What a training step costs, side by side.")
+    p.add_argument("--nets", nargs="+", choices=list(NETS), default=list(NETS))
+    p.add_argument("--batches", nargs="+", type=cli.NATURAL, default=[16, 128, 1024], metavar="B")
+    p.add_argument("--turns", type=cli.NATURAL, default=7, help="how often each has its turn")
+    p.add_argument("--seconds", type=float, default=1.0, help="of one turn, about")
+    p.add_argument("--threads", type=cli.NATURAL, default=torch.get_num_threads())
+    p.add_argument("--quick", action="store_true", help="batch 128 alone, 3 turns of 0.3 s")
+    p.add_argument("--variants", nargs="+", choices=list(VARIANTS), metavar="NAME",
+                   help=f"some of: {', '.join(VARIANTS)} (plain is always measured)")  # fmt: skip
+    p.add_argument("--epochs", action="store_true",
+                   help="whole epochs of the training set instead of steps, data and all; stock "
+                   "Pyro and the plain loop with a loader as torchvision's")  # fmt: skip
+    p.add_argument("--json", type=Path, metavar="FILE", help="where to write the rows")
+    p.add_argument("--figure", type=Path, metavar="FILE", help="where to draw them")
+    args = p.parse_args()
+    if args.quick:
+        args.batches, args.turns, args.seconds = [128], 3, 0.3
+
+    asked = [v for v in VARIANTS if v == "plain" or v in (args.variants or VARIANTS)]
+    missing = [v for v in asked if v in _NEEDS and importlib.util.find_spec(_NEEDS[v]) is None]
+    for variant in missing:
+        print(f"skipped: {variant} ({_NEEDS[variant]} is not installed)")
+    torch.set_num_threads(args.threads)
+    rate = peak_rate()
+    print(
+        f"{platform.processor() or platform.machine()}, {args.threads} thread(s), torch "
+        f"{torch.__version__}; a matrix product runs at {rate / 1e9:.0f} GFLOP/s"
+    )
+    rows: list[dict[str, Any]] = []
+    for net in args.nets:
+        there = {
+            v: VARIANTS[v]
+            for v in asked
+            if v not in missing and (net == "mlp" or v not in _MLP_ONLY)
+        }
+        builders = EPOCHS if args.epochs else there
+        for batch in args.batches:
+            measured = measure(
+                builders,
+                net,
+                batch,
+                turns=args.turns,
+                seconds=None if args.epochs else args.seconds,
+                threads=args.threads,
+            )
+            steps = math.ceil(len(data.load().train.images) / batch) if args.epochs else 1
+            new = rows_of(net, batch, measured, steps * floor(net, batch, rate))
+            print(text(new), flush=True)
+            rows += new
+    if args.json:
+        run.write_json(args.json, {"threads": args.threads, "gflops": rate / 1e9, "rows": rows})
+    if args.figure:
+        plots.save(picture(rows), args.figure)
+
+
+if __name__ == "__main__":
+    cli.run_main(main)
