@@ -6,18 +6,20 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyro
 import torch
+from pyro.infer import SVI
 
-from pvae import data, memory, run
+from pvae import captured, data, memory, run
 from pvae.train import TrainingFailed
 from pvae.vae import ACTIVATIONS, GUIDES, LIKELIHOODS, NETS, OBJECTIVES, PRIORS, VAE
 
 # what may be given anew when a run is resumed; all else is part of what the run is
-_RESUMABLE = {"num_epochs", "device", "data_root", "resume", "quiet", "out"}
+_RESUMABLE = {"num_epochs", "device", "data_root", "resume", "quiet", "out", "engine"}
 _BINARIZE = {"none": "grey", "threshold": "threshold", "static": "static", "dynamic": "dynamic"}
 
 
@@ -56,6 +58,13 @@ def _choices(group: Any, flag: str, table: Mapping[str, Any], default: str, what
     group.add_argument(flag, choices=list(table), default=default, metavar="NAME", help=help_text)
 
 
+# what runs a step; a signature that is as rare as the short last batch does not pay for a graph
+ENGINES: Mapping[str, Callable[..., SVI]] = {
+    "eager": SVI,
+    "captured": partial(captured.SVI, after=20),
+}
+_PAYS_BACK = 3000  # steps; to capture takes 10 to 30 s, and saves a sixth of a step or more
+
 _DEFAULT_DATA = "MNIST, found or downloaded; offline, scikit-learn's digits"
 NATURAL = _number(int, 1)  # the type of an argument that counts something
 COUNT = _number(int, 0)  # ... where none is a number too
@@ -83,6 +92,19 @@ def parser(description: str) -> argparse.ArgumentParser:
     _schedule_arguments(_training_arguments(p))
     group = _run_arguments(p)
     group.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
+    group.add_argument(
+        "--engine",
+        choices=["auto", *ENGINES],
+        default="auto",
+        help="how a step runs: eager is stock SVI, captured compiles it once, auto captures a run "
+        f"of at least {_PAYS_BACK:,} steps",
+    )
+    group.add_argument(
+        "--precision",
+        choices=["fp32", "tf32", "bf16"],
+        default="fp32",
+        help="of the networks in training: tf32 for matrix products on a GPU, bf16 by autocast",
+    )
     return p
 
 
@@ -134,8 +156,26 @@ def _pair_arguments(p: argparse.ArgumentParser) -> None:
     g.add_argument("--hidden", type=NATURAL, default=256, metavar="N", help="hidden width")
     g.add_argument("--activation", choices=list(ACTIVATIONS), default="silu", help="activation")
     _choices(g, "--likelihood", LIKELIHOODS, "bernoulli", "p(x|z)")
-    _choices(g, "--guide", GUIDES, "normal", "q(z|x)")
+    # a factor for each datum has none for validation images: examples/amortization.py trains them
+    amortized = {name: guide for name, guide in GUIDES.items() if guide.amortized}
+    _choices(g, "--guide", amortized, "normal", "q(z|x)")
     _choices(g, "--prior", PRIORS, "standard_normal", "p(z)")
+    g.add_argument(
+        "--components",
+        type=NATURAL,
+        default=50,
+        metavar="K",
+        help="components of the priors mixture and vamp",
+    )
+    g.add_argument(
+        "--top-dim",
+        type=NATURAL,
+        metavar="D",
+        help="dimension of a second latent layer z2 above: z2 -> z1 -> x (default: one layer)",
+    )
+    g.add_argument(
+        "--conditional", action="store_true", help="give labels y to the pair: p(x|z, y), q(z|x, y)"
+    )
 
 
 def _training_arguments(p: argparse.ArgumentParser) -> Any:
@@ -185,6 +225,13 @@ def _schedule_arguments(g: Any) -> None:
         metavar="F",
         help="fraction of training in which beta rises from 0",
     )
+    g.add_argument(
+        "--kl-cycles",
+        type=NATURAL,
+        default=1,
+        metavar="N",
+        help="how often it does so, each time in its share of training",
+    )
 
 
 def _run_arguments(p: argparse.ArgumentParser) -> Any:
@@ -216,8 +263,12 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
         _refuse_changes(parser, args, saved)
         args.out = args.resume
     args.observe = _observation(parser, args)
-    if args.objective == "iwae" and args.num_particles < 2:
-        parser.error("--objective iwae needs --num-particles of at least 2: with 1 it is the ELBO")
+    least = OBJECTIVES[args.objective].min_particles
+    if args.num_particles < least:
+        parser.error(
+            f"--objective {args.objective} needs --num-particles of at least {least}: with 1 it is "
+            "the ELBO"
+        )
     return args
 
 
@@ -234,11 +285,13 @@ def _refuse_changes(
 
 
 def _observation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
-    binary = LIKELIHOODS[args.likelihood].binary
+    family = LIKELIHOODS[args.likelihood]
+    binary = family.binary
     if args.dequantize:
-        if binary or args.binarize not in (None, "none"):
+        if family.data != "grey" or args.binarize not in (None, "none"):
             parser.error(
-                "--dequantize is for grey pixels: not with --binarize or binary likelihoods"
+                "--dequantize is for likelihoods of any grey value: not with --binarize, binary "
+                "likelihoods or those of 256 levels"
             )
         return "dequantized"
     if binary and args.binarize == "none":
@@ -302,6 +355,24 @@ def _interrupt(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
+def engine(args: argparse.Namespace, images: int) -> str:
+    """`--engine`, or for `auto` captured where the run is long enough to pay for it; says which.
+
+    >>> args = parser("").parse_args(["--quiet", "-n", "10"])
+    >>> engine(args, images=50_000), engine(args, images=1_000)
+    ('captured', 'eager')
+    """
+    steps = args.num_epochs * math.ceil(images / args.batch_size)
+    chosen = args.engine
+    if chosen == "auto":
+        chosen = "captured" if steps >= _PAYS_BACK else "eager"
+    if not args.quiet:
+        why = f", for a run of {steps:,} steps" if args.engine == "auto" else ""
+        wait = "; the first epoch waits for the compiler" if chosen == "captured" else ""
+        print(f"engine: {chosen}{why}{wait}")
+    return chosen
+
+
 def spread(epochs: int, count: int) -> set[int]:
     """About `count` epochs spread over all, the first and the last among them.
 
@@ -354,8 +425,9 @@ def announce(
     )
     print(f"data: {dataset.name}, {sizes} images of {dataset.image_shape}, {args.observe}")
     parameters = sum(p.numel() for p in vae.parameters())
+    layers = f"{args.latent_dim}" + ("" if args.top_dim is None else f"- and {args.top_dim}")
     print(
-        f"pair: {args.net} net, {args.latent_dim}-D latent, {args.likelihood} likelihood, "
+        f"pair: {args.net} net, {layers}-D latent, {args.likelihood} likelihood, "
         f"{args.guide} guide, {args.prior} prior; {parameters:,} parameters"
     )
     allocator = "; the C allocator keeps freed memory" if kept_memory else ""

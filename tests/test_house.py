@@ -18,6 +18,7 @@ HOUSE = [
     "plots",
     "run",
     "evaluate",
+    "captured",
     "checkpoint",
     "memory",
     "optim",
@@ -25,7 +26,17 @@ HOUSE = [
     "vae",
 ]
 # the ground floor: rooms that do not import one another
-ROOMS = ["programs", "objectives", "closed_form", "conditional", "heads", "priors", "nets", "files"]
+ROOMS = [
+    "programs",
+    "objectives",
+    "closed_form",
+    "conditional",
+    "heads",
+    "priors",
+    "flows",
+    "nets",
+    "files",
+]
 TORCH_ONLY = ["closed_form", "conditional", "nets"]
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from pvae import checkpoint, cli, data, evaluate, memory, plots, report, run
 from pvae.data import Observed, Split
 from pvae.evaluate import Estimate, estimate
-from pvae.vae import LIKELIHOODS, VAE
+from pvae.vae import VAE
 
 LEGEND = """\
   ELBO: a lower bound on log p(x), at beta = 1. It is distortion and rate together; neither alone
@@ -71,6 +71,7 @@ class Task(NamedTuple):
     vae: VAE
     data: Observed
     labels: bool  # whether the pair is conditional on them
+    layers: int  # of latents
     args: argparse.Namespace
 
     def first(self, images: int) -> Split:
@@ -150,7 +151,8 @@ def load(args: argparse.Namespace) -> tuple[Task, str]:
     vae = checkpoint.load(args.run).to(device)
     observed = data.observe(dataset, config["dataset"]["observed"], config["seed"]).to(device)
     labels = vae.recipe is not None and vae.recipe["num_classes"] is not None
-    return Task(vae, observed, labels, args), dataset.name
+    layers = 1 if vae.recipe is None or vae.recipe["top_dim"] is None else 2
+    return Task(vae, observed, labels, layers, args), dataset.name
 
 
 # ---- the sections of the table ----
@@ -166,19 +168,11 @@ def elbo_rows(task: Task) -> list[Row]:
         Row("distortion", "  distortion, -E_q log p(x|z)", estimate(-bound.reconstruction), n),
         Row("rate", "  rate, KL(q(z|x) || p(z))", estimate(bound.kl), n),
     ]
-    levels = _levels(task)
+    levels = report.levels(task.vae, task.data)
     if levels is not None:
         bits = evaluate.bits_per_dimension(bound.elbo, pixels, levels=levels)
         rows.append(Row("bits_per_dimension", "  bits per dimension", estimate(bits), n, 4))
     return rows
-
-
-def _levels(task: Task) -> int | None:
-    """What `bits_per_dimension` needs; None where the data has no probability."""
-    likelihood = (task.vae.recipe or {})["likelihood"]
-    if LIKELIHOODS[likelihood].binary:
-        return 1
-    return 256 if task.data.how == "dequantized" else None
 
 
 def importance_rows(task: Task) -> list[Row]:
@@ -271,19 +265,22 @@ def latent_rows(task: Task) -> list[Row]:
     test, held_out = task.data.test, task.data.validation
     n, means = len(test.images), codes(test, "codes")
     active = int((evaluate.unit_variances(means) > evaluate.ACTIVE).sum())
-    with evaluate.fixed_noise(means.device, task.args.seed):
-        known = evaluate.information(
-            task.vae.model,
-            task.vae.guide,
-            test,
-            labels=task.labels,
-            title=task.title("information"),
-        )
     rows = [
-        Row("active_units", f"active units, of {means.shape[1]}", Estimate(active, math.nan), n, 0),
-        Row("mutual_information", f"I(x; z), at most {math.log(n):.2f}", known.mutual, n),
-        Row("aggregate_kl", "KL(q(z) || p(z))", known.aggregate, n),
+        Row("active_units", f"active units, of {means.shape[1]}", Estimate(active, math.nan), n, 0)
     ]
+    if task.layers == 1:
+        with evaluate.fixed_noise(means.device, task.args.seed):
+            known = evaluate.information(
+                task.vae.model,
+                task.vae.guide,
+                test,
+                labels=task.labels,
+                title=task.title("information"),
+            )
+        rows += [
+            Row("mutual_information", f"I(x; z), at most {math.log(n):.2f}", known.mutual, n),
+            Row("aggregate_kl", "KL(q(z) || p(z))", known.aggregate, n),
+        ]
     if held_out.labels is not None and test.labels is not None:
         # fitted to validation images: the pair was not trained on them, as on the test's
         found = evaluate.probe(codes(held_out, "probe"), held_out.labels, means, test.labels)
@@ -319,6 +316,9 @@ def main() -> None:
     memory.keep_freed_memory()
     task, name = load(args)
     folder = Path(args.run)
+    if task.layers > 1:
+        print("two latent layers: what is of a single latent z is left out")
+        args.gap_images = args.nuts_samples = 0
     rows = [*elbo_rows(task)]
     if args.images:
         rows += importance_rows(task)

@@ -11,14 +11,14 @@ from tqdm import tqdm
 
 from pvae.data import Split, chunks
 from pvae.evaluate.bounds import Estimate, Program, estimate, latents, traces
-from pvae.programs import evaluating
+from pvae.programs import evaluating, mean_of
 
 ACTIVE = 0.01  # the variance of a unit's posterior mean above which it is active
 _AT_ONCE = 250  # images, and draws compared with them: bounds the memory
 
 
-def posterior_means(guide: Program, x: Tensor, y: Tensor | None = None, site: str = "z") -> Tensor:
-    """The mean of `q(z|x)` of each image, `(B, D)`.
+def posterior_means(guide: Program, x: Tensor, y: Tensor | None = None) -> Tensor:
+    """The mean of the posterior of each image, `(B, D)`: of the guide's first latent, `q(z|x)`.
 
     >>> import pvae
     >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
@@ -27,7 +27,7 @@ def posterior_means(guide: Program, x: Tensor, y: Tensor | None = None, site: st
     """
     with evaluating(guide):
         trace: Any = poutine.trace(guide).get_trace(x, y)
-        return trace.nodes[site]["fn"].mean
+        return mean_of(trace.nodes[latents(trace)[0]]["fn"])
 
 
 def unit_variances(means: Tensor) -> Tensor:

@@ -1,0 +1,568 @@
+"""The captured step against stock SVI's: the same loss and gradients at the same noise."""
+
+import copy
+import random
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from conftest import PAIRS, images, tiny
+from pyro import poutine
+from pyro.distributions import constraints
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from torch import nn
+
+import pvae
+from pvae import captured, temper
+from pvae.captured import NotCaptured, as_traced
+from pvae.crosscheck import _Draws
+from pvae.heads import Normal
+
+
+class Still(pyro.optim.PyroOptim):
+    """Keeps the gradients and steps nowhere."""
+
+    def __init__(self):
+        super().__init__(torch.optim.SGD, {})
+
+    def __call__(self, params):
+        names = {p: name for name, p in pyro.get_param_store().named_parameters()}
+        self.gradients = {names[p]: None if p.grad is None else p.grad.clone() for p in params}
+
+
+@pytest.fixture(autouse=True)
+def _clear():
+    pyro.clear_param_store()
+
+
+def pair(model, guide, elbo, **options):
+    """Stock SVI and a strict captured one over the same pair."""
+    options = {"strict": True, "compiler": as_traced, **options}
+    return (
+        SVI(model, guide, Still(), elbo),
+        captured.SVI(model, guide, Still(), elbo, **options),
+    )
+
+
+def step(svi, args, seed=3):
+    torch.manual_seed(seed)
+    loss = svi.step(*args)
+    return loss, svi.optim.gradients, torch.rand(()).item()
+
+
+def assert_same(stock, ours, args, tolerance=1e-5):
+    """Three steps capture; the fourth is held against stock SVI at the same seed."""
+    while ours.engine != "captured":
+        ours.step(*args)
+        assert ours.captures < 2
+    loss, gradients, after = step(ours, args)
+    assert ours.engine == "captured"
+    expected, stock_gradients, stock_after = step(stock, args)
+    assert loss == pytest.approx(expected, rel=tolerance)
+    assert set(gradients) == set(stock_gradients)
+    for name, g in stock_gradients.items():
+        if g is None:
+            assert gradients[name] is None
+        else:
+            assert (gradients[name] - g).norm() <= tolerance * g.norm() + 1e-12, name
+    assert any(g is not None and g.norm() > 0 for g in stock_gradients.values())
+    assert after == stock_after  # as many random numbers were drawn
+
+
+# ---- pairs of this package ----
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
+@pytest.mark.parametrize(("likelihood", "guide"), PAIRS)
+def test_every_pair(likelihood, guide, elbo):
+    vae, x = tiny(likelihood, guide, (3, 9, 6)), images(likelihood, (3, 9, 6)).float()
+    assert_same(*pair(vae.model, vae.guide, elbo()), (x,))
+
+
+@pytest.mark.parametrize(
+    "elbo",
+    [
+        Trace_ELBO(3),
+        Trace_ELBO(3, vectorize_particles=True, max_plate_nesting=1),
+        TraceGraph_ELBO(),
+        RenyiELBO(0, 3),
+        RenyiELBO(0.5, 3, vectorize_particles=True, max_plate_nesting=1),
+    ],
+)
+def test_objectives_and_particles(elbo):
+    vae, x = tiny(), images("bernoulli", (1, 8, 8)).float()
+    assert_same(*pair(vae.model, vae.guide, elbo), (x,))
+
+
+def test_labels_are_arguments():
+    vae, x = pvae.build((1, 8, 8), 3, hidden=16, num_classes=4), images("bernoulli", (1, 8, 8))
+    stock, ours = pair(vae.model, vae.guide, Trace_ELBO())
+    assert_same(stock, ours, (x.float(), torch.tensor([0, 1, 2, 3, 0, 1])))
+    assert_same(stock, ours, (x.float(), torch.tensor([3, 1, 1, 3, 0, 2])))
+    assert ours.captures == 1
+
+
+def test_one_factor_for_each_datum():
+    vae, x = tiny(), images("bernoulli", (1, 8, 8)).float()
+    guide = pvae.Guide(pvae.Conditional(nn.Embedding(10, 6), Normal((3,)), event_dim=0))
+    stock, ours = pair(vae.model, guide, Trace_ELBO())
+    for index in (torch.arange(6), torch.arange(3, 9)):
+        for _ in range(3):
+            ours.step(x, index=index)
+        assert ours.engine == "captured"
+        torch.manual_seed(3)
+        loss = ours.step(x, index=index)
+        torch.manual_seed(3)
+        assert loss == pytest.approx(stock.step(x, index=index), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("elbo", [Trace_ELBO(), RenyiELBO(0, 3)])
+@pytest.mark.parametrize("net", ["conv", "mlp", "deep"])
+def test_compiled(net, elbo):
+    vae, x = tiny(shape=(1, 16, 16), net=net), images("bernoulli", (1, 16, 16)).float()
+    vae.to(memory_format=torch.channels_last)
+    assert_same(*pair(vae.model, vae.guide, elbo, compiler=captured.inductor), (x,))
+
+
+def test_training_is_that_of_stock_svi():
+    """Adam, a beta that rises, BatchNorm's statistics: the same state after ten steps."""
+    vae, x = tiny(net="deep", shape=(1, 16, 16)), images("bernoulli", (1, 16, 16)).float()
+    other = copy.deepcopy(vae)
+    for v, svi in ((vae, SVI), (other, captured.SVI)):
+        adam = pvae.SingleOptimizer(torch.optim.Adam(v.parameters(), lr=1e-3))
+        options = {"compiler": as_traced, "strict": True} if v is other else {}
+        trainer = svi(v.model, v.guide, adam, Trace_ELBO(), **options)
+        torch.manual_seed(1)
+        for i in range(10):
+            with temper(i / 9):
+                trainer.step(x)
+    assert trainer.engine == "captured"
+    assert trainer.captures == 1
+    state = other.state_dict()
+    for name, value in vae.state_dict().items():
+        torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-6)
+    assert any("running_var" in name for name in state)
+
+
+# ---- any Pyro program ----
+
+
+def regression(x, y):
+    """Hierarchical: slopes of four groups around a common one."""
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    with pyro.plate("groups", 4):
+        slope = pyro.sample("slope", dist.Normal(loc, scale))
+    sigma = pyro.param("sigma", torch.tensor(0.5), constraint=constraints.positive)
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(slope[torch.arange(len(x)) % 4] * x, sigma), obs=y)
+
+
+X = torch.linspace(-1, 1, 12)
+Y = 2 * X + 0.1
+
+
+@pytest.mark.parametrize("autoguide", [AutoNormal, AutoMultivariateNormal])
+@pytest.mark.parametrize("particles", [1, 3])
+def test_hierarchical_regression(autoguide, particles):
+    assert_same(*pair(regression, autoguide(regression), Trace_ELBO(particles)), (X, Y))
+
+
+def test_subsampling():
+    """The rows are drawn by the plate, and so inside the graph."""
+
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y), subsample_size=5) as rows:
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y[rows])
+
+    stock, ours = pair(model, AutoNormal(model), Trace_ELBO())
+    assert_same(stock, ours, (Y * 10,))
+    assert len({ours.step(Y * 10) for _ in range(5)}) == 5
+
+
+def coin(flips):
+    with pyro.plate("data", len(flips)):
+        fair = pyro.sample("fair", dist.Bernoulli(0.5))
+        pyro.sample("flip", dist.Bernoulli(0.5 * fair + 0.9 * (1 - fair)), obs=flips)
+
+
+def coin_guide(flips):
+    p = pyro.param("p", torch.full((len(flips),), 0.3), constraint=constraints.unit_interval)
+    with pyro.plate("data", len(flips)):
+        pyro.sample("fair", dist.Bernoulli(p))
+
+
+FLIPS = torch.tensor([1.0, 0.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO(), Trace_ELBO(3)])
+def test_score_function_gradients_of_a_constrained_parameter(elbo):
+    assert_same(*pair(coin, coin_guide, elbo), (FLIPS,))
+
+
+def test_implicit_reparameterization():
+    def model(y):
+        rate = pyro.sample("rate", dist.Gamma(2.0, 2.0))
+        weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Exponential(rate * weights[0]), obs=y)
+
+    def guide(y):
+        a = pyro.param("a", torch.tensor(1.5), constraint=constraints.positive)
+        c = pyro.param("c", torch.tensor([1.0, 2.0, 3.0]), constraint=constraints.positive)
+        pyro.sample("rate", dist.Gamma(a, 1.0))
+        pyro.sample("weights", dist.Dirichlet(c))
+
+    assert_same(*pair(model, guide, Trace_ELBO()), (Y.abs(),))
+
+
+def test_several_losses():
+    """A loss that returns a tuple comes back as one."""
+
+    def loss(model, guide, *args):
+        elbo = Trace_ELBO().differentiable_loss(model, guide, *args)
+        return elbo, 2 * elbo.detach()
+
+    def loss_and_grads(model, guide, *args):
+        elbo, twice = loss(model, guide, *args)
+        elbo.backward()
+        return elbo.detach(), twice
+
+    svi = captured.SVI(
+        coin, coin_guide, Still(), loss, loss_and_grads, strict=True, compiler=as_traced
+    )
+    for _ in range(3):
+        once, twice = svi.step(FLIPS)
+    assert svi.engine == "captured"
+    assert twice == pytest.approx(2 * once)
+
+
+# ---- what changes from step to step ----
+
+
+def ready(vae, x, optimizer=None, **options):
+    """A captured SVI over a VAE that has captured batches like x."""
+    options = {"strict": True, "compiler": as_traced, **options}
+    optim = optimizer or pvae.SingleOptimizer(torch.optim.Adam(vae.parameters(), lr=1e-2))
+    svi = captured.SVI(vae.model, vae.guide, optim, Trace_ELBO(), **options)
+    for _ in range(3):
+        svi.step(x)
+    assert svi.engine == "captured"
+    return svi
+
+
+@pytest.fixture
+def x():
+    return images("bernoulli", (1, 8, 8)).float()
+
+
+def test_noise_and_data_differ_from_call_to_call(x):
+    svi = ready(tiny(), x, Still())
+    assert svi.step(x) != svi.step(x)
+    torch.manual_seed(0)
+    one = svi.step(x)
+    torch.manual_seed(0)
+    other = svi.step(1 - x)
+    assert one != other
+
+
+def test_a_parameter_changed_by_hand_is_seen(x):
+    vae = tiny()
+    svi = ready(vae, x, Still())
+    stock = SVI(vae.model, vae.guide, Still(), Trace_ELBO())
+    with torch.no_grad():
+        for p in vae.parameters():
+            p.mul_(1.5)
+    (loss, *_), (expected, *_) = step(svi, (x,)), step(stock, (x,))
+    assert svi.engine == "captured"
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_parameter_replaced_in_the_store_is_seen():
+    stock, ours = pair(coin, coin_guide, Trace_ELBO())
+    for _ in range(3):
+        ours.step(FLIPS)
+    pyro.get_param_store()["p"] = torch.full((4,), 0.7)
+    (loss, g, _), (expected, h, _) = step(ours, (FLIPS,)), step(stock, (FLIPS,))
+    assert ours.engine == "captured"
+    assert loss == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(g["p"], h["p"])
+
+
+def test_a_cleared_store_and_replaced_modules_are_seen(x):
+    vae = tiny()
+    svi = ready(vae, x)
+    pyro.clear_param_store()
+    svi.step(x)
+    assert svi.engine == "eager"
+    state = {name: t.clone() for name, t in vae.state_dict().items()}
+    copies = {name: t.clone() for name, t in state.items()}
+    vae.load_state_dict(copies, assign=True)  # other tensors under the same names
+    svi.optim = pvae.SingleOptimizer(torch.optim.Adam(vae.parameters(), lr=1e-2))
+    for _ in range(3):
+        svi.step(x)
+    assert svi.engine == "captured"
+    for name, p in vae.named_parameters():
+        assert (p != state[name]).any(), name
+
+
+def test_store_and_optimizer_hold_what_is_trained(x):
+    vae = tiny()
+    svi = ready(vae, x)
+    before = [p.detach().clone() for p in vae.parameters()]
+    svi.step(x)
+    assert svi.engine == "captured"
+    assert all((p != b).any() for p, b in zip(vae.parameters(), before, strict=True))
+    store = dict(pyro.get_param_store().named_parameters()).values()
+    assert {id(p) for p in store} >= {id(p) for p in vae.parameters()}
+    assert all(s["step"] == 4 for s in svi.optim.optimizer.state.values())
+
+
+def test_one_optimizer_for_each_parameter_works_as_well(x):
+    vae = tiny()
+    ready(vae, x, pyro.optim.ClippedAdam({"lr": 1e-2}))
+
+
+@pytest.mark.parametrize("scaled", [temper, lambda s: poutine.scale(scale=s)])
+def test_a_scale_that_changes_is_an_input(x, scaled):
+    vae = tiny()
+    stock, ours = pair(vae.model, vae.guide, Trace_ELBO())
+    for beta in (0.1, 0.2, 0.3, 0.7):
+        with scaled(beta):
+            (loss, *_), (expected, *_) = step(ours, (x,)), step(stock, (x,))
+        assert loss == pytest.approx(expected, rel=1e-5)
+    assert ours.engine == "captured"
+    assert ours.captures == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store")
+def test_modes_shapes_dtypes_and_frozen_layers_make_graphs_of_their_own(x):
+    vae = tiny()
+    svi = ready(vae, x)
+    for change, captures in (
+        (lambda: None, 1),
+        (vae.eval, 2),
+        (vae.train, 2),
+        (lambda: vae.guide.requires_grad_(False), 3),
+    ):
+        change()
+        for _ in range(3):
+            svi.step(x)
+        assert (svi.engine, svi.captures) == ("captured", captures)
+    for _ in range(3):
+        svi.step(x[:4])
+    assert (svi.engine, svi.captures) == ("captured", 4)
+    svi.step(x)
+    assert (svi.engine, svi.captures) == ("captured", 4)
+
+
+def test_a_number_that_a_module_holds_is_no_constant():
+    """A temperature that is annealed by hand."""
+
+    class Guide(nn.Module):
+        temperature = 1.0
+
+        def __init__(self):
+            super().__init__()
+            self.temperature = 1.0
+            self.logit = nn.Parameter(torch.zeros(4))
+
+        def forward(self, flips):
+            pyro.module("guide", self)
+            with pyro.plate("data", len(flips)):
+                probs = (self.logit / self.temperature).sigmoid()
+                pyro.sample("fair", dist.Bernoulli(probs))
+
+    guide = Guide()
+    with torch.no_grad():
+        guide.logit.fill_(1.0)
+    stock, ours = pair(coin, guide, Trace_ELBO(), max_graphs=2)
+    for temperature in (1.0, 0.5):
+        guide.temperature = temperature
+        for _ in range(3):
+            (loss, *_), (expected, *_) = step(ours, (FLIPS,)), step(stock, (FLIPS,))
+            assert loss == pytest.approx(expected, rel=1e-5)
+        assert ours.engine == "captured"
+    guide.temperature = 0.1
+    with pytest.raises(NotCaptured, match="2 graphs"):
+        ours.step(FLIPS)
+
+
+def test_rare_signatures_may_stay_eager(x):
+    svi = ready(tiny(), x)
+    svi.after = 4
+    for _ in range(4):
+        svi.step(x[:2])
+        assert svi.engine == "eager"
+    assert svi.captures == 1
+
+
+# ---- what cannot be captured ----
+
+
+def branches(flips):
+    with pyro.plate("data", len(flips)):
+        fair = pyro.sample("fair", dist.Bernoulli(0.5))
+        if fair.sum() > 2:
+            fair = fair * 0.9
+        pyro.sample("flip", dist.Bernoulli(0.4 + 0.5 * fair), obs=flips)
+
+
+def rows_of_a_draw(flips):
+    with pyro.plate("data", len(flips)):
+        fair = pyro.sample("fair", dist.Bernoulli(0.5))
+    for i in range(int(fair.sum())):
+        pyro.sample(f"extra{i}", dist.Bernoulli(0.5), obs=flips[0])
+
+
+def other_random_numbers(flips):
+    with pyro.plate("data", len(flips)):
+        fair = pyro.sample("fair", dist.Bernoulli(0.5))
+        p = 0.4 + 0.1 * random.random() + 0.4 * fair
+        pyro.sample("flip", dist.Bernoulli(p), obs=flips)
+
+
+def numpy_inside(flips):
+    with pyro.plate("data", len(flips)):
+        fair = pyro.sample("fair", dist.Bernoulli(0.5))
+        p = torch.from_numpy(flips.numpy()) * 0.1 + 0.4 + 0.4 * fair
+        pyro.sample("flip", dist.Bernoulli(p), obs=flips)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (branches, "DataDependent"),
+        (rows_of_a_draw, "DataDependent"),
+        (other_random_numbers, "random numbers of Python"),
+        (numpy_inside, ""),
+    ],
+)
+def test_falls_back_with_one_warning(model, reason):
+    svi = captured.SVI(model, coin_guide, Still(), Trace_ELBO(), compiler=as_traced)
+    stock = SVI(model, coin_guide, Still(), Trace_ELBO())
+    random.seed(0)
+    svi.step(FLIPS)
+    with pytest.warns(UserWarning, match=f"runs eager: .*{reason}") as noted:
+        svi.step(FLIPS)
+    assert len(noted) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(3):
+            random.seed(seed)
+            loss = step(svi, (FLIPS,), seed)[0]
+            random.seed(seed)
+            assert loss == step(stock, (FLIPS,), seed)[0]
+    assert svi.engine == "eager"
+    assert reason in svi.reason
+    assert svi.captures == 1
+
+
+def test_strict_raises():
+    svi = captured.SVI(branches, coin_guide, Still(), Trace_ELBO(), strict=True, compiler=as_traced)
+    svi.step(FLIPS)
+    with pytest.raises(NotCaptured, match="DataDependent"):
+        svi.step(FLIPS)
+
+
+def test_handlers_that_do_more_than_hold_numbers_are_run(x):
+    svi = ready(tiny(), x, strict=False)
+    with pytest.warns(UserWarning, match="values of the handler _Draws"), _Draws() as draws:
+        svi.step(x)
+    assert svi.engine == "eager"
+    assert [z.shape for z in draws.values] == [(6, 3)]
+    svi.step(x)
+    assert svi.engine == "captured"
+
+
+def test_a_wrong_compiler_is_found_out(x):
+    def off_by_a_little(graph, inputs):
+        def run(*args):
+            losses, *gradients = graph(*args)
+            return [losses, *(1.001 * g for g in gradients)]
+
+        return run
+
+    vae = tiny()
+    svi = captured.SVI(vae.model, vae.guide, Still(), Trace_ELBO(), compiler=off_by_a_little)
+    svi.step(x)
+    with pytest.warns(UserWarning, match="are not those of the programs"):
+        svi.step(x)
+    assert svi.engine == "eager"
+
+
+def test_without_a_compiler_it_runs_eager(x):
+    def missing(graph, inputs):
+        raise RuntimeError("no C++ compiler\nand a long story")
+
+    vae = tiny()
+    svi = captured.SVI(vae.model, vae.guide, Still(), Trace_ELBO(), compiler=missing)
+    svi.step(x)
+    with pytest.warns(UserWarning, match="runs eager: RuntimeError: no C[+][+] compiler$"):
+        svi.step(x)
+    assert svi.step(x) > 0
+
+
+def test_tracing_leaves_no_trace(x):
+    """Not in the store, not in the random state, not in the buffers, not in global settings."""
+    vae = tiny(net="deep", shape=(1, 16, 16))
+    other = copy.deepcopy(vae)
+    x = images("bernoulli", (1, 16, 16)).float()
+    stock = SVI(vae.model, vae.guide, Still(), Trace_ELBO())
+    ours = captured.SVI(other.model, other.guide, Still(), Trace_ELBO(), compiler=as_traced)
+    settings = pyro.settings.get()
+    names = None
+    for svi in (stock, ours):
+        torch.manual_seed(0)
+        svi.step(x)
+        names = names or len(pyro.get_param_store())
+        svi.step(x)
+        svi.last = torch.rand(())
+    assert ours.captures == 1
+    assert stock.last == ours.last
+    assert len(pyro.get_param_store()) == 2 * names
+    assert pyro.settings.get() == settings
+    assert not torch.compiler.is_compiling()
+    for a, b in zip(vae.buffers(), other.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["after", "max_graphs"])
+def test_bad_arguments(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
+        captured.SVI(coin, coin_guide, Still(), Trace_ELBO(), **{name: 0})
+
+
+def test_pyro_validates_the_first_step_and_nan_is_warned_of(x):
+    vae = tiny()
+    svi = captured.SVI(vae.model, vae.guide, Still(), Trace_ELBO(), compiler=as_traced)
+    with pytest.raises(ValueError, match="support"):
+        svi.step(x * 0.5)
+    svi = ready(vae, x, Still())
+    with torch.no_grad():
+        next(vae.parameters()).fill_(float("nan"))
+    with pytest.warns(UserWarning, match="NaN: loss"):
+        assert svi.step(x) != svi.step(x)
+
+
+# ---- precision ----
+
+
+def test_bfloat16_is_of_the_networks_alone(x):
+    """The same noise: the loss to the 8 bits of a bfloat16, the captured one as the eager one's."""
+    vae = tiny()
+    stock, ours = pair(vae.model, vae.guide, Trace_ELBO())
+    exact = step(stock, (x,))[0]
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert vae.encode(x).mean.dtype == torch.float32
+            coarse, loss = step(stock, (x,))[0], step(ours, (x,))[0]
+        assert loss == pytest.approx(coarse, rel=1e-5)
+        assert coarse == pytest.approx(exact, rel=1e-2)
+    assert ours.engine == "captured"
+    assert coarse != exact
