@@ -388,7 +388,7 @@ def test_factors_leave_the_pair_as_it_was():
     assert all(p.requires_grad for p in vae.parameters())
     assert all(m.training for m in vae.modules())
     assert all(torch.equal(state[name], t) for name, t in vae.state_dict().items())
-    with pytest.raises(ValueError, match=r"guide must have a pvae.Conditional"):
+    with pytest.raises(ValueError, match=r"guide must be a pvae.Guide with a pvae.Conditional"):
         evaluate.one_factor_each(linear()[1], images(3))
 
 

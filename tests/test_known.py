@@ -116,6 +116,7 @@ def run(name, folder, *argv):
     return done.stdout, json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_of_ppca(tmp_path):
     stdout, numbers = run("ppca", tmp_path / "r", "-n", 1)
     assert "1,618 images" in stdout

@@ -7,6 +7,7 @@ Source: Inference Suboptimality in Variational Autoencoders (2018), arXiv:1801.0
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from pvae.conditional import Conditional, ignore_label
 from pvae.evaluate.bounds import elbo, fixed_noise
 from pvae.evaluate.importance import importance_weighted
 from pvae.optim import SingleOptimizer
-from pvae.programs import Guide, Model, evaluating
+from pvae.programs import Guide, evaluating
 from pvae.vae import OBJECTIVES
 
 
@@ -55,11 +56,11 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def one_factor_each(guide: Guide, x: Tensor, y: Tensor | None = None) -> Guide:
+def one_factor_each(guide: nn.Module, x: Tensor, y: Tensor | None = None) -> Guide:
     """The guide `q(z | index)`: the encoder's output for each `x` `(N, C, H, W)`, now free.
 
     Raises:
-        ValueError: the posterior of `guide` is not a `Conditional`, whose head the factors take.
+        ValueError: `guide` is no `Guide` with a `Conditional`, whose head the factors take.
 
     >>> import pvae
     >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
@@ -67,21 +68,22 @@ def one_factor_each(guide: Guide, x: Tensor, y: Tensor | None = None) -> Guide:
     >>> factors.posterior(torch.arange(5)).batch_shape
     torch.Size([5])
     """
-    encoder: Any = guide.posterior
-    if not isinstance(encoder, Conditional):
+    encoder = getattr(guide, "posterior", None)
+    if not isinstance(guide, Guide) or not isinstance(encoder, Conditional):
         raise ValueError(
-            "guide must have a pvae.Conditional as its posterior, whose head a factor can take, "
-            f"not a {type(encoder).__name__}"
+            "guide must be a pvae.Guide with a pvae.Conditional as its posterior, whose head a "
+            f"factor can take, not a {type(guide).__name__} with a {type(encoder).__name__}"
         )
     with evaluating(encoder):
         raw = encoder.raw(x, y)  # (N, 2 D)
     factors = nn.Embedding.from_pretrained(raw, freeze=False)
+    head = copy.deepcopy(encoder.head).requires_grad_(False)  # a flow's parameters stay as they are
     join = None if y is None else ignore_label
-    return Guide(Conditional(factors, encoder.head, event_dim=0, join=join))
+    return Guide(Conditional(factors, head, event_dim=0, join=join))
 
 
 def optimize_factors(
-    model: Model,
+    model: nn.Module,
     factors: Guide,
     x: Tensor,
     y: Tensor | None = None,
@@ -111,8 +113,8 @@ def optimize_factors(
 
 
 def gaps(
-    model: Model,
-    guide: Guide,
+    model: nn.Module,
+    guide: nn.Module,
     x: Tensor,
     y: Tensor | None = None,
     *,
