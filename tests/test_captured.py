@@ -113,6 +113,25 @@ def test_labels_are_arguments():
     assert ours.captures == 1
 
 
+def test_a_module_that_model_and_guide_share_is_trained_once():
+    """Two names in the store, one tensor: one of Pyro's optimizers, and one step of it."""
+    net = pvae.Conditional(nn.Linear(3, 6), Normal((3,)), event_dim=1)
+    model = pvae.Model(pvae.priors.StandardNormal(3), net)
+    data, twin = torch.rand(5, 3), copy.deepcopy(net)
+    other = pvae.Model(pvae.priors.StandardNormal(3), twin)
+    for m, n, svi, options in (
+        (model, net, SVI, {}),
+        (other, twin, captured.SVI, {"strict": True, "compiler": as_traced}),
+    ):
+        adam = pyro.optim.ClippedAdam({"lr": 1e-2})
+        trained = svi(m, pvae.Guide(n), adam, Trace_ELBO(), **options)
+        torch.manual_seed(0)
+        for _ in range(5):
+            trained.step(data)
+    assert trained.engine == "captured"
+    torch.testing.assert_close(twin.state_dict(), net.state_dict())
+
+
 def test_one_factor_for_each_datum():
     vae, x = tiny(), images("bernoulli", (1, 8, 8)).float()
     guide = pvae.Guide(pvae.Conditional(nn.Embedding(10, 6), Normal((3,)), event_dim=0))
