@@ -173,7 +173,7 @@ class _Graph(NamedTuple):
         known = _parameters()
         now = [known.get(name) for name in self.names]
         for name, tensor, captured in zip(self.names, now, self.parameters, strict=True):
-            if tensor is None or (tensor is not captured and name in self.owned):
+            if tensor is not captured and name in self.owned:
                 return None
         found = [t for t in now if t is not None]
         return found if [_layout(t) for t in (*found, *self.rest)] == self.layouts else None

@@ -328,21 +328,55 @@ def test_a_parameter_replaced_in_the_store_is_seen():
     torch.testing.assert_close(g["p"], h["p"])
 
 
-def test_a_cleared_store_and_replaced_modules_are_seen(x):
+def test_a_cleared_store_is_filled_again(x):
     vae = tiny()
     svi = ready(vae, x)
     pyro.clear_param_store()
     svi.step(x)
     assert svi.engine == "eager"
-    state = {name: t.clone() for name, t in vae.state_dict().items()}
-    copies = {name: t.clone() for name, t in state.items()}
-    vae.load_state_dict(copies, assign=True)  # other tensors under the same names
-    svi.optim = pvae.SingleOptimizer(torch.optim.Adam(vae.parameters(), lr=1e-2))
-    for _ in range(3):
+    before = [p.detach().clone() for p in vae.parameters()]
+    for _ in range(2):
         svi.step(x)
     assert svi.engine == "captured"
-    for name, p in vae.named_parameters():
-        assert (p != state[name]).any(), name
+    assert all((p != b).any() for p, b in zip(vae.parameters(), before, strict=True))
+
+
+def test_tensors_that_a_module_is_given_anew_are_seen(x):
+    vae = tiny()
+    svi = ready(vae, x, Still())
+    vae.load_state_dict({n: 1.1 * t for n, t in vae.state_dict().items()}, assign=True)
+    stock = SVI(vae.model, vae.guide, Still(), Trace_ELBO())
+    for _ in range(3):
+        (loss, *_), (expected, *_) = step(svi, (x,)), step(stock, (x,))
+        assert loss == pytest.approx(expected, rel=1e-5)
+    assert svi.engine == "captured"
+    assert svi.captures == 2
+
+
+class CoinGuide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.temperature = 1.0
+        self.logit = nn.Parameter(torch.ones(4))
+
+    def forward(self, flips):
+        pyro.module("guide", self, update_module_params=True)
+        with pyro.plate("data", len(flips)):
+            probs = (self.logit / self.temperature).sigmoid()
+            pyro.sample("fair", dist.Bernoulli(probs))
+
+
+def test_a_modules_parameter_that_is_replaced_in_the_store_is_seen():
+    """`pyro.module` hands the store's tensor to the module: the programs have to run."""
+    guide = CoinGuide()
+    _, ours = pair(coin, guide, Trace_ELBO())
+    for _ in range(3):
+        ours.step(FLIPS)
+    assert ours.engine == "captured"
+    pyro.get_param_store()["guide$$$logit"] = torch.full((4,), 2.0)
+    ours.step(FLIPS)
+    assert ours.engine == "eager"
+    assert (guide.logit == 2.0).all()
 
 
 def test_store_and_optimizer_hold_what_is_trained(x):
@@ -398,23 +432,7 @@ def test_modes_shapes_dtypes_and_frozen_layers_make_graphs_of_their_own(x):
 def test_a_number_that_a_module_holds_is_no_constant():
     """A temperature that is annealed by hand."""
 
-    class Guide(nn.Module):
-        temperature = 1.0
-
-        def __init__(self):
-            super().__init__()
-            self.temperature = 1.0
-            self.logit = nn.Parameter(torch.zeros(4))
-
-        def forward(self, flips):
-            pyro.module("guide", self)
-            with pyro.plate("data", len(flips)):
-                probs = (self.logit / self.temperature).sigmoid()
-                pyro.sample("fair", dist.Bernoulli(probs))
-
-    guide = Guide()
-    with torch.no_grad():
-        guide.logit.fill_(1.0)
+    guide = CoinGuide()
     stock, ours = pair(coin, guide, Trace_ELBO(), max_graphs=2)
     for temperature in (1.0, 0.5):
         guide.temperature = temperature
