@@ -19,48 +19,15 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from pyro.infer import SVI
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch import Tensor
 from tqdm import tqdm
 
 import pvae
-from pvae import Conditional, Guide, cli, data, evaluate, plots, report, run
+from pvae import cli, data, evaluate, plots, report, run
 from pvae.train import Trainer
 from pvae.vae import OBJECTIVES, VAE
 
 DRAWS = 64  # of z for each image, in every ELBO that is reported
-
-
-def one_factor_each(vae: VAE, x: Tensor) -> Guide:
-    """The guide `q(z | index)`: the encoder's output for each `x` `(N, C, H, W)`, now free."""
-    encoder: Any = vae.guide.posterior
-    with evaluate.evaluating(encoder):
-        raw = encoder.raw(x)  # (N, 2 D)
-    factors = nn.Embedding.from_pretrained(raw, freeze=False)
-    return Guide(Conditional(factors, encoder.head, event_dim=0))
-
-
-def optimize(
-    vae: VAE,
-    factors: Guide,
-    x: Tensor,
-    *,
-    steps: int,
-    learning_rate: float,
-    particles: int = 1,
-    on_step: Callable[[int], None] = lambda step: None,
-) -> None:
-    """Stock SVI over the factors of `x` alone, the decoder frozen; `on_step` is called after."""
-    vae.model.requires_grad_(False).eval()
-    adam = torch.optim.Adam(factors.parameters(), lr=learning_rate)
-    schedule = CosineAnnealingLR(adam, steps)
-    elbo = OBJECTIVES["trace_elbo"].elbo(particles)
-    svi = SVI(vae.model, factors, pvae.SingleOptimizer(adam), elbo)
-    index = torch.arange(len(x), device=x.device)
-    for step in range(1, steps + 1):
-        svi.step(x, index=index)
-        schedule.step()
-        on_step(step)
 
 
 def elbos(vae: VAE, guide: Callable[..., Any], x: Tensor, seed: int) -> Tensor:
@@ -83,7 +50,7 @@ def main() -> None:
 
     vae = trained(args, study)
     x = data.pixels(study.observed.test.images[: args.images])
-    factors = one_factor_each(vae, x)
+    factors = evaluate.one_factor_each(vae.guide, x)
     per_image = partial(factors, index=torch.arange(len(x), device=x.device))
 
     # the factors, and their ELBO at 40 moments on the way
@@ -97,7 +64,7 @@ def main() -> None:
             if step in watched:
                 path[step] = elbos(vae, per_image, x, args.seed).mean().item()
 
-        optimize(vae, factors, x, steps=args.steps, learning_rate=0.03, on_step=on_step)
+        evaluate.optimize_factors(vae.model, factors, x, steps=args.steps, on_step=on_step)
 
     factor = elbos(vae, per_image, x, args.seed)
     with evaluate.fixed_noise(x.device, args.seed):

@@ -26,7 +26,9 @@ from pvae.vae import OBJECTIVES
 
 
 def main() -> None:
-    args = cli.study_parser("The 2-D manifold of digits.").parse_args()
+    parser = cli.study_parser("The 2-D manifold of digits.")
+    parser.set_defaults(learning_rate=6e-3)
+    args = parser.parse_args()
     start = time.perf_counter()
     study = cli.start_study(args, "manifold", "dynamic")
     folder, device, dataset, observed = study

@@ -43,6 +43,9 @@ def main() -> None:
         args.prior,
         hidden=args.hidden,
         activation=args.activation,
+        num_classes=dataset.num_classes if args.conditional else None,
+        top_dim=args.top_dim,
+        components=args.components,
         mean_image=dataset.mean_image,
     )
     vae.to(device).to(memory_format=torch.channels_last)
@@ -54,7 +57,7 @@ def main() -> None:
         vae.model, vae.guide, pvae.SingleOptimizer(adam), objective.elbo(args.num_particles)
     )
 
-    pictured = cli.spread(args.num_epochs, 10)
+    labels, pictured = args.conditional, cli.spread(args.num_epochs, 10)
     trainer = Trainer(
         vae,
         svi,
@@ -64,15 +67,20 @@ def main() -> None:
         batch_size=args.batch_size,
         beta=args.beta,
         kl_warmup=args.kl_warmup,
+        kl_cycles=args.kl_cycles,
         lr_warmup=args.lr_warmup,
         cosine=args.schedule == "cosine",
+        labels=labels,
         precision=args.precision,
         seed=args.seed,
         folder=folder,
         quiet=args.quiet,
         on_epoch=lambda t: (
-            report.progress_picture(vae, observed, t.epoch, folder) if t.epoch in pictured else None
+            report.progress_picture(vae, observed, t.epoch, folder, labels=labels)
+            if t.epoch in pictured
+            else None
         ),
+        go_on=f"--resume {folder}",
     )
     if args.resume and (folder / "checkpoint.pt").exists():  # else no epoch was finished
         trainer.resume(folder / "checkpoint.pt")
@@ -83,10 +91,11 @@ def main() -> None:
     # the model of the best validation ELBO; the test set is touched here, once
     best = checkpoint.read(folder / "best.pt")
     checkpoint.restore(vae, best["model"])
-    numbers = report.results(vae, observed, seed=args.seed, quiet=args.quiet)
+    numbers = report.results(vae, observed, labels=labels, seed=args.seed, quiet=args.quiet)
     numbers["seconds"] = time.perf_counter() - start
     run.write_json(folder / "results.json", numbers)
-    report.pictures(vae, observed, trainer.history, folder, numbers, seed=args.seed)
+    history = trainer.history
+    report.pictures(vae, observed, history, folder, numbers, labels=labels, seed=args.seed)
     print(report.results_table(numbers, observed, dataset.name, args.latent_dim))
     print(
         f"best epoch {best['epoch']}; {numbers['seconds']:.0f} s; pictures and numbers: {folder}/"

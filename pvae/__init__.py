@@ -1,7 +1,7 @@
 """Variational autoencoders as probabilistic programs, trained by Pyro's SVI."""
 
 from pvae.checkpoint import load
-from pvae.conditional import ConcatLabel, Conditional, ignore_label
+from pvae.conditional import ConcatLabel, ConcatVector, Conditional, ignore_label
 from pvae.objectives import temper
 from pvae.optim import SingleOptimizer
 from pvae.programs import Guide, Model
@@ -10,6 +10,7 @@ from pvae.vae import VAE, build
 __all__ = [
     "VAE",
     "ConcatLabel",
+    "ConcatVector",
     "Conditional",
     "Guide",
     "Model",

@@ -67,6 +67,7 @@ _PAYS_BACK = 3000  # steps; to capture takes 10 to 30 s, and saves a sixth of a 
 
 _DEFAULT_DATA = "MNIST, found or downloaded; offline, scikit-learn's digits"
 NATURAL = _number(int, 1)  # the type of an argument that counts something
+COUNT = _number(int, 0)  # ... where none is a number too
 _POSITIVE, _FRACTION = _number(float, 0, strict=True), _number(float, 0, high=1)
 
 
@@ -108,10 +109,14 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def study_parser(
-    description: str, *, images: bool = True, default_data: str = _DEFAULT_DATA
+    description: str,
+    *,
+    images: bool = True,
+    training: bool = True,
+    default_data: str = _DEFAULT_DATA,
 ) -> argparse.ArgumentParser:
     """The arguments of a short study, which composes its pairs itself and is not resumed; without
-    `images` it takes no data set.
+    `images` it takes no data set, without `training` no epochs.
 
     `default_data` is what the help says of a `--dataset` that is not given.
 
@@ -121,7 +126,8 @@ def study_parser(
     p = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
     if images:
         _data_arguments(p, default_data)
-    _training_arguments(p)
+    if training:
+        _training_arguments(p)
     _run_arguments(p)
     p.set_defaults(resume=None)
     return p
@@ -150,8 +156,26 @@ def _pair_arguments(p: argparse.ArgumentParser) -> None:
     g.add_argument("--hidden", type=NATURAL, default=256, metavar="N", help="hidden width")
     g.add_argument("--activation", choices=list(ACTIVATIONS), default="silu", help="activation")
     _choices(g, "--likelihood", LIKELIHOODS, "bernoulli", "p(x|z)")
-    _choices(g, "--guide", GUIDES, "normal", "q(z|x)")
+    # a factor for each datum has none for validation images: examples/amortization.py trains them
+    amortized = {name: guide for name, guide in GUIDES.items() if guide.amortized}
+    _choices(g, "--guide", amortized, "normal", "q(z|x)")
     _choices(g, "--prior", PRIORS, "standard_normal", "p(z)")
+    g.add_argument(
+        "--components",
+        type=NATURAL,
+        default=50,
+        metavar="K",
+        help="components of the priors mixture and vamp",
+    )
+    g.add_argument(
+        "--top-dim",
+        type=NATURAL,
+        metavar="D",
+        help="dimension of a second latent layer z2 above: z2 -> z1 -> x (default: one layer)",
+    )
+    g.add_argument(
+        "--conditional", action="store_true", help="give labels y to the pair: p(x|z, y), q(z|x, y)"
+    )
 
 
 def _training_arguments(p: argparse.ArgumentParser) -> Any:
@@ -201,11 +225,18 @@ def _schedule_arguments(g: Any) -> None:
         metavar="F",
         help="fraction of training in which beta rises from 0",
     )
+    g.add_argument(
+        "--kl-cycles",
+        type=NATURAL,
+        default=1,
+        metavar="N",
+        help="how often it does so, each time in its share of training",
+    )
 
 
 def _run_arguments(p: argparse.ArgumentParser) -> Any:
     g = p.add_argument_group("run")
-    g.add_argument("--seed", type=_number(int, 0), default=0, help="seed of everything random")
+    g.add_argument("--seed", type=COUNT, default=0, help="seed of everything random")
     g.add_argument(
         "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="device"
     )
@@ -232,8 +263,12 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
         _refuse_changes(parser, args, saved)
         args.out = args.resume
     args.observe = _observation(parser, args)
-    if args.objective == "iwae" and args.num_particles < 2:
-        parser.error("--objective iwae needs --num-particles of at least 2: with 1 it is the ELBO")
+    least = OBJECTIVES[args.objective].min_particles
+    if args.num_particles < least:
+        parser.error(
+            f"--objective {args.objective} needs --num-particles of at least {least}: with 1 it is "
+            "the ELBO"
+        )
     return args
 
 
@@ -250,11 +285,13 @@ def _refuse_changes(
 
 
 def _observation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
-    binary = LIKELIHOODS[args.likelihood].binary
+    family = LIKELIHOODS[args.likelihood]
+    binary = family.binary
     if args.dequantize:
-        if binary or args.binarize not in (None, "none"):
+        if family.data != "grey" or args.binarize not in (None, "none"):
             parser.error(
-                "--dequantize is for grey pixels: not with --binarize or binary likelihoods"
+                "--dequantize is for likelihoods of any grey value: not with --binarize, binary "
+                "likelihoods or those of 256 levels"
             )
         return "dequantized"
     if binary and args.binarize == "none":
@@ -388,8 +425,9 @@ def announce(
     )
     print(f"data: {dataset.name}, {sizes} images of {dataset.image_shape}, {args.observe}")
     parameters = sum(p.numel() for p in vae.parameters())
+    layers = f"{args.latent_dim}" + ("" if args.top_dim is None else f"- and {args.top_dim}")
     print(
-        f"pair: {args.net} net, {args.latent_dim}-D latent, {args.likelihood} likelihood, "
+        f"pair: {args.net} net, {layers}-D latent, {args.likelihood} likelihood, "
         f"{args.guide} guide, {args.prior} prior; {parameters:,} parameters"
     )
     allocator = "; the C allocator keeps freed memory" if kept_memory else ""
@@ -414,7 +452,8 @@ def start_study(args: argparse.Namespace, name: str, observe: str) -> Study:
     chosen = device(args.device)
     dataset = data.load(args.dataset, args.data_root, seed=args.seed)
     folder = run.new_folder(args.out, name)
-    args.num_epochs = num_epochs(args, len(dataset.train.images))
+    if hasattr(args, "num_epochs"):  # a study that trains
+        args.num_epochs = num_epochs(args, len(dataset.train.images))
     args.observe = observe
     keep_config(folder, args, dataset)
     memory.keep_freed_memory()

@@ -9,7 +9,7 @@ Source: Auto-Encoding Variational Bayes (2013), arXiv:1312.6114, appendix B.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ class Terms(NamedTuple):
     """The terms of the ELBO, in nats, for each image; shapes `(*, B)`.
 
     `kl` is the analytic KL, None where there is none; `kl_sampled` is `log q(z|x) - log p(z)` at
-    the sample, an unbiased estimate of it.
+    the sample, an unbiased estimate of it; `kl_by_unit` `(B, D)` is the analytic KL of each latent
+    unit, where the KL is their sum.
 
     >>> Terms(torch.tensor([-90.0]), torch.tensor([20.0]), torch.tensor([21.0])).elbo()
     tensor([-110.])
@@ -31,6 +32,7 @@ class Terms(NamedTuple):
     reconstruction: Tensor
     kl: Tensor | None
     kl_sampled: Tensor
+    kl_by_unit: Tensor | None = None
 
     def elbo(self, beta: float = 1.0) -> Tensor:
         """`reconstruction - beta KL` with the analytic KL; `ValueError` where there is none."""
@@ -86,13 +88,69 @@ def normal(x: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
     return _sum_event(-(standardized**2 + _LOG_2PI) / 2 - log_scale, x)
 
 
+def laplace(x: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
+    r"""`log p(x) = sum_i -|x_i - loc_i| / s_i - log(2 s_i)`.
+
+    >>> laplace(torch.ones(1, 1), torch.zeros(1, 1), torch.zeros(()))
+    tensor([-1.6931])
+    """
+    return _sum_event(-(x - loc).abs() * (-log_scale).exp() - log_scale - math.log(2), x)
+
+
+def _log_level(x: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+    """The log probability of each grey level under a rounded logistic.
+
+    With `m = (x - loc) / s`, `d = 1 / (510 s)`:
+    `sigmoid(m + d) - sigmoid(m - d) = sinh d / (cosh m + cosh d)`.
+    """
+    m = (x - loc) / scale
+    d = (1 / 510 / scale).expand_as(m)
+    log_sinh = d + torch.log1p(-(-2 * d).exp())  # both with their factor 2
+    inside = log_sinh - torch.stack([m, -m, d, -d]).logsumexp(0)
+    first, last = -softplus(-m - d), -softplus(m - d)
+    return torch.where(x < 1 / 510, first, torch.where(x > 1 - 1 / 510, last, inside))
+
+
+def discretized_logistics(x: Tensor, loc: Tensor, scale: Tensor, logits: Tensor) -> Tensor:
+    r"""`log P(x) = sum_i log sum_k w_ik P_ik(x_i)` of grey levels `x` `(B, *event)` under mixtures
+    of rounded logistics, `(*, B, K, *event)`.
+
+    >>> loc, scale = torch.full((1, 1, 1), 0.5), torch.full((1, 1, 1), 0.1)
+    >>> discretized_logistics(torch.full((1, 1), 51 / 255), loc, scale, loc)
+    tensor([-6.335...])
+    """
+    dim = -x.dim()
+    log_p = logits.log_softmax(dim) + _log_level(x.unsqueeze(dim), loc, scale)
+    return _sum_event(log_p.logsumexp(dim), x)
+
+
+def grey_categorical(x: Tensor, logits: Tensor) -> Tensor:
+    r"""`log P(x) = sum_i h_i[255 x_i] - log sum_k e^h_i[k]`, logits `(*, B, 256, *event)`.
+
+    >>> grey_categorical(torch.zeros(1, 1), torch.zeros(1, 256, 1))
+    tensor([-5.5452])
+    """
+    dim = -x.dim()
+    index = (x * 255).round().long().unsqueeze(dim)
+    return _sum_event(logits.log_softmax(dim).take_along_dim(index, dim).squeeze(dim), x)
+
+
 def kl_normal(loc: Tensor, log_scale: Tensor) -> Tensor:
     r"""`KL(N(loc, s) || N(0, 1)) = sum_d (s_d^2 + loc_d^2 - 1) / 2 - log s_d`, `(*, D) -> (*)`.
 
     >>> kl_normal(torch.tensor([1.0, 0.0]), torch.zeros(2))
     tensor(0.5000)
     """
-    return ((torch.expm1(2 * log_scale) + loc**2) / 2 - log_scale).sum(-1)
+    return kl_normal_by_unit(loc, log_scale).sum(-1)
+
+
+def kl_normal_by_unit(loc: Tensor, log_scale: Tensor) -> Tensor:
+    r"""The terms of `kl_normal`, one for each latent unit, `(*, D)`.
+
+    >>> kl_normal_by_unit(torch.tensor([1.0, 0.0]), torch.zeros(2))
+    tensor([0.5000, 0.0000])
+    """
+    return (torch.expm1(2 * log_scale) + loc**2) / 2 - log_scale
 
 
 def kl_normal_sampled(z: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
@@ -218,28 +276,22 @@ class ClosedForm:
             z = loc + log_scale.exp() * noise
         assert z is not None
         reconstruction = self.log_likelihood(x, self.decode(z, *labels))
-        kl = kl_normal(loc, log_scale).expand_as(reconstruction)
-        return Terms(reconstruction, kl, kl_normal_sampled(z, loc, log_scale))
+        units = kl_normal_by_unit(loc, log_scale)  # (B, D)
+        kl = units.sum(-1).expand_as(reconstruction)
+        return Terms(reconstruction, kl, kl_normal_sampled(z, loc, log_scale), units)
 
 
-def sampled_terms(posterior: Any, likelihood: Any, prior: Any, x: Tensor, z: Tensor) -> Terms:
-    """The terms at `z` from three distributions' own densities, where none are written by hand.
+def collapsed(mean: Tensor) -> Tensor:
+    r"""`sum_i m_i log m_i + (1 - m_i) log(1 - m_i)`, `m` `(*event)`: the best that a Bernoulli
+    decoder does that ignores z, nats per image.
 
-    `posterior` is `q(z|x)`, `likelihood` is `p(x|z)`, `prior` is `p(z)`; the KL is analytic where
-    torch has a formula for the two families.
+    With the mean image `m` of grey images it is exact in expectation over their binarisations, on
+    those very images: -206.0 on MNIST's 60,000. A model near it has collapsed.
 
-    >>> from torch.distributions import Independent, Normal
-    >>> p = Independent(Normal(torch.zeros(3, 2), 1.0), 1)
-    >>> sampled_terms(p, p, p, torch.zeros(3, 2), torch.zeros(3, 2)).elbo()
-    tensor([-1.8379, -1.8379, -1.8379])
+    >>> collapsed(torch.tensor([0.5, 0.0]))
+    tensor(-0.6931)
     """
-    reconstruction = likelihood.log_prob(x)
-    try:
-        kl = torch.distributions.kl_divergence(posterior, prior.expand(posterior.batch_shape))
-        kl = kl.expand_as(reconstruction)
-    except NotImplementedError:
-        kl = None
-    return Terms(reconstruction, kl, posterior.log_prob(z) - prior.log_prob(z))
+    return (torch.xlogy(mean, mean) + torch.xlogy(1 - mean, 1 - mean)).sum()
 
 
 # ---- the linear Gaussian model, of which everything is known ----

@@ -21,7 +21,81 @@ def ignore_label(v: Tensor, y: Tensor) -> Tensor:
     return v
 
 
-class ConcatLabel(nn.Module):
+class ConcatVector(nn.Module):
+    r"""A join that appends a side vector: `join(v, y) = [v, y]`.
+
+    With `y` `(*, S)` a vector `(*, B, D)` becomes `(*, B, D + S)`, an image `(*, B, C, H, W)`
+    becomes `(*, B, C + S, H, W)`, each number a plane, or, flattened, `(*, B, C H W + S)`. The
+    leading dimensions of `v` and `y` broadcast, so either may have more than the other.
+
+    Args:
+        size: `S`.
+        event_dim: dimensions of one `v`: 1 for a vector, 3 for an image.
+        flatten: makes a vector of each `v` first, for networks without convolutions. Planes would
+            give them each number once a pixel, and so a far larger step on it.
+
+    Raises:
+        ValueError: a size below 1; a `y` that is not floating point `(*, S)`; shapes of `v` and `y`
+            that do not broadcast.
+
+    >>> ConcatVector(2)(torch.zeros(3, 1), torch.ones(2))
+    tensor([[0., 1., 1.],
+            [0., 1., 1.],
+            [0., 1., 1.]])
+    """
+
+    def __init__(self, size: int, *, event_dim: int = 1, flatten: bool = False) -> None:
+        super().__init__()
+        for name, value in (("size", size), ("event_dim", event_dim)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        self.size = size
+        self.event_dim = event_dim
+        self.flatten = flatten
+
+    def joined_shape(self, event_shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of one joined `v`, what a network after this join takes.
+
+        >>> ConcatVector(10, event_dim=3).joined_shape((1, 28, 28))
+        (11, 28, 28)
+        >>> ConcatVector(10, event_dim=3, flatten=True).joined_shape((1, 28, 28))
+        (794,)
+        """
+        first, *rest = (prod(event_shape),) if self.flatten else event_shape
+        return (first + self.size, *rest)
+
+    def forward(self, v: Tensor, y: Tensor) -> Tensor:
+        if not y.is_floating_point() or y.shape[-1:] != (self.size,):
+            raise ValueError(
+                f"y is {y.dtype} of shape {tuple(y.shape)}; this join takes floating point side "
+                f"vectors (*, {self.size})"
+            )
+        return self._concat(v, y)
+
+    def _concat(self, v: Tensor, side: Tensor) -> Tensor:
+        lead = v.dim() - self.event_dim
+        batch = self._batch_shape(v, side.shape[:-1])
+        if self.flatten:
+            v = v.flatten(lead)
+        first, *rest = v.shape[lead:]
+        side = side.reshape(*side.shape, *(1 for _ in rest))  # (*, S, 1, 1) beside an image
+        parts = (v.expand(*batch, first, *rest), side.expand(*batch, self.size, *rest))
+        return torch.cat(parts, dim=len(batch))
+
+    def _batch_shape(self, v: Tensor, side_batch: torch.Size) -> torch.Size:
+        lead = v.dim() - self.event_dim
+        try:
+            if lead < 0:
+                raise RuntimeError
+            return torch.broadcast_shapes(v.shape[:lead], side_batch)
+        except RuntimeError:
+            raise ValueError(
+                f"v {tuple(v.shape)} and y {tuple(side_batch)} do not broadcast: all dimensions of "
+                f"v but its last {self.event_dim} must fit those of y"
+            ) from None
+
+
+class ConcatLabel(ConcatVector):
     r"""A join that appends the one-hot label: `join(v, y) = [v, one_hot(y)]`.
 
     With `K` classes a vector `(*, B, D)` becomes `(*, B, D + K)`, an image `(*, B, C, H, W)`
@@ -31,9 +105,7 @@ class ConcatLabel(nn.Module):
 
     Args:
         num_classes: `K`; labels are the integers from 0 to `K - 1`.
-        event_dim: dimensions of one `v`: 1 for a vector, 3 for an image.
-        flatten: makes a vector of each `v` first, for networks without convolutions. Planes would
-            give them each class once a pixel, and so a far larger step on it.
+        event_dim, flatten: as of `ConcatVector`.
 
     Raises:
         ValueError: a size below 1; labels that are not integers or out of range; shapes of `v`
@@ -50,37 +122,15 @@ class ConcatLabel(nn.Module):
     """
 
     def __init__(self, num_classes: int, *, event_dim: int = 1, flatten: bool = False) -> None:
-        super().__init__()
-        for name, value in (("num_classes", num_classes), ("event_dim", event_dim)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+        super().__init__(num_classes, event_dim=event_dim, flatten=flatten)
         self.num_classes = num_classes
-        self.event_dim = event_dim
-        self.flatten = flatten
-
-    def joined_shape(self, event_shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of one joined `v`, what a network after this join takes.
-
-        >>> ConcatLabel(10, event_dim=3).joined_shape((1, 28, 28))
-        (11, 28, 28)
-        >>> ConcatLabel(10, event_dim=3, flatten=True).joined_shape((1, 28, 28))
-        (794,)
-        """
-        first, *rest = (prod(event_shape),) if self.flatten else event_shape
-        return (first + self.num_classes, *rest)
 
     def forward(self, v: Tensor, y: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():  # while a graph is traced there are no values
             self._check_labels(y)
-        lead = v.dim() - self.event_dim
-        batch = self._batch_shape(v, y)
-        if self.flatten:
-            v = v.flatten(lead)
-        first, *rest = v.shape[lead:]
-        label = one_hot(y.long(), self.num_classes).to(v.dtype)  # (*y, K)
-        label = label.reshape(*label.shape, *(1 for _ in rest))  # (*y, K, 1, 1) beside an image
-        parts = (v.expand(*batch, first, *rest), label.expand(*batch, self.num_classes, *rest))
-        return torch.cat(parts, dim=len(batch))
+        return self._concat(v, one_hot(y.long(), self.num_classes).to(v.dtype))
 
     def _check_labels(self, y: Tensor) -> None:
         if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
@@ -94,18 +144,6 @@ class ConcatLabel(nn.Module):
                 f"y holds the label {outside[0].item()}; labels are integers from 0 to "
                 f"{self.num_classes - 1} (num_classes is {self.num_classes})"
             )
-
-    def _batch_shape(self, v: Tensor, y: Tensor) -> torch.Size:
-        lead = v.dim() - self.event_dim
-        try:
-            if lead < 0:
-                raise RuntimeError
-            return torch.broadcast_shapes(v.shape[:lead], y.shape)
-        except RuntimeError:
-            raise ValueError(
-                f"v {tuple(v.shape)} and y {tuple(y.shape)} do not broadcast: all dimensions of v "
-                f"but its last {self.event_dim} must fit those of y"
-            ) from None
 
 
 class Conditional(nn.Module):
@@ -172,3 +210,58 @@ class Conditional(nn.Module):
         if y is None:
             raise ValueError("y is missing: this distribution is conditional on labels")
         return self.join(v, y)
+
+
+def concat_mask(x: Tensor, mask: Tensor) -> Tensor:
+    """A join for images with missing pixels: what is missing is set to 0, and the mask appended.
+
+    `x` `(*, B, C, H, W)` and the boolean `mask` `(*, B, 1 or C, H, W)`, True where a pixel is
+    seen, become `(*, B, C + 1 or 2 C, H, W)`: a 0 that was seen and a missing one are told apart.
+
+    Source: Handling Incomplete Heterogeneous Data using VAEs (2018), arXiv:1807.03653 (zeros);
+    VAEAC (2018), arXiv:1806.02382 (the mask beside them).
+
+    >>> x, mask = torch.ones(1, 1, 1, 2), torch.tensor([[[[True, False]]]])
+    >>> concat_mask(x, mask).tolist()
+    [[[[1.0, 0.0]], [[1.0, 0.0]]]]
+    """
+    return torch.cat([x.where(mask, 0), mask.to(x.dtype)], dim=-3)
+
+
+class Masked(nn.Module):
+    r"""A likelihood of the seen pixels alone: `log p(x_seen | z) = sum_{i seen} log p(x_i | z)`.
+
+    The pixels must be independent given `z`, as all heads make them; the integral over the missing
+    ones is then 1, and they are left out. In the programs the mask takes the place of a label:
+    `Model(prior, Masked(likelihood))(x, mask)`. A missing pixel may hold any value of the support,
+    which then counts for nothing, in the loss and in its gradient.
+
+    Args:
+        likelihood: a module with `likelihood(z)`, a distribution over `x` made by `.to_event()`.
+
+    Raises:
+        ValueError: the distribution is no `.to_event()` of independent pixels, or the mask is not
+            boolean.
+
+    >>> from pvae.heads import Bernoulli
+    >>> likelihood = Masked(Conditional(nn.Linear(2, 4), Bernoulli((4,)), event_dim=1))
+    >>> mask = torch.tensor([True, True, False, False])
+    >>> likelihood(torch.zeros(3, 2), mask).log_prob(torch.ones(3, 4)).shape
+    torch.Size([3])
+    """
+
+    def __init__(self, likelihood: nn.Module) -> None:
+        super().__init__()
+        self.likelihood = likelihood
+
+    def forward(self, z: Tensor, mask: Tensor) -> Any:
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask must be boolean, True where a pixel is seen, not {mask.dtype}")
+        p = self.likelihood(z)
+        if not isinstance(p, torch.distributions.Independent):
+            raise ValueError(
+                f"likelihood gives a {type(p).__name__}, whose pixels cannot be left out one by "
+                "one: it must be independent pixels, .to_event()"
+            )
+        pixels: Any = p.base_dist
+        return pixels.mask(mask).to_event(p.reinterpreted_batch_ndims)

@@ -1,8 +1,23 @@
-"""What Pyro's objectives lack: tempering that may start at exactly zero."""
+"""What Pyro's objectives lack.
 
+Tempering that may start at exactly zero; a mean-field ELBO that refuses what it would be wrong on;
+the importance-weighted bounds as differentiable losses, with the doubly-reparameterized gradient;
+free bits; and the MMD in the KL's place. Each objective is a `pyro.infer.ELBO`: for `SVI` and, by
+`objective(model, guide)`, for torch's own training loops. Losses are summed over images, in nats.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
 from typing import Any
 
+import torch
+from pyro import poutine
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from pyro.util import warn_if_nan
+from torch import Tensor
 
 
 class temper(Messenger):
@@ -30,3 +45,441 @@ class temper(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"]:
             msg["scale"] = msg["scale"] * self.beta
+
+
+def rbf(scale: float) -> Callable[[Tensor], Tensor]:
+    """The kernel `k = exp(-d^2 / (2 scale^2))`, of squared distances `d^2`.
+
+    >>> rbf(1.0)(torch.tensor([0.0, 2.0]))
+    tensor([1.0000, 0.3679])
+    """
+    return lambda squared: (-squared / (2 * scale**2)).exp()
+
+
+def inverse_multiquadric(scale: float) -> Callable[[Tensor], Tensor]:
+    """The kernel `k = 1 / (1 + d^2 / scale^2)`, of squared distances `d^2`.
+
+    Its tail is heavy, so that points far from all others still feel a gradient.
+    Source: Wasserstein Auto-Encoders (2017), arXiv:1711.01558.
+
+    >>> inverse_multiquadric(1.0)(torch.tensor([0.0, 3.0]))
+    tensor([1.0000, 0.2500])
+    """
+    return lambda squared: 1 / (1 + squared / scale**2)
+
+
+def mmd(a: Tensor, b: Tensor, kernel: Callable[[Tensor], Tensor]) -> Tensor:
+    r"""The squared maximum mean discrepancy of two distributions, estimated without bias, `()`.
+
+    `MMD^2 = E k(a, a') + E k(b, b') - 2 E k(a, b)` over independent draws: 0 where the two
+    distributions are one, else positive (for `rbf` and `inverse_multiquadric`). The estimate leaves
+    out the pairs of a point with itself, so its mean is exact, and single values may be negative.
+    Source: A Kernel Two-Sample Test (2012), JMLR 13, equation 3; as the regularizer of a VAE:
+    InfoVAE (2017), arXiv:1706.02262.
+
+    Args:
+        a, b: draws `(N, D)` and `(M, D)`, two of each at least.
+        kernel: from squared distances to similarities.
+
+    Raises:
+        ValueError: fewer than two draws, or events of two shapes.
+
+    >>> a, b = torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [2.0]])
+    >>> mmd(a, b, inverse_multiquadric(1.0))
+    tensor(-0.1000)
+    """
+    for name, draws in (("a", a), ("b", b)):
+        if draws.dim() != 2 or len(draws) < 2 or draws.shape[1] != a.shape[1]:
+            raise ValueError(
+                f"{name} must hold two draws (N, {a.shape[-1]}) or more, as a does, "
+                f"not {tuple(draws.shape)}"
+            )
+
+    def similarity(u: Tensor, v: Tensor) -> Tensor:  # (N, M), differentiable where u meets v
+        return kernel((u[:, None] - v).square().sum(-1))
+
+    def within(u: Tensor) -> Tensor:
+        k = similarity(u, u)
+        return (k.sum() - k.diagonal().sum()) / (len(u) * (len(u) - 1))
+
+    return within(a) + within(b) - 2 * similarity(a, b).mean()
+
+
+# ---- what the objectives below read from Pyro's traces ----
+
+Program = Callable[..., Any]
+
+
+def _latents(trace: Any) -> list[str]:
+    return [n for n in trace.stochastic_nodes if not site_is_subsample(trace.nodes[n])]
+
+
+def _log_density(trace: Any) -> Tensor:
+    """The log density of all sample sites for each particle and image, `(P, B)` or `(B,)`.
+
+    Raises:
+        ValueError: a site outside the data plate, or a plate of which a subsample is seen: its
+            scale would be taken into the logarithm of the mean weight.
+    """
+    total: Any = 0.0
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or site_is_subsample(site):
+            continue
+        frames = site["cond_indep_stack"]
+        if not any(frame.dim == -1 for frame in frames):
+            raise ValueError(
+                f"site {name!r} lies outside the data plate (dim -1): no bound of it is per image"
+            )
+        if any(frame.full_size not in (None, frame.size) for frame in frames):
+            raise ValueError(
+                f"site {name!r} lies in a subsampled plate: give the plate the batch's size"
+            )
+        total = total + site["log_prob"]
+    return total
+
+
+def kl_by_unit(q: Any, p: Any) -> Tensor | None:
+    """The analytic KL of each latent unit, `(*, D)`, where both factorize over units and torch has
+    the formula; else None.
+
+    >>> from torch.distributions import Independent, Normal
+    >>> kl_by_unit(
+    ...     Independent(Normal(torch.ones(2), 1.0), 1), Independent(Normal(torch.zeros(2), 1.0), 1)
+    ... )
+    tensor([0.5000, 0.5000])
+    """
+    if not all(getattr(d, "reinterpreted_batch_ndims", 0) == 1 for d in (q, p)):
+        return None
+    try:
+        return torch.distributions.kl_divergence(q.base_dist, p.base_dist)
+    except NotImplementedError:
+        return None
+
+
+class MeanField(TraceMeanField_ELBO):
+    """Pyro's `TraceMeanField_ELBO`, which refuses pairs on which it would be wrong.
+
+    It takes KLs site by site. Where model and guide draw their latents in different orders, as a
+    hierarchical guide from below does, the KL of one site depends on a draw that it should have
+    been averaged over, and Pyro only warns.
+
+    Raises:
+        ValueError: the latents of model and guide come in different orders, or draws are not
+            reparameterized.
+
+    >>> MeanField().num_particles
+    1
+    """
+
+    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
+        with warnings.catch_warnings():
+            # Pyro's own word on it, which comes with validation only
+            warnings.filterwarnings("ignore", message="Failed to verify mean field restriction")
+            model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
+        _require_reparameterized(guide_trace, "TraceMeanField_ELBO")
+        in_guide = _latents(guide_trace)
+        in_model = [name for name in _latents(model_trace) if name in in_guide]
+        if in_model != in_guide:
+            raise ValueError(
+                "TraceMeanField_ELBO would be wrong here: the model draws its latents in the order "
+                f"{', '.join(in_model)}, the guide in the order {', '.join(in_guide)}, so that "
+                "a KL taken at one site depends on the draw of another. Use Trace_ELBO"
+            )
+        return model_trace, guide_trace
+
+
+class _Differentiable(Trace_ELBO):
+    """An objective that is its `differentiable_loss`: the other methods follow from it."""
+
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        with torch.no_grad():
+            return self.differentiable_loss(model, guide, *args, **kwargs).item()
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        loss.backward()
+        return loss.item()
+
+
+def _require_reparameterized(trace: Any, what: str) -> None:
+    for name in _latents(trace):
+        if not trace.nodes[name]["fn"].has_rsample:
+            raise ValueError(
+                f"{what} needs reparameterized draws, but the guide's site {name!r} has none "
+                "(has_rsample is False)"
+            )
+
+
+class Renyi(RenyiELBO):
+    r"""Pyro's `RenyiELBO`, also as a differentiable loss, so that `Renyi(...)(model, guide)` works.
+
+    `L_a(x) = 1 / (1 - a) log 1/K sum_k w_k^(1 - a)`, `w_k = p(x, z_k) / q(z_k|x)`; `a = 0` is the
+    importance-weighted bound (IWAE), `a -> 1` the ELBO. Draws must be reparameterized: without that
+    Pyro gives the guide a gradient of 0 at `a = 0`, and no word.
+    Sources: Importance Weighted Autoencoders (2015), arXiv:1509.00519; Renyi Divergence Variational
+    Inference (2016), arXiv:1602.02311.
+
+    Raises:
+        ValueError: draws that are not reparameterized; of the differentiable loss also a site
+            outside the data plate, or a plate of which a subsample is seen.
+
+    >>> import pvae
+    >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
+    >>> bound = Renyi(0, 5, vectorize_particles=True, max_plate_nesting=1)(vae.model, vae.guide)
+    >>> bound(torch.ones(4, 1, 8, 8)).requires_grad
+    True
+    """
+
+    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
+        model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
+        _require_reparameterized(guide_trace, "this objective")
+        return model_trace, guide_trace
+
+    def differentiable_loss(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        particles = []
+        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
+            particles.append(_log_density(model_trace) - _log_density(guide_trace))
+        vectorized = self.vectorize_particles and self.num_particles > 1
+        log_weights = particles[0] if vectorized else torch.stack(particles)  # (K, B)
+        loss = -_log_mean_exp((1 - self.alpha) * log_weights).sum() / (1 - self.alpha)
+        warn_if_nan(loss, "loss")
+        return loss
+
+
+def _log_mean_exp(v: Tensor) -> Tensor:
+    return v.logsumexp(0) - math.log(len(v))
+
+
+def _without_side_effects(program: Program) -> Program:
+    """The program on copies of its buffers: a second run in one step must not move BatchNorm's
+    statistics a second time."""
+    if not isinstance(program, torch.nn.Module):
+        return program
+    buffers = {name: buffer.clone() for name, buffer in program.named_buffers()}
+    return lambda *args, **kwargs: torch.func.functional_call(program, buffers, args, kwargs)
+
+
+class DReG(Renyi):
+    r"""The importance-weighted bound with the doubly-reparameterized gradient of the guide.
+
+    With `v_k` the normalized weights, the guide's gradient is `sum_k v_k^2 dlog w_k/dz_k
+    dz_k/dphi`: the same in expectation as IWAE's, without the term whose noise swamps it as K
+    grows. The model's gradient is the bound's own, `sum_k v_k dlog p(x, z_k)/dtheta`.
+    Source: Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives (2018),
+    arXiv:1810.04152.
+
+    Args:
+        num_particles: `K`; with 1 it is "sticking the landing" (arXiv:1703.09194).
+        max_plate_nesting, vectorize_particles: as of Pyro's ELBOs; the particles are always
+            vectorized.
+
+    Raises:
+        ValueError: as of `Renyi`.
+
+    >>> import pvae
+    >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
+    >>> DReG(5).loss_and_grads(vae.model, vae.guide, torch.ones(4, 1, 8, 8)) > 0
+    True
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 1,
+        *,
+        max_plate_nesting: int = 1,
+        vectorize_particles: bool = True,
+    ) -> None:
+        super().__init__(
+            0,
+            num_particles,
+            max_plate_nesting=max_plate_nesting,
+            vectorize_particles=vectorize_particles,
+        )
+
+    def differentiable_loss(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        again = _without_side_effects(guide)
+        model, guide, again = map(self._vectorized_num_particles, (model, guide, again))
+        drawn: Any = poutine.trace(guide).get_trace(*args, **kwargs)
+        _require_reparameterized(drawn, "the doubly-reparameterized gradient")
+        # the draws once more as leaves: what is differentiated by z goes no further, so that
+        # neither the guide's parameters in log q nor one layer's draw through another's are counted
+        leaves = drawn.copy()
+        names = _latents(drawn)
+        for name in names:
+            z = drawn.nodes[name]["value"].detach().requires_grad_()
+            leaves.nodes[name] = {**drawn.nodes[name], "value": z}
+        log_p = self._replayed(model, leaves, args, kwargs)  # (K, B)
+        log_q = self._replayed(again, leaves, args, kwargs)
+        log_weights = log_p - log_q
+        if self.num_particles == 1:
+            log_weights, log_p = log_weights[None], log_p[None]
+        v = log_weights.detach().softmax(0)
+        bound = _log_mean_exp(log_weights.detach()).sum()
+
+        surrogate = (v * log_p).sum()
+        values = [leaves.nodes[name]["value"] for name in names]
+        by_z = torch.autograd.grad((v * log_weights).sum(), values, retain_graph=True)
+        for name, gradient in zip(names, by_z, strict=True):
+            z = drawn.nodes[name]["value"]  # (K, B, D), a function of the guide's parameters
+            weight = v.reshape(*z.shape[: z.dim() - 1], 1)
+            surrogate = surrogate + (weight * gradient * z).sum()
+        return -(bound + surrogate - surrogate.detach())
+
+    def _replayed(self, program: Program, trace: Any, args: Any, kwargs: Any) -> Tensor:
+        again: Any = poutine.trace(poutine.replay(program, trace=trace)).get_trace(*args, **kwargs)
+        again.compute_log_prob()
+        return _log_density(again)
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        loss.backward()
+        return loss.item()
+
+
+class FreeBits(_Differentiable):
+    r"""The ELBO in which each latent unit's KL, averaged over the batch, counts from `nats` up.
+
+    `sum_b E_q[log p(x_b|z)] - B sum_d max(nats, mean_b KL_d(x_b))`, with analytic KLs: below the
+    floor a unit's KL has no gradient, so that it is not squeezed out before it is of use. It is no
+    bound on `log p(x)`.
+    Source: Improved Variational Inference with Inverse Autoregressive Flow (2016),
+    arXiv:1606.04934, section 5.2 and appendix C.8.
+
+    Args:
+        nats: the floor of each unit.
+        num_particles, max_plate_nesting, vectorize_particles: as of Pyro's ELBOs.
+
+    Raises:
+        ValueError: `nats` is negative; several latents, or one whose posterior and prior do not
+            both factorize over units with an analytic KL; draws that are not reparameterized.
+
+    >>> import pvae
+    >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
+    >>> FreeBits(0.5).loss(vae.model, vae.guide, torch.ones(4, 1, 8, 8)) > 0
+    True
+    """
+
+    def __init__(
+        self,
+        nats: float,
+        num_particles: int = 1,
+        *,
+        max_plate_nesting: int = 1,
+        vectorize_particles: bool = True,
+    ) -> None:
+        if not nats >= 0:
+            raise ValueError(f"nats must be at least 0, not {nats}")
+        super().__init__(
+            num_particles,
+            max_plate_nesting=max_plate_nesting,
+            vectorize_particles=vectorize_particles,
+        )
+        self.nats = nats
+
+    def differentiable_loss(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        loss: Any = 0.0
+        traces = list(self._get_traces(model, guide, args, kwargs))
+        for model_trace, guide_trace in traces:
+            _require_reparameterized(guide_trace, "free bits")
+            q, p = _the_latent(model_trace, guide_trace, "free bits")
+            units = kl_by_unit(q["fn"], p["fn"])
+            if units is None:
+                raise ValueError(
+                    "free bits needs a posterior and a prior that factorize over the latent's "
+                    f"units, with an analytic KL, not {type(q['fn']).__name__} and "
+                    f"{type(p['fn']).__name__}"
+                )
+            batch = units.shape[-2]
+            kl = units.flatten(0, -2).mean(0).clamp(min=self.nats).sum()
+            reconstruction = _observed(model_trace) / _repeats(self)
+            loss = loss + (q["scale"] * batch * kl - reconstruction) / len(traces)
+        warn_if_nan(loss, "loss")
+        return loss
+
+
+def _the_latent(model_trace: Any, guide_trace: Any, what: str) -> tuple[Any, Any]:
+    """The sites of the one latent in guide and model."""
+    names = _latents(guide_trace)
+    if len(names) != 1:
+        raise ValueError(f"{what} is for one latent site, not for {', '.join(names)}")
+    return guide_trace.nodes[names[0]], model_trace.nodes[names[0]]
+
+
+def _observed(trace: Any) -> Tensor:
+    return sum(trace.nodes[name]["log_prob_sum"] for name in trace.observation_nodes)
+
+
+def _repeats(elbo: Any) -> int:
+    """Particles within one trace."""
+    return elbo.num_particles if elbo.vectorize_particles else 1
+
+
+class InfoVAE(_Differentiable):
+    r"""Reconstruction, and the MMD of the batch's aggregate posterior to the prior beside the KL.
+
+    `sum_b E_q[log p(x_b|z)] - kl_weight sum_b KL(q(z|x_b) || p(z)) - mmd_weight B MMD^2(q(z),
+    p(z))`; with `kl_weight = 0` it is the MMD-VAE (a Wasserstein autoencoder with random codes),
+    under which a learned prior does not train, for only the KL gives it a gradient. The KL is
+    sampled; the kernel is the inverse multiquadric of scale `sqrt(2 D)`. It is no bound on `log
+    p(x)`.
+    Sources: InfoVAE (2017), arXiv:1706.02262; Wasserstein Auto-Encoders (2017), arXiv:1711.01558.
+
+    Args:
+        num_particles: draws of each posterior.
+        mmd_weight, kl_weight: weights of the two, for each image.
+        max_plate_nesting, vectorize_particles: as of Pyro's ELBOs.
+
+    Raises:
+        ValueError: a negative weight, several latents, or draws that are not reparameterized.
+
+    >>> import pvae
+    >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
+    >>> InfoVAE().loss(vae.model, vae.guide, torch.ones(4, 1, 8, 8)) > 0
+    True
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 1,
+        *,
+        mmd_weight: float = 100.0,
+        kl_weight: float = 0.1,
+        max_plate_nesting: int = 1,
+        vectorize_particles: bool = True,
+    ) -> None:
+        for name, weight in (("mmd_weight", mmd_weight), ("kl_weight", kl_weight)):
+            if not weight >= 0:
+                raise ValueError(f"{name} must be at least 0, not {weight}")
+        super().__init__(
+            num_particles,
+            max_plate_nesting=max_plate_nesting,
+            vectorize_particles=vectorize_particles,
+        )
+        self.mmd_weight, self.kl_weight = mmd_weight, kl_weight
+
+    def differentiable_loss(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        loss: Any = 0.0
+        traces = list(self._get_traces(model, guide, args, kwargs))
+        for model_trace, guide_trace in traces:
+            _require_reparameterized(guide_trace, "InfoVAE")
+            q, p = _the_latent(model_trace, guide_trace, "InfoVAE")
+            repeats, batch = _repeats(self), q["value"].shape[-2]
+            kl = (q["log_prob_sum"] - p["log_prob_sum"]) / repeats
+            reconstruction = _observed(model_trace) / repeats
+            a = q["value"].flatten(0, -2)  # (K B, D), draws of the aggregate posterior
+            distance = a.new_zeros(())
+            if len(a) > 1:  # of a single draw there is no estimate
+                b = p["fn"].sample().flatten(0, -2)
+                distance = mmd(a, b, inverse_multiquadric(math.sqrt(2 * a.shape[1])))
+            regularizer = self.kl_weight * kl + self.mmd_weight * batch * q["scale"] * distance
+            loss = loss + (regularizer - reconstruction) / len(traces)
+        warn_if_nan(loss, "loss")
+        return loss

@@ -28,6 +28,7 @@ __all__ = [
     "interpolations",
     "latents",
     "manifold",
+    "posterior",
     "reconstructions",
     "samples",
     "save",
@@ -336,6 +337,72 @@ def latents(
     else:
         _scatter_classes(axes, means, labels)
     return figure
+
+
+def posterior(exact: Tensor, guide: Tensor, units: tuple[int, int], *, title: str = "") -> Figure:
+    """Draw draws `(S, D)` of one image's posterior beside draws `(S', D)` of the guide's.
+
+    Left: two `units` against each other, with each cloud's mean and the ellipse of two standard
+    deviations. Right: mean and two standard deviations of every unit (or of the 20 that the
+    posterior is surest of).
+
+    Raises:
+        ValueError: if the shapes do not fit, a draw is not finite, or a unit is not among the `D`.
+
+    Example:
+        >>> import torch
+        >>> from pvae import plots
+        >>> figure = plots.posterior(torch.randn(50, 3), torch.randn(40, 3), (0, 2))
+        >>> [axes.get_xlabel() for axes in figure.axes]
+        ['z0', 'unit']
+    """
+    clouds = {"NUTS": exact.detach().cpu().float(), "guide": guide.detach().cpu().float()}
+    for name, z in clouds.items():
+        if z.dim() != 2 or len(z) < 2 or z.shape[1] != exact.shape[1]:
+            raise ValueError(
+                f"exact and guide must have shapes (S, D) and (S', D) with S, S' >= 2, got "
+                f"{tuple(exact.shape)} and {tuple(guide.shape)}"
+            )
+        _check_finite(name, z)
+    if not all(0 <= unit < exact.shape[1] for unit in units):
+        raise ValueError(f"units must lie in 0..{exact.shape[1] - 1}, got {units}")
+    figure = Figure((9.5, 4.2), dpi=_DPI, layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
+    shown = clouds["NUTS"].std(0).argsort()[:20].sort().values
+    for shift, colour, (name, z) in zip((-0.17, 0.17), _COLOURS[::2], clouds.items(), strict=False):
+        _scatter(left, z[:, units], colour, "o")
+        left.plot(*_ellipse(z[:, units]).numpy(), color=colour, linewidth=1.6, label=name)
+        left.plot(*z[:, units].mean(0).tolist(), "+", color=colour, markersize=12)
+        right.errorbar(
+            torch.arange(len(shown)).numpy() + shift,
+            z.mean(0)[shown].numpy(),
+            2 * z.std(0)[shown].numpy(),
+            fmt="o",
+            markersize=3,
+            color=colour,
+            label=name,
+        )
+    left.set_title("Two units: draws, and two standard deviations", fontsize=10)
+    left.set(xlabel=f"z{units[0]}", ylabel=f"z{units[1]}")
+    left.set_aspect("equal", adjustable="datalim")
+    right.set_title("Mean and two standard deviations of each unit", fontsize=10)
+    right.set_xticks(range(len(shown)), [str(unit) for unit in shown.tolist()], fontsize=7)
+    right.set(xlabel="unit", ylabel="z")
+    for axes in (left, right):
+        axes.grid(color="0.92", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(fontsize=8)
+    return figure
+
+
+def _ellipse(z: Tensor) -> Tensor:
+    """The two standard deviations of draws `(S, 2)` around their mean, a closed line `(2, 100)`."""
+    angle = torch.linspace(0, 2 * math.pi, 100)
+    values, vectors = torch.linalg.eigh(z.T.cov())
+    circle = torch.stack([angle.cos(), angle.sin()])
+    return z.mean(0)[:, None] + 2 * vectors @ (values.clamp(min=0).sqrt()[:, None] * circle)
 
 
 def curves(history: Sequence[Mapping[str, float]], *, title: str = "") -> Figure:

@@ -1,5 +1,7 @@
 """Priors p(z): modules that return a distribution over the latent."""
 
+from collections.abc import Sequence
+
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
@@ -28,3 +30,91 @@ class StandardNormal(nn.Module):
 
     def forward(self, y: Tensor | None = None) -> dist.Distribution:
         return dist.Normal(self.loc, self.scale).to_event(1)
+
+
+def _check_components(components: int) -> int:
+    if components < 1:
+        raise ValueError(f"components must be at least 1, not {components}")
+    return components
+
+
+class MixtureOfNormals(nn.Module):
+    r"""A learned mixture of `K` diagonal normals, `p(z) = sum_k w_k N(z; loc_k, scale_k)`; takes no
+    notice of labels.
+
+    Raises:
+        ValueError: `latent_dim` or `components` is below 1.
+
+    >>> MixtureOfNormals(3, components=5)().log_prob(torch.zeros(7, 3)).shape
+    torch.Size([7])
+    """
+
+    def __init__(self, latent_dim: int, *, components: int = 10) -> None:
+        super().__init__()
+        if latent_dim < 1:
+            raise ValueError(f"latent_dim must be at least 1, not {latent_dim}")
+        _check_components(components)
+        self.logits = nn.Parameter(torch.zeros(components))
+        self.loc = nn.Parameter(torch.randn(components, latent_dim))  # apart, or they stay the same
+        self.log_scale = nn.Parameter(torch.zeros(components, latent_dim))
+
+    def forward(self, y: Tensor | None = None) -> dist.Distribution:
+        components = dist.Normal(self.loc, self.log_scale.exp()).to_event(1)
+        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), components)
+
+
+class VampPrior(nn.Module):
+    r"""The mixture of posteriors at `K` learned pseudo-inputs, `p(z | y) = sum_k w_k q(z | u_k,
+    y)`.
+
+    It is the guide's own posterior module, so that what q learns the prior follows, and the optimum
+    over free weights and inputs is the aggregate posterior. `u_k = sigmoid(v_k)` are images in
+    [0, 1].
+    Source: VAE with a VampPrior (2017), arXiv:1705.07120.
+
+    Args:
+        posterior: a module with `posterior(x)` or `posterior(x, y)`, shared with the guide.
+        image_shape: `(C, H, W)`.
+        components: `K`.
+        mean_image: `(C, H, W)` in [0, 1]: the pseudo-inputs start around it, else around 1/2.
+        label_dim: dimensions of one `y`: 0 for a label, 1 for a side vector.
+
+    Raises:
+        ValueError: `components` is below 1; the posterior has BatchNorm, whose statistics the
+            pseudo-inputs would mix with those of data.
+
+    >>> from pvae.heads import Normal
+    >>> posterior = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), Normal((3,)))
+    >>> VampPrior(posterior, (1, 2, 2), components=5)().log_prob(torch.zeros(7, 3)).shape
+    torch.Size([7])
+    """
+
+    def __init__(
+        self,
+        posterior: nn.Module,
+        image_shape: Sequence[int],
+        *,
+        components: int = 100,
+        mean_image: Tensor | None = None,
+        label_dim: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_components(components)
+        if any(hasattr(module, "running_mean") for module in posterior.modules()):
+            raise ValueError(
+                "posterior has BatchNorm: a VampPrior puts its pseudo-inputs through it, and their "
+                "statistics would be mixed with those of the data; choose a net without BatchNorm"
+            )
+        self.posterior, self.label_dim = posterior, label_dim
+        start = torch.full(tuple(image_shape), 0.5) if mean_image is None else mean_image.cpu()
+        start = start.clamp(0.05, 0.95).logit()
+        self.pseudo_inputs = nn.Parameter(start + torch.randn(components, *image_shape))
+        self.logits = nn.Parameter(torch.zeros(components))
+
+    def forward(self, y: Tensor | None = None) -> dist.Distribution:
+        u = self.pseudo_inputs.sigmoid()  # (K, C, H, W)
+        # a label (*) stands beside the components: (*, 1) with (K,) gives batch shape (*, K)
+        given = () if y is None else (y.unsqueeze(-1 - self.label_dim),)
+        components = self.posterior(u, *given)
+        logits = self.logits.expand(components.batch_shape)
+        return dist.MixtureSameFamily(dist.Categorical(logits=logits), components)

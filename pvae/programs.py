@@ -1,19 +1,25 @@
-r"""The Pyro programs of a VAE with one latent: the model `p(z) p(x|z)` and the guide `q(z|x)`.
+r"""The Pyro programs of a VAE: the model `p(z) p(x|z)` and the guide `q(z|x)`, and further pairs.
 
-Both are plain Pyro: stock `SVI`, `Predictive`, `ELBOModule`, `RenyiELBO` and `poutine.trace` work
-on them. The sites are `z` and `x`, the plate is `data`.
+All are plain Pyro: stock `SVI`, `Predictive`, `ELBOModule`, `RenyiELBO` and `poutine.trace` work
+on them. The sites are `z` and `x`, or `z1`, `z2` and `x`, and `y` where the label is a latent too;
+the plate is `data`.
 """
 
 import contextlib
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
+
+Latents = Mapping[str, Tensor]  # draws by the name of their site
+
+_MEAN_DRAWS = 100  # for a posterior whose mean has no formula
 
 _numbers = itertools.count()
 
@@ -63,6 +69,23 @@ def evaluating(*programs: Callable[..., Any]) -> Iterator[None]:
     finally:
         for module, was in zip(modules, training, strict=True):
             module.training = was
+
+
+def mean_of(p: Any) -> Tensor:
+    """The mean of a distribution; of a flow, which has no formula for it, that of 100 draws.
+
+    The global random state is left as it was.
+
+    >>> import pyro.distributions as dist
+    >>> mean_of(dist.Normal(torch.ones(2), 1.0))
+    tensor([1., 1.])
+    """
+    try:
+        return p.mean
+    except NotImplementedError:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return p.sample((_MEAN_DRAWS,)).mean(0)
 
 
 class Program(nn.Module):
@@ -128,6 +151,33 @@ def _check_images(x: Tensor) -> None:
         )
 
 
+def _batch_size(x: Tensor | None, y: Tensor | None, size: int) -> int:
+    if x is not None:
+        _check_images(x)
+        return len(x)
+    return size if y is None else len(y)
+
+
+def _observe(p: Any, x: Tensor | None) -> Tensor:
+    """The site `x`, drawn or scored."""
+    if x is not None and x.shape[1:] != p.event_shape:
+        raise ValueError(
+            f"x holds images of shape {tuple(x.shape[1:])}, "
+            f"but the likelihood is over {tuple(p.event_shape)}"
+        )
+    return pyro.sample("x", p, obs=x)
+
+
+def _given(x: Tensor | None, index: Tensor | None) -> Tensor:
+    """What a posterior is conditional on: the images, or the data's index where one is given."""
+    if index is not None:
+        return index
+    if x is None:
+        raise ValueError("x is missing: the guide is a posterior given data")
+    _check_images(x)
+    return x
+
+
 class Model(Program):
     r"""The generative program `p(z | y) p(x | z, y)`.
 
@@ -161,20 +211,20 @@ class Model(Program):
     ) -> Tensor:
         """Samples `z` and `x` (or scores the given `x`) and returns `x`; `index` is the guide's."""
         self.register()
-        if x is not None:
-            _check_images(x)
-            size = len(x)
-        elif y is not None:
-            size = len(y)
-        with pyro.plate("data", size):
+        with pyro.plate("data", _batch_size(x, y, size)):
             z = pyro.sample("z", self.prior(*_labels(y)))
-            p = self.likelihood(z, *_labels(y))
-            if x is not None and x.shape[1:] != p.event_shape:
-                raise ValueError(
-                    f"x holds images of shape {tuple(x.shape[1:])}, "
-                    f"but the likelihood is over {tuple(p.event_shape)}"
-                )
-            return pyro.sample("x", p, obs=x)
+            return _observe(self.likelihood(z, *_labels(y)), x)
+
+    def densities(self, x: Tensor, latents: Latents, y: Tensor | None = None) -> dict[str, Tensor]:
+        """`log p(z | y)` and `log p(x | z, y)` by site, `(*, B)` in nats, without Pyro's handlers.
+
+        `latents` holds `z` `(*, B, D)`.
+        """
+        z = latents["z"]
+        return {
+            "z": self.prior(*_labels(y)).log_prob(z),
+            "x": self.likelihood(z, *_labels(y)).log_prob(x),
+        }
 
 
 class Guide(Program):
@@ -182,6 +232,11 @@ class Guide(Program):
 
     Args:
         posterior: a module with `posterior(x)` or `posterior(x, y)`, a distribution over `z`.
+        baseline: for a posterior that is not reparameterized, a network `(B, ...) -> (B, 1)` that
+            learns to predict each image's cost; `TraceGraph_ELBO` takes it off the score
+            function's coefficient, which leaves the gradient unbiased and lowers its variance.
+
+    Source of the baseline: Neural Variational Inference and Learning (2014), arXiv:1402.0030.
 
     >>> import torch
     >>> from pvae.heads import Normal
@@ -190,9 +245,10 @@ class Guide(Program):
     torch.Size([3, 2])
     """
 
-    def __init__(self, posterior: nn.Module) -> None:
+    def __init__(self, posterior: nn.Module, baseline: nn.Module | None = None) -> None:
         super().__init__()
         self.posterior = posterior
+        self.baseline = baseline
 
     def forward(
         self,
@@ -204,10 +260,198 @@ class Guide(Program):
     ) -> Tensor:
         """Samples `z` given `x` `(B, C, H, W)`, or given the data's `index` `(B,)`; returns `z`."""
         self.register()
-        given = x if index is None else index
-        if given is None:
-            raise ValueError("x is missing: the guide is a posterior given data")
-        if index is None:
-            _check_images(given)
+        given = _given(x, index)
         with pyro.plate("data", len(given)):
-            return pyro.sample("z", self.posterior(given, *_labels(y)))
+            infer: Any = {} if self.baseline is None else _baseline(self.baseline, given)
+            return pyro.sample("z", self.posterior(given, *_labels(y)), infer=infer)
+
+    def densities(self, x: Tensor, latents: Latents, y: Tensor | None = None) -> dict[str, Tensor]:
+        """`log q(z | x, y)` by site, `(*, B)` in nats, without Pyro's handlers."""
+        return {"z": self.posterior(x, *_labels(y)).log_prob(latents["z"])}
+
+
+def _baseline(net: nn.Module, given: Tensor) -> dict[str, Any]:
+    """What `TraceGraph_ELBO` takes: `net` learns to predict the cost of each image, `(B, 1) ->
+    (B,)`."""
+    return {"baseline": {"nn_baseline": lambda v: net(v).squeeze(-1), "nn_baseline_input": given}}
+
+
+class HierarchicalModel(Program):
+    r"""Two latent layers, `p(z2 | y) p(z1 | z2, y) p(x | z1, y)`.
+
+    Args:
+        top: a module with `top()` or `top(y)`, the prior of `z2`.
+        prior: a module with `prior(z2)` or `prior(z2, y)`, a distribution over `z1`.
+        likelihood: a module with `likelihood(z1)` or `likelihood(z1, y)`.
+
+    Called as `Model`. Source: Auto-Encoding Variational Bayes (2013), arXiv:1312.6114; Ladder
+    Variational Autoencoders (2016), arXiv:1602.02282.
+
+    >>> from pvae.heads import Normal, NormalFixedScale
+    >>> from pvae.priors import StandardNormal
+    >>> hidden = nn.Sequential(nn.Linear(2, 6), Normal((3,)))
+    >>> likelihood = nn.Sequential(nn.Linear(3, 5), NormalFixedScale((5,)))
+    >>> HierarchicalModel(StandardNormal(2), hidden, likelihood)(size=4).shape
+    torch.Size([4, 5])
+    """
+
+    def __init__(self, top: nn.Module, prior: nn.Module, likelihood: nn.Module) -> None:
+        super().__init__()
+        self.top = top
+        self.prior = prior
+        self.likelihood = likelihood
+
+    def forward(
+        self,
+        x: Tensor | None = None,
+        y: Tensor | None = None,
+        *,
+        index: Tensor | None = None,
+        size: int = 1,
+    ) -> Tensor:
+        """Samples `z2`, `z1` and `x` (or scores the given `x`) and returns `x`."""
+        self.register()
+        with pyro.plate("data", _batch_size(x, y, size)):
+            z2 = pyro.sample("z2", self.top(*_labels(y)))
+            z1 = pyro.sample("z1", self.prior(z2, *_labels(y)))
+            return _observe(self.likelihood(z1, *_labels(y)), x)
+
+    def densities(self, x: Tensor, latents: Latents, y: Tensor | None = None) -> dict[str, Tensor]:
+        """The log densities of `z2`, `z1` and `x`, `(*, B)` in nats, without Pyro's handlers."""
+        z1, z2 = latents["z1"], latents["z2"]
+        return {
+            "z2": self.top(*_labels(y)).log_prob(z2),
+            "z1": self.prior(z2, *_labels(y)).log_prob(z1),
+            "x": self.likelihood(z1, *_labels(y)).log_prob(x),
+        }
+
+
+class HierarchicalGuide(Program):
+    r"""The guide from below, `q(z1 | x, y) q(z2 | z1, y)`.
+
+    Model and guide draw `z1` and `z2` in opposite orders, so that the KL of one site depends on the
+    draw of the other: `TraceMeanField_ELBO` would be wrong here, and `pvae.vae.OBJECTIVES` refuse
+    it.
+
+    Args:
+        posterior: a module with `posterior(x)` or `posterior(x, y)`, a distribution over `z1`.
+        top: a module with `top(z1)` or `top(z1, y)`, a distribution over `z2`.
+
+    >>> from pvae.heads import Normal
+    >>> posterior = nn.Sequential(nn.Linear(5, 6), Normal((3,)))
+    >>> top = nn.Sequential(nn.Linear(3, 4), Normal((2,)))
+    >>> HierarchicalGuide(posterior, top)(torch.zeros(4, 5)).shape
+    torch.Size([4, 2])
+    """
+
+    def __init__(self, posterior: nn.Module, top: nn.Module) -> None:
+        super().__init__()
+        self.posterior = posterior
+        self.top = top
+
+    def forward(
+        self,
+        x: Tensor | None = None,
+        y: Tensor | None = None,
+        *,
+        index: Tensor | None = None,
+        size: int = 1,
+    ) -> Tensor:
+        """Samples `z1` given `x` (or the data's `index`), `z2` given `z1`; returns `z2`."""
+        self.register()
+        given = _given(x, index)
+        with pyro.plate("data", len(given)):
+            z1 = pyro.sample("z1", self.posterior(given, *_labels(y)))
+            return pyro.sample("z2", self.top(z1, *_labels(y)))
+
+    def densities(self, x: Tensor, latents: Latents, y: Tensor | None = None) -> dict[str, Tensor]:
+        """The log densities of `z1` and `z2`, `(*, B)` in nats, without Pyro's handlers."""
+        z1 = latents["z1"]
+        return {
+            "z1": self.posterior(x, *_labels(y)).log_prob(z1),
+            "z2": self.top(z1, *_labels(y)).log_prob(latents["z2"]),
+        }
+
+
+def _classes(num_classes: int, like: Tensor) -> dist.Categorical:
+    return dist.Categorical(logits=like.new_zeros(num_classes))
+
+
+class LabelModel(Program):
+    r"""The generative program `p(y) p(z) p(x | z, y)`, the classes equally likely a priori.
+
+    The label `y` `(B,)` is a site of its own: given, it is observed; not given, `LabelGuide` says
+    what it may be.
+
+    Args:
+        prior: a module with `prior()`, a distribution over `z`.
+        likelihood: a module with `likelihood(z, y)`, a distribution over `x`; under enumeration
+            `y` is `(K, 1)`.
+        num_classes: `K`.
+
+    Source: Semi-Supervised Learning with Deep Generative Models (2014), arXiv:1406.5298, model M2.
+
+    >>> import torch
+    >>> from pvae import ConcatLabel, Conditional
+    >>> from pvae.heads import Bernoulli
+    >>> from pvae.priors import StandardNormal
+    >>> join = ConcatLabel(3)
+    >>> likelihood = Conditional(nn.Linear(5, 4), Bernoulli((4,)), event_dim=1, join=join)
+    >>> LabelModel(StandardNormal(2), likelihood, 3)(torch.ones(6, 4)).shape
+    torch.Size([6, 4])
+    """
+
+    def __init__(self, prior: nn.Module, likelihood: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.prior = prior
+        self.likelihood = likelihood
+        self.num_classes = num_classes
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Scores images `x` `(B, C, H, W)` and, where given, their labels `y` `(B,)`."""
+        self.register()
+        _check_images(x)
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", _classes(self.num_classes, x), obs=y)
+            z = pyro.sample("z", self.prior())
+            return pyro.sample("x", self.likelihood(z, y), obs=x)
+
+
+class LabelGuide(Program):
+    r"""The posterior `q(y | x) q(z | x, y)`; with a label given, `q(z | x, y)` alone.
+
+    A label that is not given is marked for enumeration: `TraceEnum_ELBO(max_plate_nesting=1)` sums
+    it out, `sum_y q(y|x) (...)`. Where all labels are given, use `Trace_ELBO`.
+
+    Args:
+        classifier: a module with `classifier(x)`, a categorical distribution over `y`.
+        posterior: a module with `posterior(x, y)`, a distribution over `z`; under enumeration `y`
+            is `(K, 1)`.
+
+    Source: as `LabelModel`.
+
+    >>> import torch
+    >>> from pvae import ConcatLabel, Conditional
+    >>> from pvae.heads import Normal
+    >>> head = Normal((2,))
+    >>> posterior = Conditional(nn.Linear(7, 4), head, event_dim=1, join=ConcatLabel(3))
+    >>> class Classifier(nn.Linear):
+    ...     def forward(self, x):
+    ...         return dist.Categorical(logits=super().forward(x))
+    >>> LabelGuide(Classifier(4, 3), posterior)(torch.ones(6, 4)).shape
+    torch.Size([6, 2])
+    """
+
+    def __init__(self, classifier: nn.Module, posterior: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.posterior = posterior
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Samples `z` (and `y` where it is not given) for images `x` `(B, C, H, W)`."""
+        self.register()
+        _check_images(x)
+        with pyro.plate("data", len(x)):
+            if y is None:
+                y = pyro.sample("y", self.classifier(x), infer={"enumerate": "parallel"})
+            return pyro.sample("z", self.posterior(x, y))

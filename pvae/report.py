@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from pvae import evaluate, plots
 from pvae.data import Observed, Split, pixels
-from pvae.vae import VAE
+from pvae.vae import LIKELIHOODS, VAE
 
-_OBSERVED = {
+OBSERVED = {  # what a model is shown, in words
     "grey": "grey",
     "threshold": "thresholded",
     "static": "statically binarised",
@@ -25,7 +25,8 @@ def results(
     vae: VAE, data: Observed, *, labels: bool = False, seed: int = 0, quiet: bool = False
 ) -> dict[str, float]:
     """The test set's numbers, nats per image: the ELBO and its terms, the importance-weighted
-    bound (k = 500) of the first 1,000 images with its standard error, and active units.
+    bound (k = 500) of the first 1,000 images with its standard error, and active units; the ELBO in
+    bits per dimension where the data is discrete.
 
     >>> import pvae
     >>> from pvae.data import load, observe
@@ -56,7 +57,7 @@ def results(
         )
     )
     means = over(lambda x, y: evaluate.posterior_means(vae.guide, x, label(y)), data.test, 500, "")
-    return {
+    numbers = {
         "test_elbo": bound.elbo.mean().item(),
         "test_reconstruction": bound.reconstruction.mean().item(),
         "test_kl": bound.kl.mean().item(),
@@ -64,6 +65,27 @@ def results(
         "iwae_500_se": iwae.se,
         "active_units": int((evaluate.unit_variances(means) > 0.01).sum()),
     }
+    grey = levels(vae, data)
+    if grey is not None:
+        bits = evaluate.bits_per_dimension(bound.elbo, images[0].numel(), levels=grey)
+        numbers["bits_per_dimension"] = bits.mean().item()
+    return numbers
+
+
+def levels(vae: VAE, data: Observed) -> int | None:
+    """What `evaluate.bits_per_dimension` needs: 1 where the likelihood gives probabilities, 256
+    where it gives the density of dequantised 8-bit pixels; None where there are no bits.
+
+    >>> import pvae
+    >>> from pvae.data import load, observe
+    >>> levels(pvae.build(likelihood="categorical"), observe(load("digits"), "grey"))
+    1
+    """
+    if vae.recipe is None:
+        return None
+    if LIKELIHOODS[vae.recipe["likelihood"]].data != "grey":
+        return 1
+    return 256 if data.how == "dequantized" else None
 
 
 def table(title: str, rows: Sequence[tuple[str, str]]) -> str:
@@ -112,7 +134,9 @@ def results_table(numbers: Mapping[str, float], data: Observed, name: str, laten
         ),
         ("active units", f"{numbers['active_units']} of {latent_dim}"),
     ]
-    what = f"{name} test set, {images:,} images, {_OBSERVED[data.how]}, nats per image"
+    if "bits_per_dimension" in numbers:
+        rows.insert(1, ("  bits per dimension", f"{numbers['bits_per_dimension']:.3f}"))
+    what = f"{name} test set, {images:,} images, {OBSERVED[data.how]}, nats per image"
     return table(what, rows)
 
 

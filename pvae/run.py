@@ -42,7 +42,7 @@ def new_folder(out: str | os.PathLike[str] | None, name: str) -> Path:
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(
             f"--out {folder} holds files already, which a new run would overwrite: choose another "
-            f"folder, or go on with that run by --resume {folder}"
+            f"folder (examples that take --resume go on with a run of theirs by --resume {folder})"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

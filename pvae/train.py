@@ -30,13 +30,21 @@ class TrainingFailed(RuntimeError):
     """Training cannot go on; the message says why, and what is left to go on from."""
 
 
-def kl_weight(step: int, total: int, *, beta: float = 1.0, warmup: float = 0.0) -> float:
-    """The weight of the KL at a step: linear from exactly 0 to `beta` over a fraction of training.
+def kl_weight(
+    step: int, total: int, *, beta: float = 1.0, warmup: float = 0.0, cycles: int = 1
+) -> float:
+    """The weight of the KL at a step: linear from exactly 0 to `beta` over a fraction of training,
+    or of each of its `cycles`.
+
+    Source of the cycles: Cyclical Annealing Schedule (2019), arXiv:1903.10145.
 
     >>> [kl_weight(step, 100, warmup=0.1) for step in (0, 5, 10, 99)]
     [0.0, 0.5, 1.0, 1.0]
+    >>> [kl_weight(step, 100, warmup=0.5, cycles=2) for step in (0, 20, 40, 50, 99)]
+    [0.0, 0.8, 1.0, 0.0, 1.0]
     """
-    return beta * min(1.0, step / (warmup * total)) if warmup > 0 else beta
+    length = total / cycles
+    return beta * min(1.0, step % length / (warmup * length)) if warmup > 0 else beta
 
 
 def learning_rate_factor(
@@ -74,6 +82,7 @@ class Trainer:
         epochs, batch_size: how long, and how many images a step.
         beta: weight of the KL after its warm-up (1 is the ELBO).
         kl_warmup, lr_warmup: fractions of training in which each rises linearly.
+        kl_cycles: how often the KL's weight does so, each time in its share of training.
         cosine: whether the learning rate falls to 0 along a cosine.
         labels: whether labels are given to the programs.
         precision: of a training step: "fp32", "tf32" (matrix products on a GPU) or "bf16" (the
@@ -82,6 +91,8 @@ class Trainer:
         folder: where the run is kept.
         quiet: no progress bar, no line an epoch.
         on_epoch: called after each epoch with the trainer.
+        go_on: what a person types to go on with a stopped run, such as "--resume runs/a"; part of
+            the message that stops it.
 
     Raises:
         ValueError: an argument out of its range, data outside the likelihood's support, or labels
@@ -112,6 +123,7 @@ class Trainer:
         batch_size: int,
         beta: float = 1.0,
         kl_warmup: float = 0.0,
+        kl_cycles: int = 1,
         lr_warmup: float = 0.0,
         cosine: bool = True,
         labels: bool = False,
@@ -120,11 +132,14 @@ class Trainer:
         folder: Path | None = None,
         quiet: bool = False,
         on_epoch: Callable[["Trainer"], None] | None = None,
+        go_on: str | None = None,
     ) -> None:
         if epochs < 1:
             raise ValueError(f"epochs must be at least 1, not {epochs}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        if not 1 <= kl_cycles <= epochs:
+            raise ValueError(f"kl_cycles must be from 1 to the {epochs} epochs, not {kl_cycles}")
         _check_fraction("kl_warmup", kl_warmup)
         _check_fraction("lr_warmup", lr_warmup)
         if not isinstance(svi.optim, SingleOptimizer):
@@ -139,9 +154,10 @@ class Trainer:
         self.vae, self.svi, self.objective, self.data = vae, svi, objective, data
         self.optimizer = svi.optim.optimizer
         self.epochs, self.batch_size, self.seed = epochs, batch_size, seed
-        self.beta, self.kl_warmup = beta, kl_warmup
+        self.beta, self.kl_warmup, self.kl_cycles = beta, kl_warmup, kl_cycles
         self.lr_warmup, self.cosine = lr_warmup, cosine
         self.labels, self.folder, self.quiet, self.on_epoch = labels, folder, quiet, on_epoch
+        self.go_on = go_on
         self.precision = precision
         self.steps_per_epoch = math.ceil(len(data.train.images) / batch_size)
         self.step = 0
@@ -150,6 +166,7 @@ class Trainer:
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self._checked = self._batch(data.validation.images[:_CHECKED], data.validation.labels)
         self.vae.check(*self._checked)
+        self._cross_check(1.0)  # what cannot work together is refused before the run
 
     # ---- the loop ----
 
@@ -267,8 +284,9 @@ class Trainer:
             self.svi, self.vae, self.objective, *self._checked, beta=beta, seed=self.seed
         )
         if not check.agrees:
+            when = f"after epoch {self.epoch + 1}" if self.step else "before the first epoch"
             raise TrainingFailed(
-                f"the cross-check failed after epoch {self.epoch + 1}: at the same noise, SVI's "
+                f"the cross-check failed {when}: at the same noise, SVI's "
                 f"loss and the hand-written loss differ by {check.relative:.2e}, relative "
                 f"({TOLERANCE:g} is allowed). The model, the guide or the oracle is not what it "
                 "claims to be"
@@ -279,7 +297,11 @@ class Trainer:
 
     def _beta(self, step: int) -> float:
         return kl_weight(
-            step, self.epochs * self.steps_per_epoch, beta=self.beta, warmup=self.kl_warmup
+            step,
+            self.epochs * self.steps_per_epoch,
+            beta=self.beta,
+            warmup=self.kl_warmup,
+            cycles=self.kl_cycles,
         )
 
     def _set_learning_rate(self) -> None:
@@ -361,9 +383,10 @@ class Trainer:
     def _kept(self) -> str:
         if not self._kept_epochs:
             return " Nothing was kept yet."
+        by = "" if self.go_on is None else f"; go on by {self.go_on}"
         return (
-            f" {self.folder}/checkpoint.pt holds the state after epoch {self._kept_epochs}; "
-            f"go on by --resume {self.folder}."
+            f" {self.folder}/checkpoint.pt holds the state after epoch {self._kept_epochs}, "
+            f"best.pt the best model so far{by}."
         )
 
 
@@ -381,7 +404,7 @@ def _set_device_random_state(device: torch.device, state: Tensor) -> None:
 
 
 def _check_columns(check: Check) -> dict[str, float]:
-    columns = {"check_relative": check.relative}
+    columns = {} if check.relative is None else {"check_relative": check.relative}
     if check.kl_difference is not None:
         columns |= {"check_kl": check.kl_difference.mean, "check_kl_se": check.kl_difference.se}
     return columns

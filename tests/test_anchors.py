@@ -72,7 +72,7 @@ def test_bounds_with_a_wide_guide_rise_with_k_and_reach_the_evidence():
 
 def test_streaming_equals_all_at_once(monkeypatch):
     """The same 12 weights of each image, summed in pieces of 5."""
-    monkeypatch.setattr(evaluate, "_DECODES", 5)
+    monkeypatch.setattr(evaluate.importance, "DECODES", 5)
     x = X[:1]
     with evaluate.fixed_noise("cpu", 3):
         streamed = evaluate.importance_weighted(*conjugate(1.6), x, num_samples=12)

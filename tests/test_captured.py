@@ -527,7 +527,7 @@ def test_handlers_that_do_more_than_hold_numbers_are_run(x):
     with pytest.warns(UserWarning, match="values of the handler _Draws"), _Draws() as draws:
         svi.step(x)
     assert svi.engine == "eager"
-    assert [z.shape for z in draws.values] == [(6, 3)]
+    assert [z.shape for z in draws.values["z"]] == [(6, 3)]
     svi.step(x)
     assert svi.engine == "captured"
 

@@ -64,7 +64,7 @@ def test_a_typo_lists_the_choices(capsys, flag):
         (["--kl-warmup", "1"], "'1' is not a number at least 0 and below 1"),
         (["--latent-dim", "two"], "'two' is not a whole number at least 1"),
         (["--binarize", "none"], "use --likelihood continuous_bernoulli"),
-        (["--dequantize"], "--dequantize is for grey pixels"),
+        (["--dequantize"], "--dequantize is for likelihoods of any grey value"),
         (["--objective", "iwae"], "needs --num-particles of at least 2"),
         (["--resume", "nowhere"], "nowhere is not the folder of a run"),
     ],

@@ -61,7 +61,7 @@ def linear_pair():
 
 
 def factors_of(vae, x):
-    factors = amortization.one_factor_each(vae, x)
+    factors = evaluate.one_factor_each(vae.guide, x)
     index = torch.arange(len(x))
     return factors, lambda x, y=None: factors(x, y, index=index)
 
@@ -83,7 +83,7 @@ def test_optimized_factors_are_the_exact_posteriors():
     decoder = [p.clone() for p in vae.model.parameters()]
     factors, per_image = factors_of(vae, x)
     encoder = amortization.elbos(vae, vae.guide, x, seed=0)
-    amortization.optimize(vae, factors, x, steps=400, learning_rate=0.1, particles=64)
+    evaluate.optimize_factors(vae.model, factors, x, steps=400, learning_rate=0.1, particles=64)
     q = factors.posterior(torch.arange(len(x)))
     assert torch.distributions.kl_divergence(q, exact).max() < 0.02
     factor = amortization.elbos(vae, per_image, x, seed=0)
@@ -101,7 +101,7 @@ def test_the_factors_of_a_decoder_are_no_worse_than_its_encoder():
         svi.step(X)
     factors, per_image = factors_of(vae, X)
     encoder = amortization.elbos(vae, vae.guide, X, seed=0)
-    amortization.optimize(vae, factors, X, steps=300, learning_rate=0.02, particles=16)
+    evaluate.optimize_factors(vae.model, factors, X, steps=300, learning_rate=0.02, particles=16)
     gap = amortization.elbos(vae, per_image, X, seed=0) - encoder
     assert (gap > -0.05).all()
     assert gap.mean() > 0

@@ -3,12 +3,12 @@
 import pyro
 import pytest
 import torch
-from conftest import PAIRS, SHAPES, images, tiny
+from conftest import BY_HAND, CLOSED, PAIRS, SHAPES, images, tiny
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 
 from pvae import temper
 from pvae.crosscheck import _Draws
-from pvae.vae import GUIDES, OBJECTIVES
+from pvae.vae import OBJECTIVES
 
 
 def pyro_loss_and_noise(vae, x, elbo, beta):
@@ -16,7 +16,7 @@ def pyro_loss_and_noise(vae, x, elbo, beta):
     vae.zero_grad(set_to_none=True)
     with temper(beta), _Draws() as draws:
         loss = elbo.loss_and_grads(vae.model, vae.guide, x)
-    z = torch.stack([value.detach() for value in draws.values])
+    z = draws.stacked()["z"].detach()
     q = vae.encode(x).base_dist
     return loss, ((z - q.loc) / q.scale).detach().reshape(-1, *q.loc.shape)
 
@@ -68,7 +68,7 @@ def test_in_float32(likelihood, guide, elbo):
     assert_same(vae, loss, by_hand, 1e-5)
 
 
-@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("guide", CLOSED)
 def test_sampled_and_analytic_kl_agree_in_expectation(guide):
     """Paired over 20,000 draws: the mean difference lies within 4 standard errors of 0.
 
@@ -82,7 +82,7 @@ def test_sampled_and_analytic_kl_agree_in_expectation(guide):
     assert difference.mean().abs() < 4 * difference.std() / len(difference) ** 0.5
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", BY_HAND)
 @pytest.mark.parametrize("beta", [1.0, 0.3, 0.0])
 def test_named_objectives_with_particles_are_their_hand_written_form(name, beta):
     vae, x = tiny().double(), images("bernoulli", (1, 8, 8))
@@ -103,23 +103,16 @@ def test_vectorized_particles_are_the_looped_ones_in_expectation(elbo):
     assert abs(losses[0].mean() - losses[1].mean()) < 4 * error
 
 
-def test_a_given_max_plate_nesting_spends_no_random_numbers():
-    """Guessing it would make a resumed run differ from an uninterrupted one."""
-    x = images("bernoulli", (1, 8, 8)).float()
-    for objective in OBJECTIVES.values():
-        vae = tiny()
-        states = []
-        for _ in range(2):
-            elbo = objective.elbo(2)
-            torch.manual_seed(1)
-            elbo.loss(vae.model, vae.guide, x)
-            elbo.loss(vae.model, vae.guide, x)
-            states.append(torch.get_rng_state())
-            elbo.loss(vae.model, vae.guide, x)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_given_max_plate_nesting_spends_no_random_numbers(name):
+    """Guessing it would make a resumed run differ from an uninterrupted one: the first call of a
+    new objective spends what every later one spends."""
+    x, vae, elbo = images("bernoulli", (1, 8, 8)).float(), tiny(), OBJECTIVES[name].elbo(2)
+    losses = []
+    for _ in range(2):
         torch.manual_seed(1)
-        for _ in range(2):
-            vae.encode(x).rsample((2,))
-        assert (torch.get_rng_state() == states[0]).all()
+        losses.append([elbo.loss(vae.model, vae.guide, x) for _ in range(2)])
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("beta", [-0.1, float("nan"), float("inf")])

@@ -10,18 +10,21 @@ from torch.distributions import constraints
 
 from pvae import Conditional, heads, ignore_label
 from pvae.priors import StandardNormal
-from pvae.vae import GUIDES, LIKELIHOODS, PRIORS
+from pvae.programs import mean_of
+from pvae.vae import GUIDES, LIKELIHOODS
 
 HEADS = {
     **{name: family.head for name, family in LIKELIHOODS.items()},
     **{name: family.head for name, family in GUIDES.items()},
 }
 EVENTS = [(4,), *SHAPES]
+CASES = [(name, (4,)) for name in HEADS] + [
+    (name, shape) for name in LIKELIHOODS for shape in SHAPES
+]
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
-@pytest.mark.parametrize("event", EVENTS)
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize(("name", "event"), CASES)
 def test_broadcasting_and_own_samples(name, event, batch):
     head = HEADS[name](event)
     p = head(torch.randn(*batch, *head.param_shape))
@@ -31,7 +34,7 @@ def test_broadcasting_and_own_samples(name, event, batch):
     assert x.shape == (5, *batch, *event)
     assert p.log_prob(x).shape == (5, *batch)
     assert p.log_prob(x).isfinite().all()
-    assert p.mean.shape == (*batch, *event)
+    assert mean_of(p).shape == (*batch, *event)
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
@@ -54,7 +57,9 @@ def test_each_element_has_its_own_parameters(name, batch):
 def test_raw_mean_gives_that_mean(name, event):
     head = LIKELIHOODS[name].head(event)
     mean = torch.rand(event) * 0.9 + 0.05
-    torch.testing.assert_close(head(head.raw_mean(mean)).mean.detach(), mean, rtol=0, atol=1e-4)
+    # those of the 256 levels are clipped at 0 and 1
+    atol = 0.1 if LIKELIHOODS[name].data == "levels" else 1e-4
+    torch.testing.assert_close(head(head.raw_mean(mean)).mean.detach(), mean, rtol=0, atol=atol)
     for extreme in (torch.zeros(event), torch.ones(event)):
         assert head.raw_mean(extreme).isfinite().all()
 
@@ -116,15 +121,6 @@ def test_values_outside_the_support_are_refused(name):
 def test_bad_sizes_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-@pytest.mark.parametrize("name", PRIORS)
-def test_prior_and_guide_samples_have_one_shape(name):
-    vae = tiny(latent_dim=5)
-    prior = PRIORS[name](5)
-    q = vae.encode(torch.rand(4, 1, 8, 8))
-    assert prior().expand((4,)).sample().shape == q.sample().shape
-    assert prior().log_prob(q.sample((2,))).shape == (2, 4)
 
 
 def test_the_standard_normal_follows_dtype_and_is_not_saved():

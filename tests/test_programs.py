@@ -205,7 +205,7 @@ def test_a_copy_trains_on_its_own(duplicate):
     # the copy's oracle looks at the copy
     z = torch.zeros(6, 3)
     torch.testing.assert_close(
-        copied.terms(X, z).elbo_sampled(),
+        copied.terms(X, {"z": z}).elbo_sampled(),
         copied.decode(z).log_prob(X)
         - copied.encode(X).log_prob(z)
         + copied.model.prior().log_prob(z),

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import pvae
 
@@ -18,9 +19,23 @@ def test_python_blocks_run(block):
     assert names["vae"].sample(2).shape == (2, 1, 28, 28)
 
 
-def test_bring_your_own_fits_in_25_lines():
+def test_bring_your_own_head_and_guide_in_15_lines_each():
     (own,) = [block for block in BLOCKS if "StudentT" in block]
-    assert len([line for line in own.splitlines() if line]) <= 25
+    classes = re.findall(r"^class .*?(?=^\S)", own, flags=re.DOTALL | re.MULTILINE)
+    assert len(classes) == 2
+    for text in classes:
+        assert len([line for line in text.splitlines() if line]) <= 15
+
+
+def test_bring_your_own_learns_and_is_a_distribution():
+    (own,) = [block for block in BLOCKS if "StudentT" in block]
+    names: dict = {}
+    exec(own, names)
+    assert names["losses"][-1] < names["losses"][0] - 50
+    # the probabilities of every image of two pixels sum to 1
+    head, h = names["ZeroInflatedBernoulli"](), torch.randn(2, 1, 2)
+    images = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 2).reshape(4, 1, 1, 2)
+    assert head(h).log_prob(images).exp().sum().item() == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("marker", ["run", "test"])

@@ -64,12 +64,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, net, where):
         if trainer.epoch == 2:
             raise KeyboardInterrupt
 
-    trainer = new_trainer(tmp_path, net=net)
+    trainer = new_trainer(tmp_path, net=net, go_on=f"--resume {tmp_path}")
     if where == "between epochs":
         trainer.on_epoch = stop
     else:
         step, trainer.svi.step = trainer.svi.step, lambda *a: (stop(), step(*a))[1]
-    with pytest.raises(KeyboardInterrupt, match=rf"after epoch 2; go on by --resume {tmp_path}"):
+    with pytest.raises(KeyboardInterrupt, match=rf"after epoch 2.* go on by --resume {tmp_path}"):
         trainer.fit()
 
     resumed = new_trainer(tmp_path, net=net, seed=99)
@@ -127,6 +127,19 @@ def test_pairs_without_an_oracle_are_checked_by_their_own_densities():
     assert check.agrees
     assert check.kl_difference is not None
     assert not check.suspicious
+
+
+def test_a_stopped_study_says_what_is_kept_and_offers_no_resuming(tmp_path):
+    def stop(trainer):
+        raise KeyboardInterrupt
+
+    trainer = new_trainer(tmp_path)
+    trainer.on_epoch = stop
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        trainer.fit()
+    assert "checkpoint.pt holds the state after epoch 1" in str(stopped.value)
+    assert str(stopped.value).endswith("best.pt the best model so far.")
+    assert "--resume" not in str(stopped.value)
 
 
 def test_what_is_kept(tmp_path):

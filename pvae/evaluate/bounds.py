@@ -1,9 +1,5 @@
-r"""What a trained model/guide pair is worth: bounds on `log p(x)` for each image, in nats.
-
-Works on any Pyro pair whose sites all lie in one data plate. Numbers are computed for each image
-and averaged over images, never over batches; the noise comes from a fixed seed, and the global
-random state is left as it was.
-"""
+"""The ELBO of each image with its parts, and what all evaluations share: fixed noise, chunks of a
+split with a progress bar, means over images with their standard errors."""
 
 import contextlib
 import math
@@ -21,7 +17,6 @@ from pvae.data import Split, chunks
 from pvae.programs import evaluating
 
 Program = Callable[..., Any]
-_DECODES = 2000  # images decoded at once: bounds the memory of importance sampling
 
 
 @contextlib.contextmanager
@@ -44,14 +39,21 @@ def fixed_noise(device: torch.device | str, seed: int) -> Iterator[None]:
 
 
 class Bound(NamedTuple):
-    """The ELBO `reconstruction - kl` and its terms, each `(B,)`, in nats for each image."""
+    """The ELBO `reconstruction - kl` and its terms, each `(B,)`, in nats for each image.
+
+    `kl` is also the *rate*, what the code z costs, and `-reconstruction` the *distortion*.
+    Source: Fixing a Broken ELBO (2017), arXiv:1711.00464.
+    """
 
     elbo: Tensor
     reconstruction: Tensor
     kl: Tensor
 
 
-def _traces(
+# ---- running a pair, and reading its traces: for the files of this package ----
+
+
+def traces(
     model: Program, guide: Program, x: Tensor, y: Tensor | None, particles: int
 ) -> tuple[Any, Any]:
     """Traces of guide and model at `particles` draws of the latents: log_probs `(particles, B)`."""
@@ -63,13 +65,14 @@ def _traces(
     return model_trace, guide_trace
 
 
-def _latents(trace: Any) -> list[str]:
+def latents(trace: Any) -> list[str]:
     """The unobserved sample sites; a plate is a site too, but no latent."""
     names = trace.stochastic_nodes
     return [name for name in names if not site_is_subsample(trace.nodes[name])]
 
 
-def _sum_sites(trace: Any, names: list[str], shape: tuple[int, int]) -> Tensor:
+def sum_sites(trace: Any, names: list[str], shape: tuple[int, int]) -> Tensor:
+    """The log_probs of the named sites, summed for each particle and image: `shape`."""
     total = torch.zeros(())
     for name in names:
         log_prob = trace.nodes[name]["log_prob"]
@@ -82,9 +85,12 @@ def _sum_sites(trace: Any, names: list[str], shape: tuple[int, int]) -> Tensor:
     return total.expand(shape)
 
 
+# ---- the ELBO ----
+
+
 def _analytic_kl(model_trace: Any, guide_trace: Any, shape: tuple[int, int]) -> Tensor | None:
     """KL(q(z|x) || p(z)) where there is one latent site and torch has the formula."""
-    names = _latents(guide_trace)
+    names = latents(guide_trace)
     if len(names) != 1:  # with several, the analytic KL of one depends on the draw of another
         return None
     q, p = guide_trace.nodes[names[0]]["fn"], model_trace.nodes[names[0]]["fn"]
@@ -110,70 +116,33 @@ def elbo(
     """
     shape = (num_samples, len(x))
     with evaluating(model, guide):
-        model_trace, guide_trace = _traces(model, guide, x, y, num_samples)
-        reconstruction = _sum_sites(model_trace, model_trace.observation_nodes, shape)
+        model_trace, guide_trace = traces(model, guide, x, y, num_samples)
+        reconstruction = sum_sites(model_trace, model_trace.observation_nodes, shape)
         kl = _analytic_kl(model_trace, guide_trace, shape)
         if kl is None:
-            log_q = _sum_sites(guide_trace, _latents(guide_trace), shape)
-            kl = log_q - _sum_sites(model_trace, _latents(model_trace), shape)
+            log_q = sum_sites(guide_trace, latents(guide_trace), shape)
+            kl = log_q - sum_sites(model_trace, latents(model_trace), shape)
         reconstruction, kl = reconstruction.mean(0), kl.mean(0)
     return Bound(reconstruction - kl, reconstruction, kl)
 
 
-def importance_weighted(
-    model: Program, guide: Program, x: Tensor, y: Tensor | None = None, *, num_samples: int = 500
-) -> Tensor:
-    r"""The importance-weighted bound of each image of a batch, `(B,)`, in nats.
+def bits_per_dimension(nats: Tensor, elements: int, *, levels: int = 1) -> Tensor:
+    r"""`(D log levels - nats) / (D log 2)`, `nats` a bound on the log density of `D` elements.
 
-    `log p(x) >= E log 1/k sum_i p(x, z_i) / q(z_i|x)`, `k = num_samples`. Memory does not grow
-    with `k`.
-    Source: Importance Weighted Autoencoders (2015), arXiv:1509.00519.
+    For discrete data alone. Binary pixels have a probability as it is: `levels = 1`. Pixels of 256
+    grey levels, dequantised to [0, 1], have a density; a level is 1/256 wide, so `levels = 256`,
+    and the bits are an upper bound (Jensen's) on those of the levels' own probability.
+    Source: A note on the evaluation of generative models (2015), arXiv:1511.01844.
 
-    Raises:
-        ValueError: `num_samples` is below 1, or a site lies outside the data plate.
-
-    >>> import pvae
-    >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
-    >>> importance_weighted(vae.model, vae.guide, torch.ones(5, 1, 8, 8), num_samples=7).shape
-    torch.Size([5])
+    >>> bits_per_dimension(torch.tensor([-784 * math.log(2)]), 784)  # a fair coin for each pixel
+    tensor([1.])
+    >>> bits_per_dimension(torch.zeros(1), 784, levels=256)  # uniform on [0, 1]
+    tensor([8.])
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, not {num_samples}")
-    at_once = max(1, _DECODES // len(x))
-    total = x.new_full((len(x),), -math.inf)  # log sum of the weights so far
-    with evaluating(model, guide):
-        for start in range(0, num_samples, at_once):
-            shape = (min(at_once, num_samples - start), len(x))
-            model_trace, guide_trace = _traces(model, guide, x, y, shape[0])
-            log_p = _sum_sites(model_trace, model_trace.observation_nodes, shape)
-            log_p = log_p + _sum_sites(model_trace, _latents(model_trace), shape)
-            log_weights = log_p - _sum_sites(guide_trace, _latents(guide_trace), shape)
-            total = torch.logaddexp(total, log_weights.logsumexp(0))
-    return total - math.log(num_samples)
+    return (math.log(levels) - nats / elements) / math.log(2)
 
 
-def posterior_means(guide: Program, x: Tensor, y: Tensor | None = None, site: str = "z") -> Tensor:
-    """The mean of `q(z|x)` of each image, `(B, D)`.
-
-    >>> import pvae
-    >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
-    >>> posterior_means(vae.guide, torch.ones(5, 1, 8, 8)).shape
-    torch.Size([5, 2])
-    """
-    with evaluating(guide):
-        trace: Any = poutine.trace(guide).get_trace(x, y)
-        return trace.nodes[site]["fn"].mean
-
-
-def unit_variances(means: Tensor) -> Tensor:
-    r"""`Var_x(E_q[z_d | x])`, `(N, D) -> (D,)`; a unit is *active* where it exceeds 0.01.
-
-    Source: Importance Weighted Autoencoders (2015), arXiv:1509.00519, section 5.
-
-    >>> (unit_variances(torch.tensor([[0.0, 1.0], [0.0, -1.0]])) > 0.01).tolist()
-    [False, True]
-    """
-    return means.var(0, correction=0)
+# ---- over images ----
 
 
 class Estimate(NamedTuple):

@@ -1,0 +1,244 @@
+r"""Missing pixels: a VAE trained on parts of images, which then completes them.
+
+Pixels are independent given z, so the missing ones integrate to 1 and drop out of the likelihood,
+
+    log p(x_seen) >= E_q(z|x_seen)[ sum_{i seen} log p(x_i|z) ] - KL(q(z|x_seen) || p(z)),
+
+which `Masked` says in Pyro's own terms (a mask on the pixels, beneath `to_event`), and the encoder
+is given zeros for them, and the mask beside. In the stock programs the mask stands where a label
+would: model(x, mask), guide(x, mask). What is missing follows from
+
+    p(x_missing | x_seen)  ~  E_q(z|x_seen)[ p(x_missing|z) ],
+
+and draws of z give different completions where what is seen leaves a choice.
+
+One pair is trained for each way in which pixels are missing. Each training image misses the same
+pixels in every epoch, and nobody looks at them. That they are missing at random matters: a mask
+which depends on what it hides would have to be modelled too.
+
+Sources: MIWAE: Deep Generative Modelling and Imputation of Incomplete Data (2018),
+arXiv:1812.02633; Handling Incomplete Heterogeneous Data using VAEs (2018), arXiv:1807.03653.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from matplotlib.figure import Figure
+from pyro.infer import SVI
+from torch import Tensor
+
+import pvae
+from pvae import Conditional, Guide, Model, cli, data, evaluate, plots, report, run
+from pvae.conditional import Masked, concat_mask
+from pvae.heads import Bernoulli, Normal
+from pvae.nets import MLP
+from pvae.priors import StandardNormal
+from pvae.train import Trainer
+from pvae.vae import OBJECTIVES
+
+Missing = Callable[[Tensor], Tensor]  # images (N, C, H, W) to a mask (N, 1, H, W), True where seen
+
+
+def at_random(images: Tensor, *, fraction: float) -> Tensor:
+    """Each pixel is missing with this probability."""
+    shape = (len(images), 1, *images.shape[2:])
+    return torch.rand(shape, device=images.device) >= fraction
+
+
+def a_half(images: Tensor) -> Tensor:
+    """The upper, lower, left or right half of each image is missing."""
+    n, _, height, width = images.shape
+    mask = torch.ones(n, 1, height, width, dtype=torch.bool, device=images.device)
+    side = torch.randint(4, (n,), device=images.device)
+    mask[side == 0, :, : height // 2] = False
+    mask[side == 1, :, height // 2 :] = False
+    mask[side == 2, ..., : width // 2] = False
+    mask[side == 3, ..., width // 2 :] = False
+    return mask
+
+
+WAYS: Mapping[str, Missing] = {
+    "nothing": partial(at_random, fraction=0.0),
+    "25 %": partial(at_random, fraction=0.25),
+    "50 %": partial(at_random, fraction=0.5),
+    "75 %": partial(at_random, fraction=0.75),
+    "a half": a_half,
+}
+
+
+def with_masks(observed: data.Observed, missing: Missing) -> data.Observed:
+    """The data set with a mask for each image in the place of its label."""
+    train, validation, test = (
+        data.Split(split.images, missing(split.images))
+        for split in (observed.train, observed.validation, observed.test)
+    )
+    return replace(observed, train=train, validation=validation, test=test)
+
+
+def masked_vae(mean_image: Tensor, latent_dim: int, hidden: int = 400) -> pvae.VAE:
+    """p(z) p(x_seen | z) and q(z | x_seen), one hidden layer each way."""
+    channels, height, width = mean_image.shape
+    x_head, z_head = Bernoulli(mean_image.shape), Normal((latent_dim,))
+    encoder = MLP((channels + 1, height, width), z_head.param_shape, (hidden,))
+    decoder = MLP((latent_dim,), x_head.param_shape, (hidden,))
+    decoder.set_output_bias(x_head.raw_mean(mean_image))
+    likelihood = Masked(Conditional(decoder, x_head, event_dim=1))
+    posterior = Conditional(encoder, z_head, event_dim=3, join=concat_mask)
+    return pvae.VAE(Model(StandardNormal(latent_dim), likelihood), Guide(posterior))
+
+
+class Parts(NamedTuple):
+    """For each image, `(B,)`: the ELBO on what is seen and on all of it, E_q log p(missing | z),
+    and the numbers of pixels seen and missing."""
+
+    elbo: Tensor
+    complete_elbo: Tensor
+    missing_log_prob: Tensor
+    seen: Tensor
+    missing: Tensor
+
+
+def measured(vae: pvae.VAE, test: data.Split, seed: int) -> dict[str, float | None]:
+    """Means over the test images and their masks."""
+
+    def parts(x: Tensor, mask: Tensor | None) -> Parts:
+        assert mask is not None
+        z = vae.encode(x, mask).sample((16,))
+        every = torch.ones_like(mask)
+        return Parts(
+            evaluate.elbo(vae.model, vae.guide, x, mask).elbo,
+            evaluate.elbo(vae.model, vae.guide, x, every).elbo,
+            vae.decode(z, ~mask).log_prob(x).mean(0),
+            mask.expand_as(x).sum((1, 2, 3)).double(),
+            (~mask).expand_as(x).sum((1, 2, 3)).double(),
+        )
+
+    with evaluate.evaluating(vae):
+        of = evaluate.over(test, parts, batch_size=500, seed=seed)
+    missing = of.missing.sum()
+    return {
+        "seen_elbo": of.elbo.mean().item(),
+        "seen_elbo_per_pixel": (of.elbo.sum() / of.seen.sum()).item(),
+        "missing_per_pixel": (of.missing_log_prob.sum() / missing).item() if missing else None,
+        "complete_elbo": of.complete_elbo.mean().item(),
+    }
+
+
+def train(vae: pvae.VAE, observed: data.Observed, args: argparse.Namespace) -> None:
+    """Stock SVI; the masks are what the trainer takes for labels."""
+    adam = torch.optim.Adam(vae.parameters(), lr=args.learning_rate, fused=True)
+    objective = OBJECTIVES["trace_elbo"]
+    svi = SVI(vae.model, vae.guide, pvae.SingleOptimizer(adam), objective.elbo(1))
+    Trainer(
+        vae,
+        svi,
+        objective,
+        observed,
+        epochs=args.num_epochs,
+        batch_size=args.batch_size,
+        kl_warmup=0.05,
+        lr_warmup=0.05,
+        labels=True,
+        seed=args.seed,
+        quiet=args.quiet,
+    ).fit()
+
+
+def main() -> None:
+    args = arguments()
+    start = time.perf_counter()
+    study = cli.start_study(args, "inpainting", "dynamic")
+    numbers: dict[str, Any] = {}
+    blocks: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    for name, missing in WAYS.items():
+        pyro.set_rng_seed(args.seed)
+        observed = with_masks(study.observed, missing)
+        vae = masked_vae(study.dataset.mean_image, args.latent_dim).to(study.device)
+        if not args.quiet:
+            print(f"missing: {name}")
+        train(vae, observed, args)
+        numbers[name] = measured(vae, observed.test, args.seed)
+        if name in ("75 %", "a half"):
+            blocks[name] = completed(vae, observed.test, args.seed)
+    x = data.pixels(study.observed.test.images)
+    mean_image = study.dataset.mean_image.to(x).clamp(0.001, 0.999)
+    alone = torch.distributions.Bernoulli(mean_image).log_prob(x).mean().item()
+    numbers |= {"mean_image_per_pixel": alone, "seconds": time.perf_counter() - start}
+    run.write_json(study.folder / "results.json", numbers)
+    plots.save(drawn(blocks), study.folder / "inpainting.png")
+    print(table(numbers, study))
+    print(f"{numbers['seconds']:.0f} s; picture and numbers: {study.folder}/")
+
+
+def table(numbers: Mapping[str, Any], study: cli.Study) -> str:
+    rows = []
+    for name in WAYS:
+        of = numbers[name]
+        missing = of["missing_per_pixel"]
+        rows.append(
+            [
+                name,
+                f"{of['seen_elbo']:.2f}",
+                f"{of['seen_elbo_per_pixel']:.4f}",
+                "none" if missing is None else f"{missing:.4f}",
+                f"{of['complete_elbo']:.2f}",
+            ]
+        )
+    return report.columns(
+        f"{study.dataset.name} test set, {len(study.observed.test.images):,} images, binarised, "
+        f"nats; pixels missing as in training\n  (a pixel of the mean image: "
+        f"{numbers['mean_image_per_pixel']:.4f})",
+        [
+            "missing",
+            "ELBO, seen pixels",
+            "a seen pixel",
+            "E_q log p(x|z) a missing pixel",
+            "ELBO, complete images",
+        ],
+        rows,
+    )
+
+
+@torch.no_grad()
+def completed(
+    vae: pvae.VAE, test: data.Split, seed: int, count: int = 14, draws: int = 4
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is seen `(N, C, H, W)`, grey where missing; the mean images at draws of z,
+    `(draws, N, C, H, W)`; and the whole images."""
+    x, mask = data.pixels(test.images[:count]), test.labels
+    assert mask is not None
+    mask = mask[:count]
+    with evaluate.evaluating(vae), evaluate.fixed_noise(x.device, seed):
+        z = vae.encode(x, mask).sample((draws,))
+        means = vae.decode(z, mask).mean
+    return x.where(mask, torch.full_like(x, 0.5)), means, x
+
+
+def drawn(blocks: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Figure:
+    rows, labels = [], []
+    for name, (given, draws, truth) in blocks.items():
+        rows += [given, *draws, truth]
+        labels += [f"seen, {name} missing", *(f"draw {i + 1}" for i in range(len(draws))), "truth"]
+    return plots.grid(
+        torch.cat(rows),
+        len(rows[0]),
+        title="What is seen of test images, and the mean images at draws of q(z | x_seen)",
+        row_labels=labels,
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = cli.study_parser("Missing pixels, in training and in use.")
+    group = parser.add_argument_group("model and guide")
+    group.add_argument("--latent-dim", type=cli.NATURAL, default=16, metavar="D", help="of z")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    cli.run_main(main)

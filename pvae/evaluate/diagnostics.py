@@ -1,0 +1,117 @@
+r"""What the latents are used for: active units, information, and the aggregate posterior."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from torch import Tensor
+from tqdm import tqdm
+
+from pvae.data import Split, chunks
+from pvae.evaluate.bounds import Estimate, Program, estimate, latents, traces
+from pvae.programs import evaluating, mean_of
+
+ACTIVE = 0.01  # the variance of a unit's posterior mean above which it is active
+_AT_ONCE = 250  # images, and draws compared with them: bounds the memory
+
+
+def posterior_means(guide: Program, x: Tensor, y: Tensor | None = None) -> Tensor:
+    """The mean of the posterior of each image, `(B, D)`: of the guide's first latent, `q(z|x)`.
+
+    >>> import pvae
+    >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
+    >>> posterior_means(vae.guide, torch.ones(5, 1, 8, 8)).shape
+    torch.Size([5, 2])
+    """
+    with evaluating(guide):
+        trace: Any = poutine.trace(guide).get_trace(x, y)
+        return mean_of(trace.nodes[latents(trace)[0]]["fn"])
+
+
+def unit_variances(means: Tensor) -> Tensor:
+    r"""`Var_x(E_q[z_d | x])`, `(N, D) -> (D,)`; a unit is *active* where it exceeds 0.01.
+
+    Source: Importance Weighted Autoencoders (2015), arXiv:1509.00519, section 5.
+
+    >>> (unit_variances(torch.tensor([[0.0, 1.0], [0.0, -1.0]])) > 0.01).tolist()
+    [False, True]
+    """
+    return means.var(0, correction=0)
+
+
+class Information(NamedTuple):
+    r"""How the mean rate splits, `E_x KL(q(z|x) || p(z)) = I(x; z) + KL(q(z) || p(z))`, in nats.
+
+    `q(z) = 1/N sum_n q(z|x_n)` is the aggregate posterior of `images` images. `mutual` is the
+    information of z about *which of these* images x is: never above `log N`, which it reaches where
+    no two posteriors overlap, and a lower bound on I(x; z) under the law of all data. `aggregate`
+    is the rest, `KL(q(z) || p(z))`, so an upper bound, and an overestimate where `mutual` is near
+    `log N`. Each with the standard error over the draws.
+    """
+
+    mutual: Estimate
+    aggregate: Estimate
+    images: int
+
+
+def information(
+    model: Program,
+    guide: Program,
+    split: Split,
+    *,
+    num_draws: int = 2000,
+    labels: bool = False,
+    site: str = "z",
+    title: str = "",
+) -> Information:
+    r"""`I(x; z)` and `KL(q(z) || p(z))` over a whole split, for a pair with one latent site.
+
+    Draws `z ~ q(z|x_n)` for `num_draws` images spread over the split, and compares `q(z|x_n)`,
+    `q(z)` (with all images of the split, `x_n` among them) and `p(z)` there. `labels` gives the
+    images' labels to the programs; a `title` shows a progress bar on a terminal.
+    Source: ELBO surgery (2016), Hoffman and Johnson, NIPS workshop on approximate inference.
+
+    Raises:
+        ValueError: `num_draws` is below 2, or the guide has other latents than `site`.
+
+    >>> import pvae
+    >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
+    >>> split = Split(255 * torch.randint(2, (50, 1, 8, 8), dtype=torch.uint8), None)
+    >>> found = information(vae.model, vae.guide, split, num_draws=10)
+    >>> found.mutual.mean <= math.log(50), found.images
+    (True, 50)
+    """
+    if num_draws < 2:
+        raise ValueError(f"num_draws must be at least 2, not {num_draws}")
+    images = len(split.images)
+    drawn = torch.zeros(images, dtype=torch.bool, device=split.images.device)
+    drawn[torch.linspace(0, images - 1, min(num_draws, images)).round().long()] = True
+    posteriors, z, log_own, log_prior = [], [], [], []
+    with evaluating(model, guide):
+        for (x, y), here in zip(chunks(split, _AT_ONCE), drawn.split(_AT_ONCE), strict=True):
+            model_trace, guide_trace = traces(model, guide, x, y if labels else None, 1)
+            if latents(guide_trace) != [site]:
+                raise ValueError(
+                    f"site is {site!r}, but the guide's latents are {latents(guide_trace)}: the "
+                    "information is that of a pair with one latent"
+                )
+            posteriors.append(guide_trace.nodes[site]["fn"])  # batch shape (1, B)
+            z.append(guide_trace.nodes[site]["value"][0, here])
+            log_own.append(guide_trace.nodes[site]["log_prob"][0, here])
+            log_prior.append(model_trace.nodes[site]["log_prob"][0, here])
+        log_aggregate = _log_mixture(posteriors, torch.cat(z), title) - math.log(images)
+    mutual = estimate(torch.cat(log_own) - log_aggregate)
+    aggregate = estimate(log_aggregate - torch.cat(log_prior))
+    return Information(mutual, aggregate, images)
+
+
+def _log_mixture(posteriors: Sequence[Any], z: Tensor, title: str) -> Tensor:
+    """`log sum_n q(z_s|x_n)`, `(S,)`; of a thousand draws and images, a few at once."""
+    pieces = []
+    # disable=None: no bar where the output is not a terminal
+    for piece in tqdm(z.split(_AT_ONCE), title, leave=False, disable=None if title else True):
+        over = [q.log_prob(piece[:, None]).logsumexp(1) for q in posteriors]  # (S', 1, D): (S', B)
+        pieces.append(torch.stack(over).logsumexp(0))
+    return torch.cat(pieces)

@@ -1,0 +1,145 @@
+r"""One variational factor for each image, optimized for it alone: what the encoder's sharing costs.
+
+    log p(x) - ELBO(encoder)  =  log p(x) - ELBO(factor)           approximation gap: the family
+                              +  ELBO(factor) - ELBO(encoder)      amortization gap: the sharing
+
+Source: Inference Suboptimality in Variational Autoencoders (2018), arXiv:1801.03558.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from pyro.infer import SVI
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from pvae.conditional import Conditional, ignore_label
+from pvae.evaluate.bounds import elbo, fixed_noise
+from pvae.evaluate.importance import importance_weighted
+from pvae.optim import SingleOptimizer
+from pvae.programs import Guide, Model, evaluating
+from pvae.vae import OBJECTIVES
+
+
+class Gaps(NamedTuple):
+    """`amortization = factor - encoder` and `approximation = log_evidence - factor`, nats, `(B,)`.
+
+    `encoder` and `factor` are the ELBO by the one guide and by the image's own factor, at the same
+    noise; `log_evidence` is an importance-weighted bound by the factor. Where the factors are not
+    at their optimum yet, the first gap is too small and the second too large; and the second lacks
+    what the bound lacks of log p(x).
+    """
+
+    amortization: Tensor
+    approximation: Tensor
+    encoder: Tensor
+    factor: Tensor
+    log_evidence: Tensor
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """In eval mode and without gradients of its parameters inside, as before after."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    training = [m for m in model.modules() if m.training]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+
+def one_factor_each(guide: Guide, x: Tensor, y: Tensor | None = None) -> Guide:
+    """The guide `q(z | index)`: the encoder's output for each `x` `(N, C, H, W)`, now free.
+
+    Raises:
+        ValueError: the posterior of `guide` is not a `Conditional`, whose head the factors take.
+
+    >>> import pvae
+    >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
+    >>> factors = one_factor_each(vae.guide, torch.ones(5, 1, 8, 8))
+    >>> factors.posterior(torch.arange(5)).batch_shape
+    torch.Size([5])
+    """
+    encoder: Any = guide.posterior
+    if not isinstance(encoder, Conditional):
+        raise ValueError(
+            "guide must have a pvae.Conditional as its posterior, whose head a factor can take, "
+            f"not a {type(encoder).__name__}"
+        )
+    with evaluating(encoder):
+        raw = encoder.raw(x, y)  # (N, 2 D)
+    factors = nn.Embedding.from_pretrained(raw, freeze=False)
+    join = None if y is None else ignore_label
+    return Guide(Conditional(factors, encoder.head, event_dim=0, join=join))
+
+
+def optimize_factors(
+    model: Model,
+    factors: Guide,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    steps: int = 1000,
+    learning_rate: float = 0.03,
+    particles: int = 1,
+    on_step: Callable[[int], Any] = lambda step: None,
+) -> None:
+    """Stock SVI over the factors of `x` alone, the decoder frozen; `on_step` is called after.
+
+    >>> import pvae
+    >>> vae, x = pvae.build((1, 8, 8), latent_dim=2, net="mlp"), torch.ones(5, 1, 8, 8)
+    >>> factors = one_factor_each(vae.guide, x)
+    >>> optimize_factors(vae.model, factors, x, steps=2)
+    """
+    adam = torch.optim.Adam(factors.parameters(), lr=learning_rate)
+    schedule = CosineAnnealingLR(adam, steps)
+    objective = OBJECTIVES["trace_elbo"].elbo(particles)
+    svi = SVI(model, factors, SingleOptimizer(adam), objective)
+    index = torch.arange(len(x), device=x.device)
+    with _frozen(model):
+        for step in range(1, steps + 1):
+            svi.step(x, y, index=index)
+            schedule.step()
+            on_step(step)
+
+
+def gaps(
+    model: Model,
+    guide: Guide,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    steps: int = 1000,
+    num_draws: int = 64,
+    num_samples: int = 500,
+    seed: int = 0,
+    on_step: Callable[[int], Any] = lambda step: None,
+) -> Gaps:
+    """Amortization and approximation gap of each image, by factors optimized for `steps` steps.
+
+    `num_draws` are those of both ELBOs, `num_samples` those of the importance-weighted bound.
+    Errors as `one_factor_each`.
+
+    >>> import pvae
+    >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
+    >>> gaps(vae.model, vae.guide, torch.ones(5, 1, 8, 8), steps=2).amortization.shape
+    torch.Size([5])
+    """
+    factors = one_factor_each(guide, x, y)
+    with torch.enable_grad():
+        optimize_factors(model, factors, x, y, steps=steps, on_step=on_step)
+    own = partial(factors, index=torch.arange(len(x), device=x.device))
+    bounds = []
+    for program in (guide, own):
+        with fixed_noise(x.device, seed):
+            bounds.append(elbo(model, program, x, y, num_samples=num_draws).elbo)
+    encoder, factor = bounds
+    log_evidence = importance_weighted(model, own, x, y, num_samples=num_samples)
+    return Gaps(factor - encoder, log_evidence - factor, encoder, factor, log_evidence)

@@ -1,0 +1,557 @@
+"""Evaluation against models whose evidence and posterior are known.
+
+The linear Gaussian model of `pvae.closed_form` is the oracle: its evidence, its posterior and the
+gap of any Gaussian guide are exact.
+"""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from conftest import tiny
+from pyro.infer.importance import LogWeightsMixin, psis_diagnostic, vectorized_importance_weights
+from torch import nn
+
+import pvae
+from pvae import Guide, Model, evaluate, plots
+from pvae.closed_form import LinearGaussian, collapsed
+from pvae.data import Split, load, observe, pixels
+from pvae.evaluate.annealed import _Chains, _Path
+from pvae.heads import NormalFixedScale
+from pvae.priors import StandardNormal
+
+EXACT = LinearGaussian(
+    torch.tensor([[1.0, 0.5], [-0.3, 0.8], [0.6, -0.9], [0.2, 0.4]], dtype=torch.float64),
+    torch.tensor([0.1, -0.2, 0.0, 0.3], dtype=torch.float64),
+    0.7,
+)
+COVARIANCE = torch.linalg.inv(EXACT.precision)  # of every posterior
+
+
+class Decoder(nn.Module):
+    """p(x|z) of `EXACT`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = NormalFixedScale((4,), scale=EXACT.scale)
+
+    def forward(self, z):
+        return self.head(z @ EXACT.weight.T + EXACT.mean)
+
+
+class Posterior(nn.Module):
+    """The posterior of `EXACT`, its standard deviations times `widen`."""
+
+    def __init__(self, widen: float) -> None:
+        super().__init__()
+        self.scale_tril = nn.Parameter(widen * torch.linalg.cholesky(COVARIANCE))
+
+    def forward(self, x):
+        return dist.MultivariateNormal(EXACT.posterior_loc(x), scale_tril=self.scale_tril)
+
+
+def linear(widen: float = 1.0):
+    return Model(StandardNormal(2), Decoder()).double(), Guide(Posterior(widen))
+
+
+def images(n: int) -> torch.Tensor:
+    """Draws of p(x), `(n, 4)`."""
+    z, e = torch.randn(n, 2, dtype=torch.float64), torch.randn(n, 4, dtype=torch.float64)
+    return z @ EXACT.weight.T + EXACT.mean + EXACT.scale * e
+
+
+def agree(values: torch.Tensor, truth: torch.Tensor | float, errors: float = 4.0) -> None:
+    """The mean of `values - truth` is 0 within so many standard errors."""
+    mean, se = evaluate.estimate(values - truth)
+    assert abs(mean) < errors * se, f"{mean} ± {se}"
+
+
+# ---- importance weights ----
+
+
+def test_with_the_posterior_as_the_guide_all_weights_are_the_evidence():
+    x = images(7)
+    found = evaluate.importance_sampling(*linear(), x, num_samples=200)
+    torch.testing.assert_close(found.log_evidence, EXACT.log_evidence(x), rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.ess, torch.full((7,), 200.0).double(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("widen", [0.6, 1.7])
+def test_the_bounds_start_at_the_elbo_do_not_fall_and_reach_the_evidence(widen, monkeypatch):
+    """4,000 images. The mean at k = 1 is the closed-form ELBO within 4 standard errors; each k
+    gains more than it costs in noise; with the wide guide k = 500 is the evidence to 0.01."""
+    monkeypatch.setattr(evaluate.importance, "DECODES", 100_000)
+    x = images(4000)
+    exact, lacks = EXACT.log_evidence(x), []
+    for k in (1, 4, 20, 500):
+        found = evaluate.importance_weighted(*linear(widen), x, num_samples=k)
+        lacks.append(exact - found)
+    tril = widen * torch.linalg.cholesky(COVARIANCE).expand(len(x), 2, 2)
+    agree(lacks[0], EXACT.gap(x, EXACT.posterior_loc(x), tril))
+    means = [evaluate.estimate(lack) for lack in lacks]
+    for before, after in pairwise(means):
+        assert after.mean < before.mean + 3 * (before.se + after.se)
+    assert means[-1].mean > -4 * means[-1].se
+    assert means[-1].mean < (0.01 if widen > 1 else 0.1)
+
+
+def test_streamed_diagnostics_are_pyros_own(monkeypatch):
+    """ESS and k-hat of the same draws, ours in pieces of 130 or 1,000, Pyro's all at once."""
+    model, guide = linear(0.6)
+    x, k = images(1), 1000
+    with evaluate.fixed_noise("cpu", 5):
+        k_hat = psis_diagnostic(model, guide, x, num_particles=k, max_plate_nesting=1)
+    with evaluate.fixed_noise("cpu", 5):
+        found = evaluate.importance_sampling(model, guide, x, num_samples=k)
+    assert found.pareto_k.item() == pytest.approx(k_hat, abs=1e-6)
+
+    weights = LogWeightsMixin()
+    with evaluate.fixed_noise("cpu", 5), torch.no_grad():
+        weights.log_weights, *_ = vectorized_importance_weights(
+            model, guide, x, num_samples=k, max_plate_nesting=1
+        )
+    assert found.ess.item() == pytest.approx(weights.get_ESS().item(), rel=1e-9)
+    assert found.log_evidence.item() == pytest.approx(weights.get_log_normalizer().item())
+
+    # in pieces: the same draws, one piece after the other
+    monkeypatch.setattr(evaluate.importance, "DECODES", 130)
+    with evaluate.fixed_noise("cpu", 5):
+        pieces = torch.cat(
+            [evaluate.importance._log_weights(model, guide, x, None, n) for n in [130] * 7 + [90]]
+        )
+    with evaluate.fixed_noise("cpu", 5):
+        streamed = evaluate.importance_sampling(model, guide, x, num_samples=k)
+    weights.log_weights = pieces[:, 0].detach()
+    assert streamed.ess.item() == pytest.approx(weights.get_ESS().item(), rel=1e-9)
+    largest = pieces[:, 0].sort().values[-math.ceil(3 * k**0.5) - 1 :]
+    assert streamed.pareto_k.item() == pytest.approx(evaluate.pareto_k(largest), abs=1e-6)
+
+
+def test_a_guide_that_is_too_narrow_is_exposed_by_k_hat():
+    """With the posterior's standard deviations times c < 1 the weights' tail index is 1 - c^2:
+    P(w > t) = P(|z|^2 > 2 log t / (1 / c^2 - 1)), and |z|^2 / c^2 has an exponential tail. With
+    c > 1 they are bounded. Means of 100 images; 0.1 for what 2,000 draws see of a tail."""
+    x = images(100)
+    for c in (0.4, 0.6, 0.8, 1.3):
+        k_hat = evaluate.importance_sampling(*linear(c), x, num_samples=2000).pareto_k
+        mean, _ = evaluate.estimate(k_hat)
+        if c < 1:
+            assert abs(mean - (1 - c**2)) < 0.1, (c, mean)
+        else:
+            assert mean < 0.1
+    # and the guide that is exposed is worse than its bound shows: its ELBO at least is off
+    narrow = evaluate.importance_sampling(*linear(0.4), x, num_samples=2000).pareto_k
+    wide = evaluate.importance_sampling(*linear(1.3), x, num_samples=2000).pareto_k
+    assert (narrow > evaluate.UNRELIABLE).double().mean() > 0.6
+    assert (wide > evaluate.UNRELIABLE).double().mean() == 0
+
+
+def test_too_few_weights_have_no_k_hat():
+    found = evaluate.importance_sampling(*linear(0.5), images(3), num_samples=8)
+    assert found.pareto_k.isnan().all()
+    with pytest.raises(ValueError, match="num_samples must be at least 1, not 0"):
+        evaluate.importance_weighted(*linear(), images(3), num_samples=0)
+
+
+# ---- annealing ----
+
+
+@pytest.mark.parametrize("initial", [None, "guide"])
+def test_annealing_sandwiches_the_evidence(initial):
+    """200 simulated images. Both bounds hold within 4 standard errors, with 10 temperatures and
+    with 100, where each of them is the evidence to 0.1 nats and 4 standard errors."""
+    model, guide = linear(0.6)
+    start = guide if initial else None
+    made = evaluate.simulate(model, torch.zeros(200, 4, dtype=torch.float64))
+    exact, widths = EXACT.log_evidence(made.x), []
+    for steps in (10, 100):
+        settings = {"initial": start, "num_temperatures": steps, "num_chains": 2}
+        lower = evaluate.annealed(model, made.x, **settings, num_leapfrogs=5)
+        upper = evaluate.annealed_back(model, made, **settings, num_leapfrogs=5)
+        below = evaluate.estimate(exact - lower.log_evidence)
+        above = evaluate.estimate(upper.log_evidence - exact)
+        assert below.mean > -4 * below.se
+        assert above.mean > -4 * above.se
+        widths.append(below.mean + above.mean)
+    assert widths[1] < widths[0]
+    for bound in (below, above):
+        assert abs(bound.mean) < 0.1 + 4 * bound.se
+
+
+def test_step_sizes_are_adapted_to_the_acceptance():
+    """From one at which all is accepted and one at which nothing is, to 0.65, chain by chain."""
+    model, _ = linear()
+    x = images(200)
+    with evaluate.evaluating(model):
+        path = _Path(model, None, x, None, 2)
+        chains = _Chains(path, path.pack(path.first), leapfrogs=2)
+        chains.step[0], chains.step[1] = 0.02, 4.0
+        for move in range(400):
+            if move == 300:
+                chains.accepted.zero_()
+            chains.move(1.0)
+    rate = chains.accepted / 100
+    assert ((rate.mean(1) - 0.65).abs() < 0.05).all()
+    assert (rate.std(1) < 0.1).all()
+
+
+def test_annealed_weights_are_unbiased():
+    """E w = p(x) at any number of temperatures, forward; E 1/w = 1/p(x) backward, from exact
+    draws: means of 4,000 chains within 4 standard errors (20 temperatures)."""
+    model, _ = linear()
+    made = evaluate.simulate(model, torch.zeros(4000, 4, dtype=torch.float64))
+    exact = EXACT.log_evidence(made.x)
+    settings = {"num_temperatures": 20, "num_chains": 1, "num_leapfrogs": 3}
+    forward = evaluate.annealed(model, made.x, **settings).log_evidence
+    back = evaluate.annealed_back(model, made, **settings).log_evidence
+    agree((forward - exact).exp(), 1.0)
+    agree((exact - back).exp(), 1.0)
+
+
+def test_simulated_images_and_their_latents_are_a_draw_of_the_joint():
+    made = evaluate.simulate(linear()[0], torch.zeros(20_000, 4, dtype=torch.float64))
+    joint = torch.cat([made.latents["z"], made.x], dim=1)
+    cross = EXACT.weight.T
+    x = EXACT.weight @ cross + EXACT.scale**2 * torch.eye(4)
+    truth = torch.cat([torch.cat([torch.eye(2), cross], 1), torch.cat([cross.T, x], 1)])
+    torch.testing.assert_close(joint.T.cov(), truth, rtol=0, atol=0.06)  # 5 se of the largest
+
+
+def test_moves_leave_the_posterior_invariant():
+    """30 moves from exact draws at a large step: rejections too must not disturb it."""
+    model, _ = linear()
+    x = images(1).expand(20_000, 4)
+    draws = torch.randn(20_000, 2).double() @ torch.linalg.cholesky(COVARIANCE).T
+    draws = draws + EXACT.posterior_loc(x)
+    with evaluate.evaluating(model):
+        path = _Path(model, None, x, None, 1)
+        chains = _Chains(path, path.pack({"z": draws}), leapfrogs=3)
+        for _ in range(30):
+            chains.step.fill_(0.75)
+            chains.move(1.0)
+        log_q0, log_joint = path(chains.z)
+    assert 0.3 < chains.accepted.mean() / 30 < 0.97  # some are rejected
+    torch.testing.assert_close(chains.log_q0, log_q0)  # what is kept is that of where they stayed
+    torch.testing.assert_close(chains.log_joint, log_joint)
+    assert (chains.z[0] != draws).any(1).double().mean() > 0.9  # and yet all have moved
+    agree(chains.z[0, :, 0], EXACT.posterior_loc(x)[0, 0])
+    agree(chains.z[0, :, 1], EXACT.posterior_loc(x)[0, 1])
+    torch.testing.assert_close(chains.z[0].T.cov(), COVARIANCE, rtol=0.06, atol=0.005)
+
+
+def hierarchical(x, y=None):
+    """z1 ~ N(0, 1), z2 | z1 ~ N(z1, 1) in two dimensions, x | z2 ~ N(z2, 1): x ~ N(0, 2 I + 11')"""
+    with pyro.plate("data", len(x)):
+        z1 = pyro.sample("z1", dist.Normal(x.new_zeros(()), 1.0))
+        z2 = pyro.sample("z2", dist.Normal(z1[..., None].expand(*z1.shape, 2), 1.0).to_event(1))
+        return pyro.sample("x", dist.Normal(z2, 1.0).to_event(1), obs=x)
+
+
+def test_annealing_packs_latents_of_any_shapes():
+    made = evaluate.simulate(hierarchical, torch.zeros(300, 2, dtype=torch.float64))
+    assert {name: tuple(z.shape) for name, z in made.latents.items()} == {
+        "z1": (300,),
+        "z2": (300, 2),
+    }
+    path = _Path(hierarchical, None, made.x, None, 3)
+    again = path.unpack(path.pack(made.latents))  # (3, 300, *event), each chain the same
+    for name, z in made.latents.items():
+        assert torch.equal(again[name], z.expand(3, *z.shape))
+    p = torch.distributions.MultivariateNormal(
+        torch.zeros(2).double(), 2 * torch.eye(2).double() + 1.0
+    )
+    exact = p.log_prob(made.x)
+    settings = {"num_temperatures": 100, "num_chains": 2, "num_leapfrogs": 5}
+    lower = evaluate.annealed(hierarchical, made.x, **settings).log_evidence
+    upper = evaluate.annealed_back(hierarchical, made, **settings).log_evidence
+    assert abs((lower - exact).mean()) < 0.1
+    assert abs((upper - exact).mean()) < 0.1
+
+
+def test_annealing_refuses_what_it_cannot_move():
+    def bounded(x, y=None):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Beta(torch.ones(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match="'z' has the support"):
+        evaluate.annealed(bounded, torch.zeros(3, 2))
+    for name in ("num_chains", "num_leapfrogs", "num_temperatures"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
+            evaluate.annealed(linear()[0], images(2), **{name: 0})
+
+
+def test_a_conditional_pair_is_evaluated_under_its_labels():
+    """What is annealed is log p(x|y): another label gives another number at the same noise."""
+    vae = pvae.build((1, 8, 8), 2, "mlp", hidden=8, num_classes=3)
+    x = (torch.rand(4, 1, 8, 8) > 0.5).float()
+    found = []
+    for y in (torch.zeros(4).long(), torch.ones(4).long()):
+        with evaluate.fixed_noise("cpu", 0):
+            found.append(evaluate.annealed(vae.model, x, y, num_temperatures=20).log_evidence)
+        iwae = evaluate.importance_weighted(vae.model, vae.guide, x, y, num_samples=2000)
+        torch.testing.assert_close(found[-1], iwae, rtol=0, atol=0.5)
+        assert evaluate.gaps(vae.model, vae.guide, x, y, steps=3).factor.shape == (4,)
+    assert (found[0] - found[1]).abs().min() > 1e-4
+
+
+# ---- NUTS ----
+
+
+@pytest.mark.slow
+def test_nuts_finds_the_exact_posterior():
+    """1,500 draws, less than twice as noisy as independent ones (NUTS on a Gaussian)."""
+    x = images(1)
+    before = torch.get_rng_state()
+    z = evaluate.nuts(linear()[0], x, num_samples=1500, warmup_steps=200)["z"]
+    assert (torch.get_rng_state() == before).all()
+    se = 2 * (COVARIANCE.diagonal() / 1500).sqrt()
+    assert ((z.mean(0) - EXACT.posterior_loc(x)[0]).abs() < 3 * se).all()
+    torch.testing.assert_close(z.T.cov(), COVARIANCE, rtol=0.2, atol=0.02)
+
+
+def test_nuts_takes_one_image():
+    with pytest.raises(ValueError, match=r"x must be one image"):
+        evaluate.nuts(linear()[0], images(2))
+
+
+# ---- latents ----
+
+
+class Fixed(nn.Module):
+    """`q(z|x) = N(x, s^2)` for x `(B, 1, 1, 1)` in [0, 1], stretched by `spread`."""
+
+    def __init__(self, spread: float, scale: float) -> None:
+        super().__init__()
+        self.spread, self.scale = spread, scale
+
+    def forward(self, x):
+        return dist.Normal(self.spread * x.flatten(1), self.scale).to_event(1)
+
+
+def latent_pair(spread: float, scale: float):
+    likelihood = nn.Sequential(nn.Linear(1, 1), NormalFixedScale((1,)))
+    likelihood = nn.Sequential(
+        likelihood[0], nn.Unflatten(-1, (1, 1, 1)), NormalFixedScale((1, 1, 1))
+    )
+    return Model(StandardNormal(1), likelihood), Guide(Fixed(spread, scale))
+
+
+def split_of(values) -> Split:
+    return Split(torch.as_tensor(values, dtype=torch.uint8).reshape(-1, 1, 1, 1), None)
+
+
+def test_information_by_quadrature():
+    """Two posteriors that overlap, N(0, s^2) and N(d, s^2), each of 1,000 images: I(x; z) is that
+    of a binary channel, and KL(q(z) || p(z)) an integral."""
+    d, s = 1.5, 0.8
+    found = evaluate.information(*latent_pair(d, s), split_of([0, 255] * 1000))
+    grid = torch.linspace(-12, 14, 200_001, dtype=torch.float64)
+    q0, q1 = (torch.distributions.Normal(loc, s).log_prob(grid) for loc in (0.0, d))
+    q = torch.logaddexp(q0, q1) - math.log(2)
+    prior = torch.distributions.Normal(0.0, 1.0).log_prob(grid)
+    mutual = torch.trapezoid(q0.exp() * (q0 - q) + q1.exp() * (q1 - q), grid).item() / 2
+    aggregate = torch.trapezoid(q.exp() * (q - prior), grid).item()
+    assert abs(found.mutual.mean - mutual) < 4 * found.mutual.se
+    assert abs(found.aggregate.mean - aggregate) < 4 * found.aggregate.se
+    assert found.mutual.se < 0.02
+
+
+def test_information_is_nothing_where_q_is_the_prior_and_log_n_where_codes_are_apart():
+    none = evaluate.information(*latent_pair(0.0, 1.0), split_of(range(200)))
+    assert abs(none.mutual.mean) < 1e-5
+    assert abs(none.aggregate.mean) < 1e-5
+    apart = evaluate.information(*latent_pair(1e4, 0.1), split_of(range(200)))
+    assert apart.mutual.mean == pytest.approx(math.log(200), abs=1e-4)
+
+
+def test_information_refuses():
+    with pytest.raises(ValueError, match="num_draws must be at least 2, not 1"):
+        evaluate.information(*latent_pair(1.0, 1.0), split_of([0, 1]), num_draws=1)
+    with pytest.raises(ValueError, match="the guide's latents are"):
+        evaluate.information(*latent_pair(1.0, 1.0), split_of([0, 1]), site="w")
+
+
+def test_factors_leave_the_pair_as_it_was():
+    vae = tiny(net="mlp")
+    vae.train()
+    state = {name: t.clone() for name, t in vae.state_dict().items()}
+    evaluate.gaps(vae.model, vae.guide, (torch.rand(5, 1, 8, 8) > 0.5).float(), steps=5)
+    assert all(p.requires_grad for p in vae.parameters())
+    assert all(m.training for m in vae.modules())
+    assert all(torch.equal(state[name], t) for name, t in vae.state_dict().items())
+    with pytest.raises(ValueError, match=r"guide must have a pvae.Conditional"):
+        evaluate.one_factor_each(linear()[1], images(3))
+
+
+def test_the_probe_finds_labels_that_are_there_and_none_that_are_not():
+    codes, labels = torch.randn(600, 5), torch.arange(600) % 3
+    chance = evaluate.probe(codes[:400], labels[:400], codes[400:], labels[400:])
+    told = codes + 5 * torch.eye(5)[labels]
+    found = evaluate.probe(told[:400], labels[:400], told[400:], labels[400:])
+    for guess, hit in zip(chance, found, strict=True):
+        assert abs(guess.mean - 1 / 3) < 4 * guess.se
+        assert hit.mean > 0.97
+    with pytest.raises(ValueError, match="at least two classes"):
+        evaluate.probe(codes, 0 * labels, codes, labels)
+
+
+def test_the_picture_of_a_posterior_refuses():
+    z = torch.randn(10, 3)
+    for arguments, message in (
+        ((z, z[:, :2], (0, 1)), "exact and guide must have shapes"),
+        ((z, z, (0, 3)), r"units must lie in 0\.\.2"),
+        ((z * torch.nan, z, (0, 1)), "NUTS must be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plots.posterior(*arguments)
+
+
+# ---- the collapsed model ----
+
+
+def test_the_collapsed_model_is_the_best_that_ignores_z():
+    """On digits: the closed form is the mean log-likelihood over binarisations, within 4 standard
+    errors of 20 of them; and no other rate does better, in expectation."""
+    x = pixels(load("digits").train.images).double()
+    mean = x.mean(0)
+    draws = torch.stack(
+        [
+            torch.distributions.Bernoulli(mean).log_prob(torch.bernoulli(x)).sum((1, 2, 3)).mean()
+            for _ in range(20)
+        ]
+    )
+    agree(draws, collapsed(mean))
+
+    def expected(rate):
+        return (torch.xlogy(mean, rate) + torch.xlogy(1 - mean, 1 - rate)).sum()
+
+    assert expected(mean) == pytest.approx(collapsed(mean))
+    for shift in (-0.01, 0.01):
+        assert expected((mean + shift).clamp(0.001, 0.999)) < collapsed(mean)
+
+
+def test_observed_digits_reach_it_in_the_mean():
+    """The same from `data`: a dynamic epoch at the mean image."""
+    digits = load("digits")
+    mean = digits.mean_image.double()
+    values = [
+        torch.distributions.Bernoulli(mean).log_prob(x.double()).sum((1, 2, 3)).mean()
+        for epoch in range(20)
+        for x, _ in observe(digits, "dynamic").batches(2000, seed=0, epoch=epoch)
+    ]
+    agree(torch.stack(values), collapsed(mean))
+
+
+# ---- memory ----
+
+MEMORY = """
+import sys, torch
+from pvae import build, evaluate
+def peak():
+    status = open("/proc/self/status").read()
+    return int(status.split("VmHWM:")[1].split()[0])  # kB, since this process began
+torch.set_num_threads(1)
+vae = build((1, 28, 28), 8, "mlp", hidden=64)
+x = (torch.rand(20, 1, 28, 28) > 0.5).float()
+evaluate.importance_sampling(vae.model, vae.guide, x, num_samples=int(sys.argv[1]))
+print(peak())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own numbers")
+def test_memory_does_not_grow_with_the_number_of_weights():
+    """The bar: the peak memory of k = 10,000 within 1.2 times that of k = 100, which is one piece
+    of draws. Their images all at once would take 630 MB, more than the whole process."""
+    peaks = {}
+    for k in (100, 10_000):
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, str(k)], capture_output=True, text=True, check=True
+        )
+        peaks[k] = int(done.stdout)
+    assert peaks[10_000] < 1.2 * peaks[100], peaks
+
+
+# ---- the command ----
+
+
+def command(*argv):
+    return subprocess.run(
+        [sys.executable, "-m", "pvae.evaluate", *map(str, argv)], capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "r"
+    example = Path(pvae.__file__).parent.parent / "examples" / "mnist_svi.py"
+    small = ["--dataset", "digits", "--net", "mlp", "--hidden", "32", "--latent-dim", "3"]
+    argv = [sys.executable, example, *small, "-n", "2", "--quiet", "--out", folder]
+    subprocess.run(argv, check=True, capture_output=True)
+    return folder
+
+
+SMALL = ["--images", 10, "--num-samples", 50, "--annealed-images", 3, "--temperatures", 5]
+SMALL += ["--gap-images", 3, "--nuts-samples", 5]
+
+
+def test_the_command_prints_a_table_and_keeps_it(digits_run):
+    done = command(digits_run, *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "\r" not in done.stdout + done.stderr
+    saved = json.loads((digits_run / "evaluation.json").read_text())["numbers"]
+    for row in saved.values():
+        assert row["label"] in done.stdout
+    elbo = saved["elbo"]["mean"]
+    assert elbo == pytest.approx(-saved["distortion"]["mean"] - saved["rate"]["mean"], abs=1e-3)
+    assert elbo == pytest.approx(json.loads((digits_run / "results.json").read_text())["test_elbo"])
+    bits = -elbo / 784 / math.log(2)
+    assert saved["bits_per_dimension"]["mean"] == pytest.approx(bits, rel=1e-5)
+    assert saved["iwae"]["images"] == 10
+    assert saved["mutual_information"]["mean"] <= math.log(179)
+    assert (digits_run / "posterior.png").exists()
+
+
+def test_parts_are_left_out_at_zero(digits_run):
+    none = ["--images", 0, "--annealed-images", 0, "--gap-images", 0, "--nuts-samples", 0]
+    done = command(digits_run, *none, "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert "IWAE-1,000  " not in done.stdout
+    saved = json.loads((digits_run / "evaluation.json").read_text())["numbers"]
+    assert "iwae" not in saved
+    assert "elbo" in saved
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere"], "nowhere is not the folder of a run"),
+        (["nowhere", "--images", "-1"], "is not a whole number at least 0"),
+    ],
+)
+def test_wrong_input_is_a_plain_error(argv, message):
+    done = command(*argv)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_on_other_data_is_refused(digits_run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(digits_run, other)
+    config = json.loads((other / "config.json").read_text())
+    config["dataset"]["sha256"] = "0" * 64
+    (other / "config.json").write_text(json.dumps(config))
+    done = command(other, "--quiet")
+    assert done.returncode == 1
+    assert "but the data found now is digits" in done.stderr
+    assert "Traceback" not in done.stderr

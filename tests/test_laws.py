@@ -1,0 +1,235 @@
+"""The laws of every combination: likelihood x guide x prior, conditional or not, and objectives."""
+
+import itertools
+
+import pyro
+import pytest
+import torch
+from conftest import SHAPES
+from pyro.infer import SVI
+
+from pvae import SingleOptimizer, evaluate
+from pvae.data import load, observe
+from pvae.train import Trainer
+from pvae.vae import GUIDES, LIKELIHOODS, OBJECTIVES, PRIORS, build
+
+B, D, CLASSES = 16, 3, 2
+STEPS = 30
+TWO_LAYERS = "two layers"  # the hierarchical pair stands among the guides
+
+GUIDE_NAMES = [*GUIDES, TWO_LAYERS]
+PRODUCT = list(itertools.product(LIKELIHOODS, GUIDE_NAMES, PRIORS, [False, True]))
+
+
+# only there has the baseline a gradient; the score function's own is too noisy for one draw
+OBJECTIVE = {"score_function_baseline": "trace_graph_elbo"}
+PARTICLES = {"score_function": 8}
+
+
+def refusal(guide, prior, conditional):
+    """What the builder says to a combination that cannot work, or None."""
+    if prior == "vamp" and guide == "per_datum":
+        return "no function"
+    if prior == "vamp" and guide == TWO_LAYERS:
+        return "with top_dim the prior is that of z2"
+    if prior == "conditional" and not conditional:
+        return "it needs num_classes"
+    return None
+
+
+def make(likelihood, guide, prior, conditional, variant=0):
+    """A tiny pair; the variants take turns in shape and net."""
+    shape, net = SHAPES[variant % 2], ["mlp", "conv"][variant // 2 % 2]
+    return build(
+        shape,
+        D,
+        net,
+        likelihood,
+        "normal" if guide == TWO_LAYERS else guide,
+        prior,
+        hidden=16,
+        num_classes=CLASSES if conditional else None,
+        top_dim=2 if guide == TWO_LAYERS else None,
+        components=4,
+        num_data=B if guide == "per_datum" else None,
+    )
+
+
+def data(vae, likelihood, conditional):
+    """Two prototypes with noise, in the likelihood's support, and which of them as labels."""
+    shape = tuple(vae.recipe["image_shape"])
+    y = torch.arange(B) % CLASSES
+    prototypes = (torch.rand(CLASSES, *shape) > 0.5).float() * 0.8 + 0.1
+    x = (prototypes[y] + 0.05 * torch.randn(B, *shape)).clamp(0, 1)
+    levels = {"binary": 1, "levels": 255, "grey": None}[LIKELIHOODS[likelihood].data]
+    x = x if levels is None else (x * levels).round() / levels
+    return (x, y) if conditional else (x,)
+
+
+def programs(vae, guide):
+    """Model and guide as they are called with data alone."""
+    if guide != "per_datum":
+        return vae.model, vae.guide
+    index = torch.arange(B)
+    return vae.model, lambda x, y=None: vae.guide(x, y, index=index)
+
+
+def bounds(pair, args, function, samples):
+    """A bound of each image, with fixed noise."""
+    with evaluate.fixed_noise("cpu", 1):
+        return function(*pair, *(*args, None)[:2], num_samples=samples)
+
+
+def elbo_of(pair, args):
+    return bounds(pair, args, evaluate.elbo, 10).elbo
+
+
+def above(difference, errors):
+    """Whether paired differences have a mean above so many of their standard errors."""
+    return difference.mean() > errors * difference.std() / len(difference) ** 0.5
+
+
+def train(vae, pair, elbo, args, steps=STEPS):
+    before = {name: p.detach().clone() for name, p in vae.named_parameters()}
+    adam = torch.optim.Adam(vae.parameters(), lr=1e-2)
+    svi = SVI(*pair, SingleOptimizer(adam), elbo)
+    losses = [svi.step(*args) for _ in range(steps)]
+    assert torch.tensor(losses).isfinite().all()
+    for name, p in vae.named_parameters():
+        assert p.isfinite().all(), name
+        assert (p != before[name]).any(), f"{name} did not move"
+
+
+def check_combination(number, likelihood, guide, prior, conditional):
+    reason = refusal(guide, prior, conditional)
+    if reason is not None:
+        with pytest.raises(ValueError, match=reason):
+            make(likelihood, guide, prior, conditional)
+        return
+    vae = make(likelihood, guide, prior, conditional, number)
+    args = data(vae, likelihood, conditional)
+    pair = programs(vae, guide)
+    start = elbo_of(pair, args)
+    train(
+        vae,
+        pair,
+        OBJECTIVES[OBJECTIVE.get(guide, "trace_elbo")].elbo(PARTICLES.get(guide, 1)),
+        args,
+    )
+
+    # it learns, and its numbers are bounds; each paired over the images
+    end, iwae = elbo_of(pair, args), bounds(pair, args, evaluate.importance_weighted, 50)
+    assert above(end - start, 5)
+    assert not above(end - iwae, 5)
+
+    # its own samples have a finite density, and one shape in model and guide
+    y = args[1] if conditional else None
+    trace = pyro.poutine.trace(vae.model).get_trace(y=y, size=B)
+    trace.compute_log_prob()
+    assert all(trace.nodes[name]["log_prob"].isfinite().all() for name in trace.stochastic_nodes)
+    assert trace.nodes["x"]["log_prob"].isfinite().all()
+    drawn = pyro.poutine.trace(pair[1]).get_trace(*args)
+    for name in drawn.stochastic_nodes:
+        if name != "data":
+            assert drawn.nodes[name]["value"].shape == trace.nodes[name]["value"].shape
+
+    # saved and loaded, it is the same
+    again = build(**vae.recipe)
+    again.load_state_dict(vae.state_dict())
+    assert (elbo_of(programs(again, guide), args) == end).all()
+
+
+def each_once(cases):
+    """About one case in forty, in which every value of every axis is seen."""
+    seen: set[tuple[int, object]] = set()
+    chosen = []
+    for number, case in cases:
+        if refusal(*case[1:]) is None and any(v not in seen for v in enumerate(case)):
+            new = [v for v in enumerate(case) if v not in seen]
+            if len(new) > 1 or case[0] == "bernoulli":
+                chosen.append((number, case))
+                seen |= set(enumerate(case))
+    return chosen
+
+
+@pytest.mark.parametrize(("number", "case"), each_once(list(enumerate(PRODUCT))))
+def test_a_sample_of_the_product(number, case):
+    check_combination(number, *case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("guide", "prior", "conditional"), {case[1:] for case in PRODUCT})
+def test_the_full_product(guide, prior, conditional):
+    for number, case in enumerate(PRODUCT):
+        if case[1:] == (guide, prior, conditional):
+            torch.manual_seed(number)
+            check_combination(number, *case)
+
+
+# ---- objectives, pairwise with each likelihood, guide and prior ----
+
+PAIRWISE = sorted(
+    {(p_x, "normal", "standard_normal", False) for p_x in LIKELIHOODS}
+    | {("bernoulli", g, "standard_normal", False) for g in GUIDE_NAMES}
+    | {("bernoulli", "normal", p, p == "conditional") for p in PRIORS}
+)
+NOT_REPARAMETERIZED = ("score_function", "score_function_baseline")
+NO_UNIT_KL = ("full_covariance", "low_rank", "mixture", "iaf", "spline")
+
+
+def objective_refusal(objective, guide, prior):
+    if objective not in ("trace_elbo", "trace_graph_elbo") and guide in NOT_REPARAMETERIZED:
+        return "needs reparameterized draws"
+    if objective in ("free_bits", "info_vae") and guide == TWO_LAYERS:
+        return "is for one latent site"
+    if objective == "free_bits" and (guide in NO_UNIT_KL or prior in ("mixture", "vamp", "flow")):
+        return "that factorize over the latent's units"
+    if objective == "trace_mean_field_elbo" and guide == TWO_LAYERS:
+        return "would be wrong here"
+    return None
+
+
+def check_objective(objective, case):
+    likelihood, guide, prior, conditional = case
+    vae = make(*case)
+    args, pair = data(vae, likelihood, conditional), programs(vae, guide)
+    chosen = OBJECTIVES[objective]
+    elbo = chosen.elbo(max(2, chosen.min_particles))
+    reason = objective_refusal(objective, guide, prior)
+    if reason is not None:
+        for call in (elbo.loss, elbo.loss_and_grads):
+            with pytest.raises(ValueError, match=reason):
+                call(*pair, *args)
+        return
+
+    def losses():
+        """At the same 20 seeds before and after, so that their differences are paired."""
+        values = []
+        for seed in range(20):
+            torch.manual_seed(seed)
+            values.append(elbo.loss(*pair, *args))
+        return torch.tensor(values)
+
+    start = losses()
+    if GUIDES.get(guide) is not None and GUIDES[guide].baseline and objective != "trace_graph_elbo":
+        del vae.guide.baseline  # it would not train
+        vae.guide.baseline = None
+    train(vae, pair, elbo, args)
+    assert above(start - losses(), 5)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_objectives_with_each_other_part(objective):
+    for case in PAIRWISE:
+        torch.manual_seed(0)
+        check_objective(objective, case)
+
+
+def test_what_an_objective_cannot_train_is_refused_before_the_run():
+    data = observe(load("digits"), "dynamic")
+    objective = OBJECTIVES["trace_mean_field_elbo"]
+    vae = build((1, 28, 28), 3, "mlp", hidden=8, top_dim=2)
+    adam = SingleOptimizer(torch.optim.Adam(vae.parameters()))
+    svi = SVI(vae.model, vae.guide, adam, objective.elbo(1))
+    with pytest.raises(ValueError, match="would be wrong here"):
+        Trainer(vae, svi, objective, data, epochs=1, batch_size=64)
