@@ -27,7 +27,7 @@ from pvae.crosscheck import _Draws
 from pvae.data import load, observe
 from pvae.heads import Normal
 from pvae.train import Trainer
-from pvae.vae import OBJECTIVES
+from pvae.vae import GUIDES, OBJECTIVES, PRIORS
 
 
 class Still(pyro.optim.PyroOptim):
@@ -88,6 +88,36 @@ def assert_same(stock, ours, args, tolerance=1e-5):
 def test_every_pair(likelihood, guide, elbo):
     vae, x = tiny(likelihood, guide, (3, 9, 6)), images(likelihood, (3, 9, 6)).float()
     assert_same(*pair(vae.model, vae.guide, elbo()), (x,))
+
+
+@pytest.mark.parametrize("guide", [g for g in GUIDES if g not in ("spline", "per_datum")])
+def test_every_guide(guide, x):
+    vae = tiny(guide=guide, net="mlp")
+    assert_same(*pair(vae.model, vae.guide, Trace_ELBO()), (x,))
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_every_prior(prior, x):
+    classes = 4 if prior == "conditional" else None
+    vae = pvae.build((1, 8, 8), 3, "mlp", prior=prior, hidden=16, num_classes=classes)
+    labels = () if classes is None else (torch.tensor([0, 1, 2, 3, 0, 1]),)
+    assert_same(*pair(vae.model, vae.guide, Trace_ELBO()), (x, *labels))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective(objective, x):
+    vae = tiny(net="mlp")
+    assert_same(*pair(vae.model, vae.guide, OBJECTIVES[objective].elbo(3)), (x,))
+
+
+def test_a_spline_flow_is_not_captured(x):
+    """It picks out the elements within its bounds, by a mask of their values."""
+    vae = tiny(guide="spline", net="mlp")
+    svi = captured.SVI(vae.model, vae.guide, Still(), Trace_ELBO(), compiler=as_traced)
+    svi.step(x)
+    with pytest.warns(UserWarning, match="DynamicOutputShape"):
+        svi.step(x)
+    assert svi.engine == "eager"
 
 
 @pytest.mark.parametrize(
