@@ -675,6 +675,7 @@ def trainer(folder, precision="fp32"):
     )
 
 
+@pytest.mark.slow
 def test_a_captured_run_is_resumed(tmp_path):
     """Nearly as if uninterrupted: its first steps run eager again."""
     whole = trainer(tmp_path)
@@ -691,6 +692,7 @@ def test_a_captured_run_is_resumed(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_training_in_bfloat16(tmp_path):
     coarse, exact = trainer(None, "bf16"), trainer(None)
     coarse.fit()
