@@ -46,6 +46,7 @@ Run = Callable[..., Sequence[Any]]
 Compiler = Callable[[GraphModule, list[Tensor]], Run]
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
+_KINDS = frozenset(_PLAIN)
 _SIGNATURES = 100  # that are told apart; beyond it a step with a new one runs eager
 
 
@@ -172,7 +173,7 @@ class _Graph(NamedTuple):
         known = _parameters()
         now = [known.get(name) for name in self.names]
         for name, tensor, captured in zip(self.names, now, self.parameters, strict=True):
-            if tensor is None or (tensor is not captured and name in self.owned):
+            if tensor is not captured and name in self.owned:
                 return None
         found = [t for t in now if t is not None]
         return found if [_layout(t) for t in (*found, *self.rest)] == self.layouts else None
@@ -204,6 +205,7 @@ class _Signature(NamedTuple):
 def _signature(args: Any, kwargs: Any, modules: Sequence[nn.Module]) -> _Signature:
     leaves, structure = pytree.tree_flatten((args, kwargs))
     key: list[Hashable] = [structure, torch.get_default_dtype()]
+    key.append(torch.get_float32_matmul_precision())
     for device in ("cpu", "cuda"):
         key += [torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)]
     tensors: list[Tensor] = []
@@ -240,17 +242,20 @@ def _signature(args: Any, kwargs: Any, modules: Sequence[nn.Module]) -> _Signatu
     return _Signature(tuple(key), tensors, numbers)
 
 
-def _state(modules: Sequence[nn.Module]) -> Iterator[Hashable]:
-    """Plain attributes, and which tensors and submodules there are."""
+def _state(modules: Sequence[nn.Module]) -> list[Hashable]:
+    """Plain attributes, and which tensors and submodules there are; looked up at every step."""
+    state: list[Hashable] = []
     for module in modules:
         attributes = vars(module)
         for value in attributes.values():
-            if type(value) in _PLAIN:
-                yield value
-            elif isinstance(value, Tensor):
-                yield id(value)
-        for held in ("_parameters", "_buffers", "_modules"):
-            yield from map(id, attributes[held].values())
+            if (kind := type(value)) in _KINDS:
+                state.append(value)
+            elif kind is Tensor:
+                state.append(id(value))
+        for held in (attributes["_parameters"], attributes["_buffers"], attributes["_modules"]):
+            if held:
+                state += map(id, held.values())
+    return state
 
 
 @contextlib.contextmanager
@@ -446,7 +451,7 @@ class SVI(pyro.infer.SVI):
         except NotCaptured as error:
             made = str(error)
         except Exception as error:  # whatever the tracer or the compiler says of these programs
-            made = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            made = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         _set_random_state(start)
 
         elsewhere = _other_random_state()
@@ -478,7 +483,12 @@ class SVI(pyro.infer.SVI):
             # once to see which tensors the programs touch ...
             with FakeTensorMode() as fake, _Outside({}, _leaf_in(fake)) as outside:
                 loss, sites = self._loss_and_sites(args, kwargs)
-            by_name = {name: site["value"].unconstrained() for name, site in sites.items()}
+            by_name: dict[str, Tensor] = {}
+            for name, site in sites.items():
+                parameter = site["value"].unconstrained()
+                # a module that model and guide share is in the store under two names
+                if not any(parameter is other for other in by_name.values()):
+                    by_name[name] = parameter
             names, parameters = list(by_name), list(by_name.values())
             known = {id(t) for t in (*arguments, *parameters)}
             rest = [t for t in outside.found if id(t) not in known]

@@ -13,7 +13,6 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
-from torch.distributions.utils import vec_to_tril_matrix
 from torch.nn.functional import logsigmoid
 
 Link = Callable[[Tensor], Tensor]
@@ -555,7 +554,10 @@ class FullCovariance(Head):
     def forward(self, h: Tensor) -> dist.Distribution:
         dim = self.event_shape[0]
         loc, log_diagonal, below = h.split([dim, dim, h.shape[-1] - 2 * dim], dim=-1)
-        scale_tril = torch.diag_embed(log_diagonal.exp()) + vec_to_tril_matrix(below, -1)
+        scale_tril = torch.diag_embed(log_diagonal.exp())
+        # by indices: torch's own vec_to_tril_matrix has a mask, of which no graph can be traced
+        rows, columns = torch.tril_indices(dim, dim, -1, device=h.device)
+        scale_tril[..., rows, columns] = below
         return dist.MultivariateNormal(loc, scale_tril=scale_tril)
 
 

@@ -27,7 +27,7 @@ from pvae.crosscheck import _Draws
 from pvae.data import load, observe
 from pvae.heads import Normal
 from pvae.train import Trainer
-from pvae.vae import OBJECTIVES
+from pvae.vae import GUIDES, OBJECTIVES, PRIORS
 
 
 class Still(pyro.optim.PyroOptim):
@@ -90,6 +90,36 @@ def test_every_pair(likelihood, guide, elbo):
     assert_same(*pair(vae.model, vae.guide, elbo()), (x,))
 
 
+@pytest.mark.parametrize("guide", [g for g in GUIDES if g not in ("spline", "per_datum")])
+def test_every_guide(guide, x):
+    vae = tiny(guide=guide, net="mlp")
+    assert_same(*pair(vae.model, vae.guide, Trace_ELBO()), (x,))
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_every_prior(prior, x):
+    classes = 4 if prior == "conditional" else None
+    vae = pvae.build((1, 8, 8), 3, "mlp", prior=prior, hidden=16, num_classes=classes)
+    labels = () if classes is None else (torch.tensor([0, 1, 2, 3, 0, 1]),)
+    assert_same(*pair(vae.model, vae.guide, Trace_ELBO()), (x, *labels))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective(objective, x):
+    vae = tiny(net="mlp")
+    assert_same(*pair(vae.model, vae.guide, OBJECTIVES[objective].elbo(3)), (x,))
+
+
+def test_a_spline_flow_is_not_captured(x):
+    """It picks out the elements within its bounds, by a mask of their values."""
+    vae = tiny(guide="spline", net="mlp")
+    svi = captured.SVI(vae.model, vae.guide, Still(), Trace_ELBO(), compiler=as_traced)
+    svi.step(x)
+    with pytest.warns(UserWarning, match="DynamicOutputShape"):
+        svi.step(x)
+    assert svi.engine == "eager"
+
+
 @pytest.mark.parametrize(
     "elbo",
     [
@@ -111,6 +141,25 @@ def test_labels_are_arguments():
     assert_same(stock, ours, (x.float(), torch.tensor([0, 1, 2, 3, 0, 1])))
     assert_same(stock, ours, (x.float(), torch.tensor([3, 1, 1, 3, 0, 2])))
     assert ours.captures == 1
+
+
+def test_a_module_that_model_and_guide_share_is_trained_once():
+    """Two names in the store, one tensor: one of Pyro's optimizers, and one step of it."""
+    net = pvae.Conditional(nn.Linear(3, 6), Normal((3,)), event_dim=1)
+    model = pvae.Model(pvae.priors.StandardNormal(3), net)
+    data, twin = torch.rand(5, 3), copy.deepcopy(net)
+    other = pvae.Model(pvae.priors.StandardNormal(3), twin)
+    for m, n, svi, options in (
+        (model, net, SVI, {}),
+        (other, twin, captured.SVI, {"strict": True, "compiler": as_traced}),
+    ):
+        adam = pyro.optim.ClippedAdam({"lr": 1e-2})
+        trained = svi(m, pvae.Guide(n), adam, Trace_ELBO(), **options)
+        torch.manual_seed(0)
+        for _ in range(5):
+            trained.step(data)
+    assert trained.engine == "captured"
+    torch.testing.assert_close(twin.state_dict(), net.state_dict())
 
 
 def test_one_factor_for_each_datum():
@@ -309,21 +358,55 @@ def test_a_parameter_replaced_in_the_store_is_seen():
     torch.testing.assert_close(g["p"], h["p"])
 
 
-def test_a_cleared_store_and_replaced_modules_are_seen(x):
+def test_a_cleared_store_is_filled_again(x):
     vae = tiny()
     svi = ready(vae, x)
     pyro.clear_param_store()
     svi.step(x)
     assert svi.engine == "eager"
-    state = {name: t.clone() for name, t in vae.state_dict().items()}
-    copies = {name: t.clone() for name, t in state.items()}
-    vae.load_state_dict(copies, assign=True)  # other tensors under the same names
-    svi.optim = pvae.SingleOptimizer(torch.optim.Adam(vae.parameters(), lr=1e-2))
-    for _ in range(3):
+    before = [p.detach().clone() for p in vae.parameters()]
+    for _ in range(2):
         svi.step(x)
     assert svi.engine == "captured"
-    for name, p in vae.named_parameters():
-        assert (p != state[name]).any(), name
+    assert all((p != b).any() for p, b in zip(vae.parameters(), before, strict=True))
+
+
+def test_tensors_that_a_module_is_given_anew_are_seen(x):
+    vae = tiny()
+    svi = ready(vae, x, Still())
+    vae.load_state_dict({n: 1.1 * t for n, t in vae.state_dict().items()}, assign=True)
+    stock = SVI(vae.model, vae.guide, Still(), Trace_ELBO())
+    for _ in range(3):
+        (loss, *_), (expected, *_) = step(svi, (x,)), step(stock, (x,))
+        assert loss == pytest.approx(expected, rel=1e-5)
+    assert svi.engine == "captured"
+    assert svi.captures == 2
+
+
+class CoinGuide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.temperature = 1.0
+        self.logit = nn.Parameter(torch.ones(4))
+
+    def forward(self, flips):
+        pyro.module("guide", self, update_module_params=True)
+        with pyro.plate("data", len(flips)):
+            probs = (self.logit / self.temperature).sigmoid()
+            pyro.sample("fair", dist.Bernoulli(probs))
+
+
+def test_a_modules_parameter_that_is_replaced_in_the_store_is_seen():
+    """`pyro.module` hands the store's tensor to the module: the programs have to run."""
+    guide = CoinGuide()
+    _, ours = pair(coin, guide, Trace_ELBO())
+    for _ in range(3):
+        ours.step(FLIPS)
+    assert ours.engine == "captured"
+    pyro.get_param_store()["guide$$$logit"] = torch.full((4,), 2.0)
+    ours.step(FLIPS)
+    assert ours.engine == "eager"
+    assert (guide.logit == 2.0).all()
 
 
 def test_store_and_optimizer_hold_what_is_trained(x):
@@ -379,23 +462,7 @@ def test_modes_shapes_dtypes_and_frozen_layers_make_graphs_of_their_own(x):
 def test_a_number_that_a_module_holds_is_no_constant():
     """A temperature that is annealed by hand."""
 
-    class Guide(nn.Module):
-        temperature = 1.0
-
-        def __init__(self):
-            super().__init__()
-            self.temperature = 1.0
-            self.logit = nn.Parameter(torch.zeros(4))
-
-        def forward(self, flips):
-            pyro.module("guide", self)
-            with pyro.plate("data", len(flips)):
-                probs = (self.logit / self.temperature).sigmoid()
-                pyro.sample("fair", dist.Bernoulli(probs))
-
-    guide = Guide()
-    with torch.no_grad():
-        guide.logit.fill_(1.0)
+    guide = CoinGuide()
     stock, ours = pair(coin, guide, Trace_ELBO(), max_graphs=2)
     for temperature in (1.0, 0.5):
         guide.temperature = temperature
@@ -608,6 +675,7 @@ def trainer(folder, precision="fp32"):
     )
 
 
+@pytest.mark.slow
 def test_a_captured_run_is_resumed(tmp_path):
     """Nearly as if uninterrupted: its first steps run eager again."""
     whole = trainer(tmp_path)
@@ -624,6 +692,7 @@ def test_a_captured_run_is_resumed(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_training_in_bfloat16(tmp_path):
     coarse, exact = trainer(None, "bf16"), trainer(None)
     coarse.fit()
