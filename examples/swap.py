@@ -75,8 +75,17 @@ def combination(text: str) -> dict[str, str]:
             raise ValueError(f"{change!r}: a combination is NAME=VALUE of {', '.join(BASE)}")
         if name in TABLES:
             choose(name, value, TABLES[name])
+        elif not _is_weight(value):
+            raise ValueError(f"{change}: beta is a number of at least 0")
         parts[name] = value
     return parts
+
+
+def _is_weight(text: str) -> bool:
+    try:
+        return 0 <= float(text) < float("inf")
+    except ValueError:
+        return False
 
 
 def common_data(combinations: Sequence[Mapping[str, str]]) -> str:
