@@ -17,9 +17,9 @@ from pyro.infer import SVI
 
 import pvae
 from pvae import cli, data, memory
+from pvae.builder import OBJECTIVES
 from pvae.closed_form import collapsed
 from pvae.train import Trainer
-from pvae.vae import OBJECTIVES
 
 MARGIN = 20.0  # nats above the collapsed solution that count as having left it
 

@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 import pvae
 from pvae import cli, data, evaluate, plots, report, run
+from pvae.builder import OBJECTIVES
 from pvae.train import Trainer
-from pvae.vae import OBJECTIVES, VAE
+from pvae.vae import VAE
 
 DRAWS = 64  # of z for each image, in every ELBO that is reported
 

@@ -34,8 +34,9 @@ from tqdm import trange
 
 import pvae
 from pvae import cli, data, evaluate, plots, report, run
+from pvae.builder import LIKELIHOODS, OBJECTIVES
 from pvae.train import Trainer, learning_rate_factor
-from pvae.vae import LIKELIHOODS, OBJECTIVES, VAE
+from pvae.vae import VAE
 
 WARMUP = 0.05  # fraction of training in which learning rate and KL weight rise
 

@@ -25,8 +25,9 @@ from pyro.infer import SVI
 
 import pvae
 from pvae import checkpoint, cli, data, evaluate, plots, report, run
+from pvae.builder import OBJECTIVES
 from pvae.train import Trainer
-from pvae.vae import OBJECTIVES, VAE
+from pvae.vae import VAE
 
 FASHION = [
     *("t-shirt", "trouser", "pullover", "dress", "coat"),

@@ -33,10 +33,10 @@ from torch import Tensor, nn
 
 import pvae
 from pvae import cli, closed_form, data, evaluate, heads, plots, report, run
+from pvae.builder import LIKELIHOODS, OBJECTIVES
 from pvae.nets import Affine, DeepDecoder, DeepEncoder
 from pvae.priors import StandardNormal
 from pvae.train import Trainer
-from pvae.vae import LIKELIHOODS, OBJECTIVES
 
 
 def normal(shape: Sequence[int], scale: float) -> heads.NormalFixedScale:

@@ -27,10 +27,10 @@ from tqdm import trange
 
 import pvae
 from pvae import VAE, Conditional, Guide, Model, cli, evaluate, plots, report, run
+from pvae.builder import OBJECTIVES
 from pvae.heads import Normal, NormalSharedScale
 from pvae.nets import MLP
 from pvae.priors import StandardNormal
-from pvae.vae import OBJECTIVES
 
 
 def g(z: Tensor) -> Tensor:

@@ -35,12 +35,12 @@ from torch import Tensor
 
 import pvae
 from pvae import Conditional, Guide, Model, cli, data, evaluate, plots, report, run
+from pvae.builder import OBJECTIVES
 from pvae.conditional import Masked, concat_mask
 from pvae.heads import Bernoulli, Normal
 from pvae.nets import MLP
 from pvae.priors import StandardNormal
 from pvae.train import Trainer
-from pvae.vae import OBJECTIVES
 
 Missing = Callable[[Tensor], Tensor]  # images (N, C, H, W) to a mask (N, 1, H, W), True where seen
 

@@ -21,8 +21,8 @@ from pyro.infer import SVI
 
 import pvae
 from pvae import checkpoint, cli, data, report, run
+from pvae.builder import OBJECTIVES
 from pvae.train import Trainer
-from pvae.vae import OBJECTIVES
 
 
 def main() -> None:

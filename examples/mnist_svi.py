@@ -16,8 +16,8 @@ import torch
 
 import pvae
 from pvae import checkpoint, cli, data, memory, report, run
+from pvae.builder import OBJECTIVES
 from pvae.train import Trainer
-from pvae.vae import OBJECTIVES
 
 
 def main() -> None:

@@ -29,8 +29,8 @@ from pyro.infer import SVI
 
 import pvae
 from pvae import checkpoint, cli, plots, report, run
+from pvae.builder import GUIDES, LIKELIHOODS, OBJECTIVES, PRIORS, choose
 from pvae.train import Trainer
-from pvae.vae import GUIDES, LIKELIHOODS, OBJECTIVES, PRIORS, choose
 
 BASE = {
     "likelihood": "bernoulli",

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pvae.builder import build
 from pvae.files import write_atomically
-from pvae.vae import VAE, build
+from pvae.vae import VAE
 
 FORMAT = 1
 

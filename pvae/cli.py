@@ -15,8 +15,9 @@ import torch
 from pyro.infer import SVI
 
 from pvae import captured, data, memory, run
+from pvae.builder import ACTIVATIONS, GUIDES, LIKELIHOODS, NETS, OBJECTIVES, PRIORS
 from pvae.train import TrainingFailed
-from pvae.vae import ACTIVATIONS, GUIDES, LIKELIHOODS, NETS, OBJECTIVES, PRIORS, VAE
+from pvae.vae import VAE
 
 # what may be given anew when a run is resumed; all else is part of what the run is
 _RESUMABLE = {"num_epochs", "device", "data_root", "resume", "quiet", "out", "engine"}

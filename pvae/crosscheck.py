@@ -15,9 +15,10 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pvae.builder import Objective
 from pvae.evaluate import Estimate, estimate, evaluating, fixed_noise
 from pvae.objectives import temper
-from pvae.vae import VAE, Objective
+from pvae.vae import VAE
 
 TOLERANCE = 1e-4  # of (a), relative
 STANDARD_ERRORS = 5.0  # of (b)
@@ -91,7 +92,7 @@ def cross_check(
     """Holds `svi` against the hand-written ELBO of `vae` on one batch `(B, C, H, W)`.
 
     >>> import pyro, pvae
-    >>> from pvae.vae import OBJECTIVES
+    >>> from pvae.builder import OBJECTIVES
     >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
     >>> objective = OBJECTIVES["trace_elbo"]
     >>> svi = SVI(vae.model, vae.guide, pyro.optim.Adam({}), objective.elbo(1))

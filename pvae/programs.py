@@ -330,8 +330,8 @@ class HierarchicalGuide(Program):
     r"""The guide from below, `q(z1 | x, y) q(z2 | z1, y)`.
 
     Model and guide draw `z1` and `z2` in opposite orders, so that the KL of one site depends on the
-    draw of the other: `TraceMeanField_ELBO` would be wrong here, and `pvae.vae.OBJECTIVES` refuse
-    it.
+    draw of the other: `TraceMeanField_ELBO` would be wrong here, and `pvae.builder.OBJECTIVES`
+    refuse it.
 
     Args:
         posterior: a module with `posterior(x)` or `posterior(x, y)`, a distribution over `z1`.

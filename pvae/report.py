@@ -9,8 +9,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pvae import evaluate, plots
+from pvae.builder import LIKELIHOODS
 from pvae.data import Observed, Split, pixels
-from pvae.vae import LIKELIHOODS, VAE
+from pvae.vae import VAE
 
 OBSERVED = {  # what a model is shown, in words
     "grey": "grey",

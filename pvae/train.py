@@ -16,12 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pvae import checkpoint, evaluate
+from pvae.builder import Objective
 from pvae.crosscheck import STANDARD_ERRORS, TOLERANCE, Check, cross_check
 from pvae.data import Observed, pixels
 from pvae.files import write_atomically
 from pvae.objectives import temper
 from pvae.optim import SingleOptimizer
-from pvae.vae import VAE, Objective
+from pvae.vae import VAE
 
 _CHECKED = 250  # images of the fixed validation batch that the cross-check sees
 
@@ -77,7 +78,7 @@ class Trainer:
         vae: the pair; its parameters are those of the optimizer in `svi`.
         svi: `pyro.infer.SVI`, or `pvae.captured.SVI`, over `vae.model` and `vae.guide`, with a
             `SingleOptimizer`.
-        objective: the entry of `pvae.vae.OBJECTIVES` whose ELBO `svi` has; for the cross-check.
+        objective: the entry of `pvae.builder.OBJECTIVES` whose ELBO `svi` has; for the cross-check.
         data: the observed data set, on the device of `vae`.
         epochs, batch_size: how long, and how many images a step.
         beta: weight of the KL after its warm-up (1 is the ELBO).
@@ -100,7 +101,7 @@ class Trainer:
 
     >>> import pyro, pvae
     >>> from pvae.data import load, observe
-    >>> from pvae.vae import OBJECTIVES
+    >>> from pvae.builder import OBJECTIVES
     >>> data = observe(load("digits"), "dynamic")
     >>> vae = pvae.build((1, 28, 28), latent_dim=2, net="mlp", hidden=16)
     >>> adam = SingleOptimizer(torch.optim.Adam(vae.parameters(), lr=1e-2))

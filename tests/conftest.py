@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pvae.vae import GUIDES, LIKELIHOODS, OBJECTIVES, VAE, build
+from pvae.builder import GUIDES, LIKELIHOODS, OBJECTIVES, build
+from pvae.vae import VAE
 
 # the pairs are tiny: threads would only wait for one another
 torch.set_num_threads(1)

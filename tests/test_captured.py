@@ -22,12 +22,12 @@ from torch import nn
 
 import pvae
 from pvae import captured, temper
+from pvae.builder import GUIDES, OBJECTIVES, PRIORS
 from pvae.captured import NotCaptured, as_traced
 from pvae.crosscheck import _Draws
 from pvae.data import load, observe
 from pvae.heads import Normal
 from pvae.train import Trainer
-from pvae.vae import GUIDES, OBJECTIVES, PRIORS
 
 
 class Still(pyro.optim.PyroOptim):

@@ -23,11 +23,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 import pvae
 from pvae import VAE, ConcatLabel, Conditional, Guide, Model, checkpoint, evaluate, plots, report
+from pvae.builder import OBJECTIVES
 from pvae.crosscheck import _Draws
 from pvae.data import Observed, Split
 from pvae.heads import Normal, NormalFixedScale, from_log_scale
 from pvae.priors import StandardNormal
-from pvae.vae import OBJECTIVES
 
 EXAMPLES = Path(pvae.__file__).parent.parent / "examples"
 K = 4  # classes

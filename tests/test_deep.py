@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 import pvae
 from pvae import checkpoint, closed_form, temper
+from pvae.builder import LIKELIHOODS, OBJECTIVES
 from pvae.crosscheck import _Draws
 from pvae.heads import Normal, NormalFixedScale
 from pvae.nets import Affine, CourseDecoder, CourseEncoder, DeepDecoder, DeepEncoder
 from pvae.priors import StandardNormal
-from pvae.vae import LIKELIHOODS, OBJECTIVES
 
 ROOT = Path(pvae.__file__).parent.parent
 SIZES = [(3, 64, 64), (3, 32, 32), (1, 28, 20), (1, 28, 28), (2, 5, 7), (1, 33, 1)]

@@ -7,8 +7,8 @@ from conftest import BY_HAND, CLOSED, PAIRS, SHAPES, images, tiny
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 
 from pvae import temper
+from pvae.builder import OBJECTIVES
 from pvae.crosscheck import _Draws
-from pvae.vae import OBJECTIVES
 
 
 def pyro_loss_and_noise(vae, x, elbo, beta):

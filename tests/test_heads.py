@@ -9,9 +9,9 @@ from torch import nn
 from torch.distributions import constraints
 
 from pvae import Conditional, heads, ignore_label
+from pvae.builder import GUIDES, LIKELIHOODS
 from pvae.priors import StandardNormal
 from pvae.programs import mean_of
-from pvae.vae import GUIDES, LIKELIHOODS
 
 HEADS = {
     **{name: family.head for name, family in LIKELIHOODS.items()},

@@ -23,6 +23,7 @@ HOUSE = [
     "memory",
     "optim",
     "data",
+    "builder",
     "vae",
 ]
 # the ground floor: rooms that do not import one another

@@ -16,11 +16,11 @@ from torch import nn
 
 import pvae
 from pvae import Conditional, Guide, Model
+from pvae.builder import LIKELIHOODS
 from pvae.conditional import Masked, concat_mask
 from pvae.heads import Bernoulli, Normal
 from pvae.nets import MLP
 from pvae.priors import StandardNormal
-from pvae.vae import LIKELIHOODS
 
 EXAMPLES = Path(pvae.__file__).parent.parent / "examples"
 

@@ -9,9 +9,9 @@ from conftest import SHAPES
 from pyro.infer import SVI
 
 from pvae import SingleOptimizer, evaluate
+from pvae.builder import GUIDES, LIKELIHOODS, OBJECTIVES, PRIORS, build
 from pvae.data import load, observe
 from pvae.train import Trainer
-from pvae.vae import GUIDES, LIKELIHOODS, OBJECTIVES, PRIORS, build
 
 B, D, CLASSES = 16, 3, 2
 STEPS = 30

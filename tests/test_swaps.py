@@ -13,10 +13,10 @@ from torch import nn
 import pvae
 import pvae.crosscheck
 from pvae import Conditional, heads, priors
+from pvae.builder import LIKELIHOODS, OBJECTIVES, PRIORS, build
 from pvae.closed_form import LinearGaussian
 from pvae.flows import AFFINE, SPLINE, FlowPosterior, FlowPrior
 from pvae.objectives import DReG, FreeBits, InfoVAE, MeanField, Renyi, inverse_multiquadric, mmd
-from pvae.vae import LIKELIHOODS, OBJECTIVES, PRIORS, build
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 255
 

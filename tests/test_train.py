@@ -11,13 +11,13 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
 from pvae import VAE, Conditional, Guide, Model, SingleOptimizer, build, checkpoint, evaluate, load
+from pvae.builder import OBJECTIVES
 from pvae.crosscheck import Check, cross_check
 from pvae.data import Split, observe
 from pvae.data import load as load_data
 from pvae.heads import Bernoulli, Normal
 from pvae.priors import StandardNormal
 from pvae.train import Trainer, TrainingFailed, kl_weight, learning_rate_factor
-from pvae.vae import OBJECTIVES
 
 DIGITS = load_data("digits")
 

@@ -43,7 +43,7 @@ def test_reconstruction_is_the_mean_at_the_mean():
     torch.testing.assert_close(vae.reconstruct(X), vae.model.likelihood.raw(loc).sigmoid())
 
 
-@pytest.mark.parametrize("likelihood", pvae.vae.LIKELIHOODS)
+@pytest.mark.parametrize("likelihood", pvae.builder.LIKELIHOODS)
 def test_output_starts_at_the_mean_image(likelihood):
     mean = torch.full((1, 8, 8), 0.13)
     vae = pvae.build((1, 8, 8), 2, likelihood=likelihood, mean_image=mean)

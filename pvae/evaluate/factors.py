@@ -17,12 +17,12 @@ from pyro.infer import SVI
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from pvae.builder import OBJECTIVES
 from pvae.conditional import Conditional, ignore_label
 from pvae.evaluate.bounds import elbo, fixed_noise
 from pvae.evaluate.importance import importance_weighted
 from pvae.optim import SingleOptimizer
 from pvae.programs import Guide, evaluating
-from pvae.vae import OBJECTIVES
 
 
 class Gaps(NamedTuple):
