@@ -58,6 +58,7 @@ def test_what_a_run_leaves(tmp_path):
         "test_elbo",
         "test_reconstruction",
         "test_kl",
+        "bits_per_dimension",
         "iwae_500",
         "iwae_500_se",
         "active_units",
