@@ -14,11 +14,13 @@ over the rate of the machine's best matrix product, measured here.
 import argparse
 import importlib.util
 import itertools
+import logging
 import math
 import multiprocessing
 import platform
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -172,8 +174,59 @@ def pytorch_examples(net: str, batch: int) -> Step:
     return step
 
 
-def numpyro(net: str, batch: int) -> Step:
-    """The same MLP as two NumPyro programs; one jitted update a step."""
+def _pythae_trainer(net: str, images: Tensor, batch: int) -> Any:
+    """pythae's VAE around the same networks, and its trainer, ready to train."""
+    from pythae.data.datasets import BaseDataset
+    from pythae.models import VAE, VAEConfig
+    from pythae.models.base.base_utils import ModelOutput
+    from pythae.models.nn import BaseDecoder, BaseEncoder
+    from pythae.trainers import BaseTrainer, BaseTrainerConfig
+
+    logging.disable(logging.INFO)  # it says at every start that it is ready
+    ours, _ = _pair(net, 1, torch.contiguous_format)
+
+    class Encoder(BaseEncoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = ours.guide.posterior.net
+
+        def forward(self, x: Tensor) -> Any:
+            loc, log_variance = self.net(x).chunk(2, dim=-1)
+            return ModelOutput(embedding=loc, log_covariance=log_variance)
+
+    class Decoder(BaseDecoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = ours.model.likelihood.net
+
+        def forward(self, z: Tensor) -> Any:
+            return ModelOutput(reconstruction=self.net(z).sigmoid())
+
+    latent_dim = NETS[net]["latent_dim"]
+    config = VAEConfig(input_dim=(1, 28, 28), latent_dim=latent_dim, reconstruction_loss="bce")
+    trainer = BaseTrainer(
+        VAE(config, encoder=Encoder(), decoder=Decoder()),
+        BaseDataset(images, torch.zeros(len(images))),
+        training_config=BaseTrainerConfig(
+            output_dir=tempfile.mkdtemp(),
+            per_device_train_batch_size=batch,
+            learning_rate=1e-3,
+            no_cuda=True,
+        ),
+    )
+    trainer.prepare_training()
+    trainer.callback_handler.callbacks.clear()  # no bars, no lines
+    return trainer
+
+
+def pythae(net: str, batch: int) -> Step:
+    """One batch through pythae's trainer, its loader among it."""
+    _, x = _pair(net, batch, torch.contiguous_format)
+    return partial(_pythae_trainer(net, x, batch).train_step, epoch=1)
+
+
+def _numpyro_svi() -> tuple[Any, Any]:
+    """The same MLP as two NumPyro programs, and their state."""
     import jax
     import jax.numpy as jnp
     import numpyro
@@ -200,9 +253,17 @@ def numpyro(net: str, batch: int) -> Step:
         with numpyro.plate("data", len(x)):
             numpyro.sample("z", dist.Normal(loc, jnp.exp(log_variance / 2)).to_event(1))
 
-    x = jnp.asarray((torch.rand(batch, 784) > 0.5).float().numpy())
     svi = SVI(model, guide, numpyro.optim.Adam(1e-3), Trace_ELBO())
-    state = svi.init(jax.random.PRNGKey(0), x)
+    return svi, svi.init(jax.random.PRNGKey(0), jnp.zeros((1, 784)))
+
+
+def numpyro(net: str, batch: int) -> Step:
+    """NumPyro, one jitted update a step."""
+    import jax
+    import jax.numpy as jnp
+
+    svi, state = _numpyro_svi()
+    x = jnp.asarray((torch.rand(batch, 784) > 0.5).float().numpy())
     update = jax.jit(svi.update)
 
     def step() -> float:
@@ -221,6 +282,7 @@ VARIANTS: Mapping[str, Callable[[str, int], Step]] = {
     "captured": captured_fp32,
     "captured bf16": captured_bf16,
     "pytorch/examples": pytorch_examples,
+    "pythae": pythae,
     "NumPyro": numpyro,
 }
 
@@ -284,14 +346,55 @@ def captured_epoch(net: str, batch: int) -> Step:
     return _in_memory(_single(partial(captured.SVI, after=20), net, batch)[0], batch)
 
 
+def pythae_epoch(net: str, batch: int) -> Step:
+    """Static binary pixels: pythae has nothing that redraws them."""
+    images = torch.bernoulli(data.pixels(data.load().train.images))
+    return partial(_pythae_trainer(net, images, batch).train_step, epoch=1)
+
+
+def numpyro_epoch(net: str, batch: int) -> Step:
+    """A whole epoch as one jitted loop, pixels redrawn inside, as in NumPyro's own example; it
+    leaves the short last batch out."""
+    import jax
+    import jax.numpy as jnp
+
+    svi, state = _numpyro_svi()
+    images = jnp.asarray(data.load().train.images.flatten(1).numpy())
+    key = jax.random.PRNGKey(1)
+
+    @jax.jit
+    def one(state: Any, images: Any, key: Any) -> Any:
+        order = jax.random.permutation(key, len(images))
+
+        def step(i: Any, carry: Any) -> Any:
+            state, total = carry
+            rows = jax.lax.dynamic_slice_in_dim(order, i * batch, batch)
+            noise = jax.random.fold_in(key, i)
+            x = jax.random.bernoulli(noise, images[rows] / 255).astype(jnp.float32)
+            state, loss = svi.update(state, x)
+            return state, total + loss
+
+        return jax.lax.fori_loop(0, len(images) // batch, step, (state, 0.0))
+
+    def epoch() -> None:
+        nonlocal state, key
+        key, now = jax.random.split(key)
+        state, loss = one(state, images, now)
+        float(loss)
+
+    return epoch
+
+
 EPOCHS: Mapping[str, Callable[[str, int], Step]] = {
     "plain": plain_epoch,
     "stock Pyro SVI": stock_epoch,
     "eager": eager_epoch,
     "captured": captured_epoch,
+    "pythae": pythae_epoch,
+    "NumPyro": numpyro_epoch,
 }
 _MLP_ONLY = {"pytorch/examples", "NumPyro"}
-_NEEDS = {"NumPyro": "numpyro"}
+_NEEDS = {"NumPyro": "numpyro", "pythae": "pythae"}
 
 
 # ---- taking turns ----
@@ -474,7 +577,8 @@ def main() -> None:
     if args.quick:
         args.batches, args.turns, args.seconds = [128], 3, 0.3
 
-    asked = [v for v in VARIANTS if v == "plain" or v in (args.variants or VARIANTS)]
+    variants = EPOCHS if args.epochs else VARIANTS
+    asked = [v for v in variants if v == "plain" or v in (args.variants or variants)]
     missing = [v for v in asked if v in _NEEDS and importlib.util.find_spec(_NEEDS[v]) is None]
     for variant in missing:
         print(f"skipped: {variant} ({_NEEDS[variant]} is not installed)")
@@ -486,12 +590,11 @@ def main() -> None:
     )
     rows: list[dict[str, Any]] = []
     for net in args.nets:
-        there = {
-            v: VARIANTS[v]
+        builders = {
+            v: variants[v]
             for v in asked
             if v not in missing and (net == "mlp" or v not in _MLP_ONLY)
         }
-        builders = EPOCHS if args.epochs else there
         for batch in args.batches:
             measured = measure(
                 builders,

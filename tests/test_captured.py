@@ -650,6 +650,77 @@ def test_bfloat16_is_of_the_networks_alone(x):
     assert coarse != exact
 
 
+# ---- functions ----
+
+
+def test_a_function_with_noise_gradients_and_a_module():
+    """Values and gradients at the same noise, over calls with other arguments."""
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.SiLU(), nn.Flatten(), nn.Linear(3 * 4 * 4, 1))
+
+    def energy(x, scale):
+        with torch.enable_grad():
+            x = (x + torch.randn_like(x) * scale).requires_grad_()
+            value = net(x)[:, 0]
+            (slope,) = torch.autograd.grad(value.sum(), x)
+        return {"value": value, "slope": slope}
+
+    ours = captured.Function(energy, list(net.modules()), compiler=as_traced, strict=True)
+    for seed in range(4):
+        x, scale = torch.rand(2, 1, 6, 6), torch.tensor(float(seed))
+        torch.manual_seed(seed)
+        found = ours(x, scale)
+        torch.manual_seed(seed)
+        for name, expected in energy(x, scale).items():
+            torch.testing.assert_close(found[name], expected.detach())
+            assert not found[name].requires_grad
+        with torch.no_grad():  # is seen by the next call
+            next(net.parameters()).add_(0.1)
+    assert ours.engine == "captured"
+    assert ours.captures == 1
+    net[3] = nn.Linear(3 * 4 * 4, 1)
+    torch.manual_seed(0)
+    found = ours(x, scale)
+    torch.manual_seed(0)
+    assert torch.equal(found["value"], energy(x, scale)["value"])
+    assert ours.engine == "eager"  # another tensor, another graph
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: x if x.sum() > 0 else -x, "DataDependent"),
+        (lambda x: (x, 1.0), "returns a float, not a tensor"),
+        (lambda x: x * random.random(), "random numbers of Python"),
+    ],
+)
+def test_a_function_that_cannot_be_captured_runs_as_it_is(function, reason):
+    ours = captured.Function(function, compiler=as_traced)
+    x = torch.ones(3)
+    ours(x)
+    with pytest.warns(UserWarning, match=f"captured.Function runs eager: .*{reason}"):
+        ours(x)
+    random.seed(1)
+    found = ours(-x)
+    random.seed(1)
+    torch.testing.assert_close(found, function(-x))
+    strict = captured.Function(function, compiler=as_traced, strict=True)
+    strict(x)
+    with pytest.raises(NotCaptured, match=reason):
+        strict(x)
+
+
+def test_a_wrong_compiler_of_a_function_is_found_out():
+    def off_by_a_little(graph, inputs):
+        return lambda *args: [1.001 * t for t in graph(*args)]
+
+    ours = captured.Function(lambda x: x.sum(), compiler=off_by_a_little)
+    ours(torch.ones(3))
+    with pytest.warns(UserWarning, match="results are not those of the function"):
+        assert ours(torch.ones(3)) == 3
+    assert ours(torch.ones(3)) == 3
+    assert ours.engine == "eager"
+
+
 # ---- the trainer, the example, the benchmark ----
 
 

@@ -32,10 +32,17 @@ from pvae.evaluate.diagnostics import (
     posterior_means,
     unit_variances,
 )
-from pvae.evaluate.factors import Gaps, gaps, one_factor_each, optimize_factors
+from pvae.evaluate.factors import (
+    Gaps,
+    full_covariance_factors,
+    gaps,
+    one_factor_each,
+    optimize_factors,
+)
 from pvae.evaluate.importance import (
     UNRELIABLE,
     Importance,
+    ImportanceSampler,
     importance_sampling,
     importance_weighted,
     pareto_k,
@@ -52,6 +59,7 @@ __all__ = [
     "Estimate",
     "Gaps",
     "Importance",
+    "ImportanceSampler",
     "Information",
     "Probe",
     "Sandwich",
@@ -64,6 +72,7 @@ __all__ = [
     "estimate",
     "evaluating",
     "fixed_noise",
+    "full_covariance_factors",
     "gaps",
     "importance_sampling",
     "importance_weighted",

@@ -10,13 +10,15 @@ import argparse
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pvae import checkpoint, cli, data, evaluate, memory, plots, report, run
+from pvae import captured, checkpoint, cli, data, evaluate, memory, plots, report, run
 from pvae.data import Observed, Split
 from pvae.evaluate import Estimate, estimate
 from pvae.vae import VAE
@@ -26,9 +28,13 @@ LEGEND = """\
     says how good a model is. IWAE-k: a tighter one, equal to log p(x) only as k grows.
   k-hat: the tail of the importance weights. Above 0.7 an image's IWAE-k and its effective sample
     size are not to be believed; below, the bound's error is small, its bias not nothing.
-  AIS: a lower bound in expectation. From the prior it does not use the guide, so it is a check on
-    IWAE-k by other means. The sandwich is on images drawn from the model, where an upper bound
-    exists too: its width is what AIS lacks at most *there*; on real images it is not known.
+  AIS: a lower bound in expectation, a check on IWAE-k by other means: its chains leave the guide's
+    draws for the posterior. From the prior it does not use the guide at all, and needs many more
+    steps. The sandwich is on images drawn from the model, where an upper bound exists too: its
+    width is what AIS lacks at most *there*; on real images it is not known.
+    IWAE-k by a proposal of its own: a normal with a full covariance, optimized for each image
+    alone, draws in the guide's place. Where AIS agrees with it, both are near log p(x), and what
+    IWAE-k by the guide lacks is the guide's fault.
   gaps: what one encoder for all images costs, and what the family of q does. The first is from
     below, as the factors may not be optimal; the second lacks what IWAE-k lacks of log p(x).
   active units: variance of the posterior mean over images above 0.01; not how much each one says.
@@ -117,9 +123,14 @@ def arguments() -> argparse.Namespace:
     ):
         g.add_argument(flag, type=cli.NATURAL, default=default, metavar="N", help=text)
     g.add_argument(
-        "--from-guide",
+        "--from-prior",
         action="store_true",
-        help="anneal from the guide: fewer temperatures do, but it is no longer independent of it",
+        help="anneal from the prior: the guide plays no part, but many more steps are needed",
+    )
+    g.add_argument(
+        "--captured",
+        action="store_true",
+        help="compile the importance weights, which pays for a million draws and more",
     )
     g = parser.add_argument_group("run")
     g.add_argument("--image", type=cli.COUNT, default=0, metavar="I", help="test image for NUTS")
@@ -148,7 +159,7 @@ def load(args: argparse.Namespace) -> tuple[Task, str]:
             f"{config['dataset']['sha256'][:12]}...), but the data found now is {dataset.name} "
             f"({dataset.sha256[:12]}...): name its folder by --data-root"
         )
-    vae = checkpoint.load(args.run).to(device)
+    vae = checkpoint.load(args.run).to(device).to(memory_format=torch.channels_last)
     observed = data.observe(dataset, config["dataset"]["observed"], config["seed"]).to(device)
     labels = vae.recipe is not None and vae.recipe["num_classes"] is not None
     layers = 1 if vae.recipe is None or vae.recipe["top_dim"] is None else 2
@@ -177,25 +188,31 @@ def elbo_rows(task: Task) -> list[Row]:
 
 def importance_rows(task: Task) -> list[Row]:
     split, k = task.first(task.args.images), task.args.num_samples
-    pair = task.vae.model, task.vae.guide
-    found = task.over(
-        split,
-        lambda x, y: evaluate.importance_sampling(*pair, x, y, num_samples=k),
-        20,
-        f"IWAE-{k:,}",
+    sampler = evaluate.ImportanceSampler(
+        task.vae.model,
+        task.vae.guide,
+        num_samples=k,
+        compiler=captured.inductor if task.args.captured else None,
     )
-    n, tails = len(split.images), found.pareto_k[~found.pareto_k.isnan()]
-    rows = [
+    found = task.over(split, sampler, 20, f"IWAE-{k:,}")
+    n = len(split.images)
+    return [
         Row("iwae", f"IWAE-{k:,}", estimate(found.log_evidence), n),
         Row("ess", f"  effective sample size, of {k:,}", estimate(found.ess), n, 1),
+        *tail_rows(found.pareto_k, "pareto_k", "  "),
     ]
-    if len(tails):
-        unreliable = (tails > evaluate.UNRELIABLE).to(tails)
-        rows += [
-            Row("pareto_k", "  Pareto k-hat", estimate(tails), len(tails)),
-            Row("pareto_k_above", "  share of k-hat above 0.7", estimate(unreliable), len(tails)),
-        ]
-    return rows
+
+
+def tail_rows(pareto_k: Tensor, key: str, indent: str) -> list[Row]:
+    """k-hat, and how often it is too large; none where no image had weights enough for it."""
+    tails = pareto_k[~pareto_k.isnan()]
+    if not len(tails):
+        return []
+    above = (tails > evaluate.UNRELIABLE).to(tails)
+    return [
+        Row(key, f"{indent}Pareto k-hat", estimate(tails), len(tails)),
+        Row(f"{key}_above", f"{indent}share of k-hat above 0.7", estimate(above), len(tails)),
+    ]
 
 
 class Annealing(NamedTuple):
@@ -211,7 +228,7 @@ def annealed_rows(task: Task) -> list[Row]:
     args, model, k = task.args, task.vae.model, task.args.num_samples
     split = task.first(args.annealed_images)
     settings: Any = {
-        "initial": task.vae.guide if args.from_guide else None,
+        "initial": None if args.from_prior else task.vae.guide,
         "num_temperatures": args.temperatures,
         "num_chains": args.chains,
         "title": task.title("AIS"),
@@ -224,15 +241,40 @@ def annealed_rows(task: Task) -> list[Row]:
         return Annealing(forward.log_evidence, iwae, *sandwich)
 
     result = task.over(split, found, 100, "")  # the chains of 100 images move at once
-    start, n = "the guide" if args.from_guide else "the prior", len(split.images)
-    return [
+    start, n = "the prior" if args.from_prior else "the guide", len(split.images)
+    rows = [
         Row("ais", f"AIS from {start}, {args.temperatures:,} steps", estimate(result.forward), n),
-        Row("ais_iwae", f"  IWAE-{k:,} of the same images", estimate(result.iwae), n),
-        Row("ais_less_iwae", "  the difference", estimate(result.forward - result.iwae), n),
         Row("ais_lower", "  on simulated images: lower bound", estimate(result.lower), n),
         Row("ais_upper", "  ... and upper bound", estimate(result.upper), n),
         Row("ais_gap", "  ... and its width", estimate(result.upper - result.lower), n),
+        Row("ais_iwae", f"  IWAE-{k:,} of the same images", estimate(result.iwae), n),
     ]
+    if task.layers == 1:
+        by_factors = task.over(split, partial(_by_factors, task), 100, "")
+        own = by_factors.log_evidence
+        rows.append(Row("factor_iwae", "  ... by a proposal of its own", estimate(own), n))
+        rows += tail_rows(by_factors.pareto_k, "factor_pareto_k", "  ... and its ")
+        rows.append(Row("ais_less_iwae", "  AIS less that", estimate(result.forward - own), n))
+    return rows
+
+
+def _by_factors(task: Task, x: Tensor, y: Tensor | None, steps: int = 600) -> evaluate.Importance:
+    """The importance-weighted bound by a normal with a full covariance for each image."""
+    model = task.vae.model
+    factors = evaluate.full_covariance_factors(task.vae.guide, x, y)
+    with tqdm(total=steps, desc="proposals", leave=False, disable=task.args.quiet or None) as bar:
+        evaluate.optimize_factors(
+            model,
+            factors,
+            x,
+            y,
+            steps=steps,
+            learning_rate=0.02,
+            particles=4,
+            on_step=lambda step: bar.update(),
+        )
+    own = partial(factors, index=torch.arange(len(x), device=x.device))
+    return evaluate.importance_sampling(model, own, x, y, num_samples=task.args.num_samples)
 
 
 def gap_rows(task: Task, steps: int = 500) -> list[Row]:

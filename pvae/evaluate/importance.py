@@ -5,12 +5,15 @@ come, so memory does not grow with their number `k`.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
+from pvae import captured
 from pvae.evaluate.bounds import Program, latents, sum_sites, traces
 from pvae.programs import evaluating
 
@@ -77,38 +80,80 @@ def pareto_k(largest: Tensor) -> float:
     return fit_generalized_pareto(excess)[0]
 
 
-def importance_sampling(
-    model: Program, guide: Program, x: Tensor, y: Tensor | None = None, *, num_samples: int = 500
-) -> Importance:
+class ImportanceSampler:
     r"""Importance sampling of each image of a batch: the bound, and the diagnostics of its weights.
 
     Memory does not grow with `num_samples`: the sums of `w` and `w^2` are kept, and of the weights
-    themselves the largest `min(0.2 k, 3 sqrt k)`, to which the Pareto tail is fitted.
+    themselves the largest `min(0.2 k, 3 sqrt k)`, to which the Pareto tail is fitted. The object is
+    called with batches `x` `(B, C, H, W)` (and labels `y`).
     Sources: Importance Weighted Autoencoders (2015), arXiv:1509.00519; of k-hat as `pareto_k`.
+
+    Args:
+        model, guide: the programs; all their sites lie in one data plate.
+        num_samples: k, for each image.
+        compiler: captures the weights of a piece once for each shape (`captured.inductor`), which
+            pays where there are thousands of pieces; None runs Pyro's handlers for each.
 
     Raises:
         ValueError: `num_samples` is below 1, or a site lies outside the data plate.
 
     >>> import pvae
-    >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
-    >>> found = importance_sampling(vae.model, vae.guide, torch.ones(5, 1, 8, 8))
-    >>> found.log_evidence.shape, bool((found.ess <= 500).all())
+    >>> from pvae import captured
+    >>> vae, x = pvae.build((1, 8, 8), latent_dim=2, net="mlp"), torch.ones(5, 1, 8, 8)
+    >>> sampler = ImportanceSampler(
+    ...     vae.model, vae.guide, num_samples=2000, compiler=captured.as_traced
+    ... )
+    >>> found = sampler(x)
+    >>> found.log_evidence.shape, bool((found.ess <= 2000).all())
     (torch.Size([5]), True)
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, not {num_samples}")
-    total = x.new_full((len(x),), -math.inf)  # log sum of the weights so far
-    squares = total  # ... and of their squares
-    largest = x.new_empty((0, len(x)))
-    with evaluating(model, guide):
-        for draws in _pieces(num_samples, len(x)):
-            log_w = _log_weights(model, guide, x, y, draws)  # its traces are freed on return
-            total = torch.logaddexp(total, log_w.logsumexp(0))
-            squares = torch.logaddexp(squares, (2 * log_w).logsumexp(0))
-            seen = torch.cat([largest, log_w])
-            largest = seen.topk(min(len(seen), _tail_size(num_samples) + 1), dim=0).values
-    tails = torch.tensor([pareto_k(column) for column in largest.T])
-    return Importance(total - math.log(num_samples), (2 * total - squares).exp(), tails.to(x))
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        *,
+        num_samples: int = 500,
+        compiler: captured.Compiler | None = None,
+    ) -> None:
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, not {num_samples}")
+        self.model, self.guide, self.num_samples = model, guide, num_samples
+        self.log_weights: Callable[..., Tensor] = partial(_log_weights, model, guide)
+        if compiler is not None:
+            self.log_weights = captured.Function(
+                self.log_weights,
+                [*captured.submodules(model), *captured.submodules(guide)],
+                compiler=compiler,
+            )
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Importance:
+        k = self.num_samples
+        total = x.new_full((len(x),), -math.inf)  # log sum of the weights so far
+        squares = total  # ... and of their squares
+        largest = x.new_empty((0, len(x)))
+        with evaluating(self.model, self.guide):
+            for draws in _pieces(k, len(x)):
+                log_w = self.log_weights(x, y, draws)  # its traces are freed on return
+                total = torch.logaddexp(total, log_w.logsumexp(0))
+                squares = torch.logaddexp(squares, (2 * log_w).logsumexp(0))
+                seen = torch.cat([largest, log_w])
+                largest = seen.topk(min(len(seen), _tail_size(k) + 1), dim=0).values
+        tails = torch.tensor([pareto_k(column) for column in largest.T])
+        return Importance(total - math.log(k), (2 * total - squares).exp(), tails.to(x))
+
+
+def importance_sampling(
+    model: Program, guide: Program, x: Tensor, y: Tensor | None = None, *, num_samples: int = 500
+) -> Importance:
+    """One batch by an `ImportanceSampler`.
+
+    >>> import pvae
+    >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
+    >>> importance_sampling(vae.model, vae.guide, torch.ones(5, 1, 8, 8)).ess.shape
+    torch.Size([5])
+    """
+    return ImportanceSampler(model, guide, num_samples=num_samples)(x, y)
 
 
 def importance_weighted(

@@ -1,0 +1,12 @@
+"""Plain Pyro programs whose handlers run once: traced, compiled, and called as code from then on.
+
+`captured.SVI` is a drop-in for `pyro.infer.SVI`; `captured.Function` does the same for a function
+of tensors, such as the importance weights of a batch.
+"""
+
+from pvae.captured.capturing import submodules
+from pvae.captured.function import Function
+from pvae.captured.svi import SVI
+from pvae.captured.tracing import Compiler, NotCaptured, as_traced, inductor
+
+__all__ = ["SVI", "Compiler", "Function", "NotCaptured", "as_traced", "inductor", "submodules"]
