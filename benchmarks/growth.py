@@ -110,11 +110,13 @@ def measure(size: Size, engine: str, *, batch: int, timed: int, threads: int) ->
 
 def picture(rows: list[dict[str, Any]]) -> Figure:
     """Seconds an epoch above, memory below; an axis of growth a column; both scales logarithmic."""
-    figure = Figure(figsize=(3.2 * len(AXES), 5.2), layout="constrained")
-    axes = figure.subplots(2, len(AXES), sharex="col", sharey="row")
-    figure.suptitle("What an epoch costs (batches of 128, conv net)")
-    for column, (axis, (label, _)) in enumerate(AXES.items()):
-        for engine in ENGINES:
+    measured = list(dict.fromkeys(r["axis"] for r in rows))
+    figure = Figure(figsize=(3.2 * len(measured), 5.2), layout="constrained")
+    axes = figure.subplots(2, len(measured), sharex="col", sharey="row", squeeze=False)
+    figure.suptitle("What an epoch costs (conv net)")
+    for column, axis in enumerate(measured):
+        label, _ = AXES[axis]
+        for engine in dict.fromkeys(r["engine"] for r in rows):
             of = [r for r in rows if r["axis"] == axis and r["engine"] == engine]
             at = [r[axis] for r in of]
             for row, key in enumerate(("epoch_seconds", "peak_mib")):
@@ -150,6 +152,7 @@ def main() -> None:
     p.add_argument("--batch", type=cli.NATURAL, default=128, metavar="B")
     p.add_argument("--timed", type=cli.NATURAL, default=5, metavar="N", help="batches of a point")
     p.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES))
+    p.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     p.add_argument("--threads", type=cli.NATURAL, default=torch.get_num_threads())
     p.add_argument("--json", type=Path, metavar="FILE", help="where to write the rows")
     p.add_argument("--figure", type=Path, metavar="FILE", help="where to draw them")
@@ -157,9 +160,9 @@ def main() -> None:
 
     asked = [(axis, size) for axis, size in points(args.images) if axis in args.axes]
     rows: list[dict[str, Any]] = []
-    bar = tqdm(total=len(asked) * len(ENGINES), leave=False, disable=None)
+    bar = tqdm(total=len(asked) * len(args.engines), leave=False, disable=None)
     for axis, size in asked:
-        for engine in ENGINES:
+        for engine in args.engines:
             bar.set_description(f"{axis} {getattr(size, axis):,}, {engine}")
             known = measure(size, engine, batch=args.batch, timed=args.timed, threads=args.threads)
             rows.append({"axis": axis, **known})

@@ -53,7 +53,7 @@ def main() -> None:
     # stock SVI, or the same step compiled once; one optimizer over all parameters
     adam = torch.optim.Adam(vae.parameters(), lr=args.learning_rate, fused=True)
     objective = OBJECTIVES[args.objective]
-    svi = cli.ENGINES[cli.engine(args, len(dataset.train.images))](
+    svi = cli.ENGINES[cli.engine(args, len(dataset.train.images), device)](
         vae.model, vae.guide, pvae.SingleOptimizer(adam), objective.elbo(args.num_particles)
     )
 

@@ -63,6 +63,7 @@ def _choices(group: Any, flag: str, table: Mapping[str, Any], default: str, what
 ENGINES: Mapping[str, Callable[..., SVI]] = {
     "eager": SVI,
     "captured": partial(captured.SVI, after=20),
+    "cuda-graph": partial(captured.SVI, after=20, record=captured.cuda_graph),
 }
 _PAYS_BACK = 3000  # steps; to capture takes 10 to 30 s, and saves a sixth of a step or more
 
@@ -97,8 +98,8 @@ def parser(description: str) -> argparse.ArgumentParser:
         "--engine",
         choices=["auto", *ENGINES],
         default="auto",
-        help="how a step runs: eager is stock SVI, captured compiles it once, auto captures a run "
-        f"of at least {_PAYS_BACK:,} steps",
+        help="how a step runs: eager is stock SVI, captured compiles it once, cuda-graph replays "
+        f"it on a GPU without the host, auto captures a run of at least {_PAYS_BACK:,} steps",
     )
     group.add_argument(
         "--precision",
@@ -356,13 +357,18 @@ def _interrupt(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def engine(args: argparse.Namespace, images: int) -> str:
+def engine(args: argparse.Namespace, images: int, device: torch.device) -> str:
     """`--engine`, or for `auto` captured where the run is long enough to pay for it; says which.
 
-    >>> args = parser("").parse_args(["--quiet", "-n", "10"])
-    >>> engine(args, images=50_000), engine(args, images=1_000)
+    Raises:
+        ValueError: a CUDA graph is asked for on another device.
+
+    >>> args, cpu = parser("").parse_args(["--quiet", "-n", "10"]), torch.device("cpu")
+    >>> engine(args, 50_000, cpu), engine(args, 1_000, cpu)
     ('captured', 'eager')
     """
+    if args.engine == "cuda-graph" and device.type != "cuda":
+        raise ValueError(f"--engine cuda-graph needs the device cuda; it is {device.type}")
     steps = args.num_epochs * math.ceil(images / args.batch_size)
     chosen = args.engine
     if chosen == "auto":

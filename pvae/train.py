@@ -15,7 +15,7 @@ from pyro.infer import SVI
 from torch import Tensor
 from tqdm import tqdm
 
-from pvae import checkpoint, evaluate
+from pvae import captured, checkpoint, evaluate
 from pvae.builder import Objective
 from pvae.crosscheck import STANDARD_ERRORS, TOLERANCE, Check, cross_check
 from pvae.data import Observed, pixels
@@ -239,24 +239,29 @@ class Trainer:
     def _train(self, bar: Any) -> float:
         """One pass over the data; the mean of the (tempered) objective, nats per image."""
         self.vae.train()
-        total = 0.0
+        total: Any = 0.0  # on a GPU a tensor there, which is read once an epoch
         batches = self.data.batches(self.batch_size, seed=self.seed, epoch=self.epoch)
         for x, y in batches:
             self._set_learning_rate()
-            total += self._step(x, y if self.labels else None)
+            total = total + self._step(x, y if self.labels else None)
             self.step += 1
             bar.update(len(x))
-        return -total / len(self.data.train.images)
+        return -self._finite(float(total)) / len(self.data.train.images)
 
-    def _step(self, x: Tensor, y: Tensor | None) -> float:
+    def _step(self, x: Tensor, y: Tensor | None) -> float | Tensor:
+        launch = self.svi.launch if isinstance(self.svi, captured.SVI) else self.svi.step
         try:
             with temper(self._beta(self.step)), self._precisely(x.device.type):
-                loss = self.svi.step(x, y)
+                loss = launch(x, y)
         except ValueError as error:
             # Pyro's validation stops at a NaN parameter before there is a loss
             if all(p.isfinite().all() for p in self.vae.parameters()):
                 raise
             raise TrainingFailed(self._not_finite("not a number")) from error
+        # to read a number from a GPU is to wait for it
+        return loss if isinstance(loss, Tensor) and loss.is_cuda else self._finite(float(loss))
+
+    def _finite(self, loss: float) -> float:
         if not math.isfinite(loss):
             raise TrainingFailed(self._not_finite(loss))
         return loss

@@ -650,6 +650,133 @@ def test_bfloat16_is_of_the_networks_alone(x):
     assert coarse != exact
 
 
+# ---- recordings ----
+
+
+def on_the_cpu(tensors, optimizer):
+    """What a CUDA graph does, without a GPU: a recording is not run, and a replay reads what the
+    step read then, the learning rates among it, at the addresses of then."""
+
+    def record(step):
+        groups = optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        assert all(isinstance(rate, torch.Tensor) and g["capturable"]
+                   for rate, g in zip(rates, groups, strict=True))  # fmt: skip
+        own = [*tensors, *(v for p in tensors for v in optimizer.state.get(p, {}).values())]
+        before, random = [t.detach().clone() for t in own], torch.get_rng_state()
+        results = step()
+        with torch.no_grad():
+            for t, value in zip(own, before, strict=True):
+                t.copy_(value)
+        torch.set_rng_state(random)
+
+        def replay():
+            now = [group["lr"] for group in groups]
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+            for result, new in zip(results, step(), strict=True):
+                result.copy_(new)
+            for group, rate in zip(groups, now, strict=True):
+                group["lr"] = rate
+
+        record.made += 1
+        return replay, results
+
+    record.made = 0
+    return record
+
+
+@pytest.mark.parametrize("net", ["mlp", "deep"])  # deep: buffers that a step writes
+def test_a_recorded_step_trains_as_stock_svi(net):
+    """Data, noise, beta and learning rate change from step to step; then the optimizer's state
+    is replaced, and its settings: each makes one new recording."""
+    vae = tiny(net=net, shape=(1, 16, 16)).double()
+    other = copy.deepcopy(vae)
+    adams = [torch.optim.Adam(v.parameters(), lr=1e-2, fused=True) for v in (vae, other)]
+    tensors = [*vae.parameters(), *(b for b in vae.buffers() if b.numel())]
+    record = on_the_cpu(tensors, adams[0])
+    optims = [pvae.SingleOptimizer(adam) for adam in adams]
+    options: dict = {"strict": True, "compiler": as_traced, "record": record}
+    ours = captured.SVI(vae.model, vae.guide, optims[0], Trace_ELBO(), **options)
+    stock = SVI(other.model, other.guide, optims[1], Trace_ELBO())
+
+    def same_step(i):
+        x = (torch.rand(6, 1, 16, 16, generator=torch.Generator().manual_seed(i)) > 0.5).double()
+        losses = []
+        for svi, adam in ((ours, adams[0]), (stock, adams[1])):
+            torch.manual_seed(i)
+            adam.param_groups[0]["lr"] = 1e-2 / (1 + i)
+            with temper(0.1 * i):
+                losses.append(svi.step(x))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+    def assert_same():
+        for a, b in zip(vae.state_dict().values(), other.state_dict().values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+    for i in range(9):
+        same_step(i)
+    assert (ours.engine, ours.captures, record.made) == ("captured", 1, 1)
+    assert_same()
+    for adam in adams:
+        adam.load_state_dict(copy.deepcopy(adam.state_dict()))
+    same_step(9)
+    same_step(10)
+    assert record.made == 2
+    for adam in adams:
+        adam.param_groups[0]["betas"] = (0.5, 0.9)
+    same_step(11)
+    assert record.made == 3
+    assert_same()
+    assert not any(isinstance(g["lr"], torch.Tensor) for g in adams[0].param_groups)
+
+
+def test_launched_losses_are_the_steps_own(x):
+    """Tensors that a later step does not write over."""
+    vae = tiny()
+    adam = torch.optim.Adam(vae.parameters(), lr=0.0, fused=True)
+    record = on_the_cpu(list(vae.parameters()), adam)
+    svi = ready(vae, x, pvae.SingleOptimizer(adam), record=record)
+    launched = []
+    for i in range(6):
+        torch.manual_seed(i)
+        launched.append(svi.launch(x))
+    assert record.made == 1
+    assert all(isinstance(loss, torch.Tensor) for loss in launched)
+    for i, loss in enumerate([loss.item() for loss in launched]):
+        torch.manual_seed(i)
+        assert svi.step(x) == pytest.approx(loss, rel=1e-6)
+
+
+def test_what_cannot_be_recorded_is_refused():
+    vae = tiny()
+    adam = pvae.SingleOptimizer(torch.optim.Adam(vae.parameters(), foreach=True))
+    for optim in (adam, pyro.optim.Adam({"lr": 1e-3})):
+        with pytest.raises(ValueError, match=r"record needs a pvae\.SingleOptimizer of a fused"):
+            captured.SVI(vae.model, vae.guide, optim, Trace_ELBO(), record=captured.cuda_graph)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("net", ["mlp", "conv"])
+def test_a_cuda_graph_trains_as_stock_svi(net):
+    """From the same parameters; the noise differs, so the losses agree to a few percent."""
+    last = []
+    for kind in (SVI, lambda *a: captured.SVI(*a, strict=True, record=captured.cuda_graph)):
+        torch.manual_seed(0)
+        vae = pvae.build((1, 16, 16), 3, net, hidden=16).cuda()
+        adam = torch.optim.Adam(vae.parameters(), lr=1e-2, fused=True)
+        x = (torch.rand(64, 1, 16, 16, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+        svi = kind(vae.model, vae.guide, pvae.SingleOptimizer(adam), Trace_ELBO())
+        losses = []
+        for i in range(200):
+            adam.param_groups[0]["lr"] = 1e-2 * (1 - i / 200)
+            with temper(min(1.0, (i + 1) / 100)):
+                losses.append(svi.step(x.cuda()))
+        last.append(sum(losses[-20:]) / 20)
+        assert len(set(losses)) > 190  # another noise each time
+    assert last[0] == pytest.approx(last[1], rel=0.03)
+
+
 # ---- functions ----
 
 

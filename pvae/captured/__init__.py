@@ -6,7 +6,17 @@ of tensors, such as the importance weights of a batch.
 
 from pvae.captured.capturing import submodules
 from pvae.captured.function import Function
+from pvae.captured.recording import cuda_graph
 from pvae.captured.svi import SVI
 from pvae.captured.tracing import Compiler, NotCaptured, as_traced, inductor
 
-__all__ = ["SVI", "Compiler", "Function", "NotCaptured", "as_traced", "inductor", "submodules"]
+__all__ = [
+    "SVI",
+    "Compiler",
+    "Function",
+    "NotCaptured",
+    "as_traced",
+    "cuda_graph",
+    "inductor",
+    "submodules",
+]

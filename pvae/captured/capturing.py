@@ -53,12 +53,14 @@ def signature_of(args: Any, kwargs: Any, modules: Sequence[nn.Module]) -> Signat
     for leaf in leaves:
         add(leaf, "an argument")
     numbers = []
+    # where the others are: a graph would keep the value of a number on the host
+    beside = next((t.device for t in tensors if t.is_cuda), torch.device("cpu"))
     for handler in runtime._PYRO_STACK:
         key.append(str(type(handler)))
         for name, value in vars(handler).items():
             where = f"{name} of the handler {type(handler).__name__} around the step"
             if type(value) is float:
-                number = torch.tensor(value, dtype=torch.float64)
+                number = torch.tensor(value, dtype=torch.float64, device=beside)
                 numbers.append((handler, name, number))
                 add(number, where)
             else:

@@ -11,6 +11,7 @@ the compiled function and the optimizer. The draws are part of the graph: torch'
 the same order, so that a seed gives the noise that it gives stock SVI.
 """
 
+from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from pyro import poutine
 from pyro.infer.util import torch_item, zero_grads
 from pyro.util import warn_if_nan
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from pvae.captured.capturing import (
     Capturing,
@@ -33,6 +35,7 @@ from pvae.captured.capturing import (
     submodules,
     tried,
 )
+from pvae.captured.recording import Recorder, Recording
 from pvae.captured.tracing import (
     Compiler,
     Leaves,
@@ -44,6 +47,9 @@ from pvae.captured.tracing import (
     parameters,
     touched,
 )
+from pvae.optim import SingleOptimizer
+
+_BEFORE_RECORDING = 3  # captured steps
 
 
 class _Graph(NamedTuple):
@@ -98,9 +104,11 @@ class SVI(Capturing, pyro.infer.SVI):
             compile takes seconds, and a rare signature (the short last batch) does not pay it back.
         max_graphs: how often to capture; beyond it a new signature runs eager.
         compiler: `inductor`, which needs a C++ compiler on a CPU, or `as_traced`.
+        record: `cuda_graph` replays the whole step, optimizer and all, as one CUDA graph; it takes
+            a pair and arguments on a GPU, and a `SingleOptimizer` of a fused torch optimizer.
 
     Raises:
-        ValueError: `after` or `max_graphs` is below 1.
+        ValueError: `after` or `max_graphs` is below 1, or the optimizer cannot be recorded.
         NotCaptured: by `step`, with `strict`.
 
     >>> import pvae
@@ -131,7 +139,13 @@ class SVI(Capturing, pyro.infer.SVI):
         after: int = 1,
         max_graphs: int = 8,
         compiler: Compiler = inductor,
+        record: Recorder | None = None,
     ) -> None:
+        if record is not None and not _is_fused(optim):
+            raise ValueError(
+                f"record needs a pvae.SingleOptimizer of a fused torch optimizer, such as "
+                f"torch.optim.Adam(..., fused=True), not a {type(optim).__name__} that is not"
+            )
         pyro.infer.SVI.__init__(
             self, model, guide, optim, loss, loss_and_grads, num_samples, num_steps
         )
@@ -143,9 +157,17 @@ class SVI(Capturing, pyro.infer.SVI):
             max_graphs=max_graphs,
             compiler=compiler,
         )
+        self.record = record
+        self._recordings: dict[Hashable, Recording] = {}
+        self._ran: Counter[Hashable] = Counter()  # captured steps, by signature
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One step, as `pyro.infer.SVI.step`; returns the estimate of the loss."""
+        return pytree.tree_map_only(Tensor, _read, self.launch(*args, **kwargs))
+
+    def launch(self, *args: Any, **kwargs: Any) -> Any:
+        """One step that is not waited for: a captured one's loss is a tensor where the step runs,
+        to be summed there and read once in a while; an eager one's is a number, as `step`'s."""
         return self._call(args, kwargs)
 
     def _eager(self, args: Any, kwargs: Any) -> Any:
@@ -155,16 +177,36 @@ class SVI(Capturing, pyro.infer.SVI):
         trained = graph.trained()
         if trained is None:  # as after `clear_param_store`: the programs have to run
             del self._graphs[signature.key]
+            self._recordings.pop(signature.key, None)
             return self._eager(args, kwargs)
         self.engine, self.reason = "captured", None
-        losses, gradients = graph(signature.tensors, trained)
-        for parameter, gradient in zip(trained, gradients, strict=True):
-            parameter.grad = gradient
-        self.optim(trained)
-        for parameter in trained:
-            parameter.grad = None
-        values = [warn_if_nan(torch_item(loss), "loss") for loss in losses]
-        return tuple(values) if graph.is_tuple else values[0]
+        losses = self._run(graph, signature, trained)
+        return tuple(losses) if graph.is_tuple else losses[0]
+
+    def _run(self, graph: _Graph, signature: Signature, trained: list[Tensor]) -> list[Tensor]:
+        """Loss, gradients and the optimizer's step, as one recording where there is one."""
+
+        def whole(arguments: list[Tensor]) -> list[Tensor]:
+            losses, gradients = graph(arguments, trained)
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter.grad = gradient
+            self.optim(trained)
+            for parameter in trained:
+                parameter.grad = None
+            return losses
+
+        if self.record is None:
+            return whole(signature.tensors)
+        key = signature.key
+        recording = self._recordings.get(key)
+        if recording is None or not recording.fits():
+            self._ran[key] += 1
+            if self._ran[key] <= _BEFORE_RECORDING:  # libraries set themselves up
+                return whole(signature.tensors)
+            own = [*trained, *graph.rest]
+            recording = Recording(whole, signature.tensors, own, self.optim.optimizer, self.record)
+            self._recordings[key] = recording
+        return recording(signature.tensors)
 
     # ---- capturing ----
 
@@ -242,6 +284,15 @@ class SVI(Capturing, pyro.infer.SVI):
             is_tuple=isinstance(loss, tuple),
             with_gradient=with_gradient,
         )
+
+
+def _is_fused(optim: Any) -> bool:
+    groups = optim.optimizer.param_groups if isinstance(optim, SingleOptimizer) else [{}]
+    return all(group.get("fused") for group in groups)
+
+
+def _read(loss: Tensor) -> Any:
+    return warn_if_nan(torch_item(loss), "loss")
 
 
 def _agree(graph: _Graph, by_graph: Any, loss: Any, parameters: Any) -> bool:
