@@ -9,7 +9,6 @@ images of 28x28, a 16-D latent, one particle, batches of 128) one size is change
 import argparse
 import math
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -85,7 +84,7 @@ def _measure(size: Size, engine: str, batch: int, timed: int, threads: int, pipe
         svi.step(next(batches)[0])
         if step >= 3:
             times.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = memory.peak()
     pipe.send((statistics.median(times), peak))
 
 

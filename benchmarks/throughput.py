@@ -18,7 +18,6 @@ import logging
 import math
 import multiprocessing
 import platform
-import resource
 import statistics
 import tempfile
 import time
@@ -414,7 +413,7 @@ def _work(
         for _ in range(steps):
             step()
         seconds = (time.perf_counter() - start) / steps
-        pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+        pipe.send((seconds, memory.peak()))
 
 
 def measure(

@@ -1,7 +1,8 @@
-"""The C allocator: whether memory freed by one training step is kept for the next."""
+"""The memory of the process: whether the C allocator keeps what is freed, and the peak so far."""
 
 import ctypes
 import sys
+from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 
@@ -23,3 +24,19 @@ def keep_freed_memory() -> bool:
         return False
     kept = mallopt(_M_MMAP_THRESHOLD, 1 << 30) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     return bool(kept)
+
+
+def peak() -> float:
+    """The most memory that the process has had in use, in MiB (a GPU's not counted).
+
+    >>> peak() > 10
+    True
+    """
+    if sys.platform.startswith("linux"):
+        # not getrusage's: that of a child process starts at its parent's
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    import resource  # where there is one
+
+    in_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return in_bytes / 2**20

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyro
 import pyro.distributions as dist
 import pytest
+import test_laws as laws
 import torch
 from conftest import PAIRS, images, tiny
 from pyro import poutine
@@ -108,6 +109,33 @@ def test_every_prior(prior, x):
 def test_every_objective(objective, x):
     vae = tiny(net="mlp")
     assert_same(*pair(vae.model, vae.guide, OBJECTIVES[objective].elbo(3)), (x,))
+
+
+NOT_CAPTURED = ("spline", "score_function_baseline")  # the second by TraceGraph_ELBO
+
+
+def check_combination(number, likelihood, guide, prior, conditional):
+    """The pair of the laws' product by this number, captured against stock SVI."""
+    torch.manual_seed(number)
+    vae = laws.make(likelihood, guide, prior, conditional, number)
+    args = laws.data(vae, likelihood, conditional)
+    elbo = OBJECTIVES["trace_elbo"].elbo(1)
+    stock, ours = pair(*laws.programs(vae, guide), elbo)
+    assert_same(stock, ours, args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(2))
+def test_a_sample_of_the_laws_product(part):
+    """Every 11th of the combinations that the laws train, so that each member meets many others."""
+    combinations = [
+        (number, *c)
+        for number, c in enumerate(laws.PRODUCT)
+        if c[1] not in NOT_CAPTURED and laws.refusal(*c[1:]) is None
+    ]
+    for combination in combinations[11 * part :: 22]:
+        pyro.clear_param_store()
+        check_combination(*combination)
 
 
 def test_a_spline_flow_is_not_captured(x):
@@ -942,3 +970,15 @@ def test_the_benchmark(tmp_path):
     assert [r["variant"] for r in rows] == ["plain", "eager", "pytorch/examples"]
     assert all(r["low"] <= r["ratio"] <= r["high"] for r in rows)
     assert (tmp_path / "t.png").exists()
+
+
+@pytest.mark.slow
+def test_the_growth_of_cost(tmp_path):
+    short = ["--axes", "images", "--images", "10000", "--batch", "4", "--timed", "2"]
+    out = ["--engines", "eager", "--json", "g.json", "--figure", "g.png"]
+    said = run([ROOT / "benchmarks" / "growth.py", *short, *out], tmp_path)
+    assert "training images" in said
+    (row,) = json.loads((tmp_path / "g.json").read_text())["rows"]
+    assert row["epoch_seconds"] == pytest.approx(2.5 * row["milliseconds"])  # 2,500 batches
+    assert row["peak_mib"] > 7  # the images alone
+    assert (tmp_path / "g.png").exists()
