@@ -42,10 +42,11 @@ def _check_dim(dim: int) -> int:
 
 class _Network:
     """What Pyro's transforms ask of an autoregressive network. Their inverse starts from float32
-    zeros whatever the network is in."""
+    zeros whatever the network is in, and goes by an `order` that can be traced if it is no tensor.
+    """
 
-    def __init__(self, net: nn.Module, context: Tensor | None = None) -> None:
-        self.net, self.permutation = net, net.permutation
+    def __init__(self, net: nn.Module, order: list[int], context: Tensor | None = None) -> None:
+        self.net, self.permutation = net, order
         self.given = () if context is None else (context,)
         self.dtype = next(net.parameters()).dtype
 
@@ -53,10 +54,9 @@ class _Network:
         return self.net(x.to(self.dtype), *self.given)
 
 
-def _order(dim: int, i: int) -> Any:
+def _order(dim: int, i: int) -> list[int]:
     """Every second transform takes the dimensions from behind."""
-    order = torch.arange(dim)
-    return order if i % 2 == 0 else order.flip(0)
+    return list(range(dim)) if i % 2 == 0 else list(range(dim - 1, -1, -1))
 
 
 class FlowPosterior(nn.Module):
@@ -106,7 +106,7 @@ class FlowPosterior(nn.Module):
                 context,
                 [max(hidden, self.dim)],
                 sizes,
-                permutation=_order(self.dim, i),
+                permutation=torch.tensor(_order(self.dim, i)),
                 nonlinearity=nn.Tanh(),
             )
             for i in range(transforms)
@@ -114,7 +114,10 @@ class FlowPosterior(nn.Module):
 
     def forward(self, h: Tensor) -> dist.Distribution:
         loc, log_variance, context = h.split([self.dim, self.dim, self.context], dim=-1)
-        transforms = [self._transform(self.dim, _Network(net, context)) for net in self.nets]
+        transforms = [
+            self._transform(self.dim, _Network(net, _order(self.dim, i), context))
+            for i, net in enumerate(self.nets)
+        ]
         # cached like the others, so that a draw's density needs no inverse
         scale = (log_variance / 2).exp()
         transforms.append(T.AffineTransform(loc, scale, event_dim=1, cache_size=1))
@@ -158,7 +161,7 @@ class FlowPrior(nn.Module):
                 latent_dim,
                 [max(hidden, latent_dim)],
                 sizes,
-                permutation=_order(latent_dim, i),
+                permutation=torch.tensor(_order(latent_dim, i)),
                 nonlinearity=nn.Tanh(),
             )
             for i in range(transforms)
@@ -167,7 +170,10 @@ class FlowPrior(nn.Module):
         self.register_buffer("scale", torch.ones(latent_dim), persistent=False)
 
     def forward(self, y: Tensor | None = None) -> dist.Distribution:
-        transforms = [self._transform(self.dim, _Network(net)).inv for net in self.nets]
+        transforms = [
+            self._transform(self.dim, _Network(net, _order(self.dim, i))).inv
+            for i, net in enumerate(self.nets)
+        ]
         return dist.TransformedDistribution(
             dist.Normal(self.loc, self.scale).to_event(1), transforms
         )

@@ -70,7 +70,8 @@ def assert_same(stock, ours, args, tolerance=1e-5):
     loss, gradients, after = step(ours, args)
     assert ours.engine == "captured"
     expected, stock_gradients, stock_after = step(stock, args)
-    assert loss == pytest.approx(expected, rel=tolerance)
+    # a loss near 0 is the difference of sums of some hundred nats
+    assert loss == pytest.approx(expected, rel=tolerance, abs=1e-4)
     assert set(gradients) == set(stock_gradients)
     for name, g in stock_gradients.items():
         if g is None:
