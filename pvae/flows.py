@@ -106,7 +106,7 @@ class FlowPosterior(nn.Module):
                 context,
                 [max(hidden, self.dim)],
                 sizes,
-                permutation=torch.tensor(_order(self.dim, i)),
+                permutation=torch.LongTensor(_order(self.dim, i)),
                 nonlinearity=nn.Tanh(),
             )
             for i in range(transforms)
@@ -161,7 +161,7 @@ class FlowPrior(nn.Module):
                 latent_dim,
                 [max(hidden, latent_dim)],
                 sizes,
-                permutation=torch.tensor(_order(latent_dim, i)),
+                permutation=torch.LongTensor(_order(latent_dim, i)),
                 nonlinearity=nn.Tanh(),
             )
             for i in range(transforms)
