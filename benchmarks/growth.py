@@ -7,6 +7,7 @@ images of 28x28, a 16-D latent, one particle, batches of 128) one size is change
 """
 
 import argparse
+import itertools
 import math
 import multiprocessing
 import statistics
@@ -36,7 +37,7 @@ class Size(NamedTuple):
 
 
 AXES: Mapping[str, tuple[str, Sequence[int]]] = {
-    "images": ("training images", (10_000, 100_000, 1_000_000)),
+    "images": ("training images", (10_000, 50_000, 200_000, 1_000_000)),
     "pixels": ("image size, pixels a side", (28, 64, 128, 256)),
     "latent": ("latent dimensions", (2, 16, 128, 512)),
     "particles": ("particles of the ELBO", (1, 4, 16)),
@@ -77,7 +78,8 @@ def _measure(size: Size, engine: str, batch: int, timed: int, threads: int, pipe
     kind = SVI if engine == "eager" else partial(captured.SVI, strict=True)
     svi = kind(vae.model, vae.guide, optim, elbo)
     observed = _observed(size)
-    batches = observed.batches(batch, seed=0, epoch=0)
+    epochs = (observed.batches(batch, seed=0, epoch=epoch) for epoch in itertools.count())
+    batches = itertools.chain.from_iterable(epochs)
     times = []
     for step in range(3 + timed):  # the captured one compiles in the second
         start = time.perf_counter()
@@ -96,7 +98,14 @@ def measure(size: Size, engine: str, *, batch: int, timed: int, threads: int) ->
     worker = context.Process(target=_measure, args=told, daemon=True)
     worker.start()
     end.close()
-    seconds, peak = pipe.recv()
+    try:
+        seconds, peak = pipe.recv()
+    except EOFError:
+        worker.join()
+        raise ValueError(
+            f"the process of {size} ({engine}) ended with exit code {worker.exitcode}"
+            + (": killed, most likely for want of memory" if worker.exitcode == -9 else "")
+        ) from None
     worker.join()
     return {
         **size._asdict(),
@@ -107,12 +116,12 @@ def measure(size: Size, engine: str, *, batch: int, timed: int, threads: int) ->
     }
 
 
-def picture(rows: list[dict[str, Any]]) -> Figure:
+def picture(rows: list[dict[str, Any]], batch: int) -> Figure:
     """Seconds an epoch above, memory below; an axis of growth a column; both scales logarithmic."""
     measured = list(dict.fromkeys(r["axis"] for r in rows))
     figure = Figure(figsize=(3.2 * len(measured), 5.2), layout="constrained")
     axes = figure.subplots(2, len(measured), sharex="col", sharey="row", squeeze=False)
-    figure.suptitle("What an epoch costs (conv net)")
+    figure.suptitle(f"What an epoch costs (conv net, batches of {batch})")
     for column, axis in enumerate(measured):
         label, _ = AXES[axis]
         for engine in dict.fromkeys(r["engine"] for r in rows):
@@ -158,21 +167,26 @@ def main() -> None:
     args = p.parse_args()
 
     asked = [(axis, size) for axis, size in points(args.images) if axis in args.axes]
-    rows: list[dict[str, Any]] = []
-    bar = tqdm(total=len(asked) * len(args.engines), leave=False, disable=None)
-    for axis, size in asked:
+    known: dict[tuple[Size, str], dict[str, Any]] = {}  # the base is a point of several axes
+    sizes = dict.fromkeys(size for _, size in asked)
+    bar = tqdm(total=len(sizes) * len(args.engines), leave=False, disable=None)
+    for size in sizes:
         for engine in args.engines:
-            bar.set_description(f"{axis} {getattr(size, axis):,}, {engine}")
-            known = measure(size, engine, batch=args.batch, timed=args.timed, threads=args.threads)
-            rows.append({"axis": axis, **known})
+            bar.set_description(f"{size}, {engine}")
+            known[size, engine] = measure(
+                size, engine, batch=args.batch, timed=args.timed, threads=args.threads
+            )
             bar.update()
     bar.close()
+    rows = [
+        {"axis": axis, **known[size, engine]} for axis, size in asked for engine in args.engines
+    ]
     for axis in args.axes:
         print(text(axis, [r for r in rows if r["axis"] == axis]), flush=True)
     if args.json:
         run.write_json(args.json, {"threads": args.threads, "rows": rows})
     if args.figure:
-        plots.save(picture(rows), args.figure)
+        plots.save(picture(rows, args.batch), args.figure)
 
 
 if __name__ == "__main__":

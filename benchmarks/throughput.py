@@ -203,11 +203,12 @@ def _pythae_trainer(net: str, images: Tensor, batch: int) -> Any:
 
     latent_dim = NETS[net]["latent_dim"]
     config = VAEConfig(input_dim=(1, 28, 28), latent_dim=latent_dim, reconstruction_loss="bce")
+    folder = tempfile.TemporaryDirectory()
     trainer = BaseTrainer(
         VAE(config, encoder=Encoder(), decoder=Decoder()),
         BaseDataset(images, torch.zeros(len(images))),
         training_config=BaseTrainerConfig(
-            output_dir=tempfile.mkdtemp(),
+            output_dir=folder.name,
             per_device_train_batch_size=batch,
             learning_rate=1e-3,
             no_cuda=True,
@@ -215,13 +216,18 @@ def _pythae_trainer(net: str, images: Tensor, batch: int) -> Any:
     )
     trainer.prepare_training()
     trainer.callback_handler.callbacks.clear()  # no bars, no lines
+    trainer.folder = folder  # goes with the trainer
     return trainer
 
 
 def pythae(net: str, batch: int) -> Step:
-    """One batch through pythae's trainer, its loader among it."""
+    """One batch, ready made, through pythae's trainer."""
     _, x = _pair(net, batch, torch.contiguous_format)
-    return partial(_pythae_trainer(net, x, batch).train_step, epoch=1)
+    trainer = _pythae_trainer(net, x, batch)
+    ready = next(iter(trainer.train_loader))
+    one: Any = [ready]
+    trainer.train_loader = torch.utils.data.DataLoader(one, batch_size=None)
+    return partial(trainer.train_step, epoch=1)
 
 
 def _numpyro_svi() -> tuple[Any, Any]:

@@ -100,23 +100,24 @@ class FlowPosterior(nn.Module):
         self.dim, self.context = _check_dim(event_shape[0]), context
         self.param_shape = torch.Size((2 * self.dim + context,))
         sizes, self._transform = kind
+        self._orders = [_order(self.dim, i) for i in range(transforms)]
         self.nets = nn.ModuleList(
             ConditionalAutoRegressiveNN(
                 self.dim,
                 context,
                 [max(hidden, self.dim)],
                 sizes,
-                permutation=torch.LongTensor(_order(self.dim, i)),
+                permutation=torch.LongTensor(order),
                 nonlinearity=nn.Tanh(),
             )
-            for i in range(transforms)
+            for order in self._orders
         )
 
     def forward(self, h: Tensor) -> dist.Distribution:
         loc, log_variance, context = h.split([self.dim, self.dim, self.context], dim=-1)
         transforms = [
-            self._transform(self.dim, _Network(net, _order(self.dim, i), context))
-            for i, net in enumerate(self.nets)
+            self._transform(self.dim, _Network(net, order, context))
+            for net, order in zip(self.nets, self._orders, strict=True)
         ]
         # cached like the others, so that a draw's density needs no inverse
         scale = (log_variance / 2).exp()
@@ -155,24 +156,25 @@ class FlowPrior(nn.Module):
         super().__init__()
         self.dim = _check_dim(latent_dim)
         sizes, self._transform = kind
+        self._orders = [_order(self.dim, i) for i in range(transforms)]
         self.nets = nn.ModuleList(
             # tanh: with unbounded scales a draw, D divisions one after another, may overflow
             AutoRegressiveNN(
                 latent_dim,
                 [max(hidden, latent_dim)],
                 sizes,
-                permutation=torch.LongTensor(_order(latent_dim, i)),
+                permutation=torch.LongTensor(order),
                 nonlinearity=nn.Tanh(),
             )
-            for i in range(transforms)
+            for order in self._orders
         )
         self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
         self.register_buffer("scale", torch.ones(latent_dim), persistent=False)
 
     def forward(self, y: Tensor | None = None) -> dist.Distribution:
         transforms = [
-            self._transform(self.dim, _Network(net, _order(self.dim, i))).inv
-            for i, net in enumerate(self.nets)
+            self._transform(self.dim, _Network(net, order)).inv
+            for net, order in zip(self.nets, self._orders, strict=True)
         ]
         return dist.TransformedDistribution(
             dist.Normal(self.loc, self.scale).to_event(1), transforms

@@ -24,6 +24,7 @@ from pvae.objectives import temper
 from pvae.optim import SingleOptimizer
 from pvae.vae import VAE
 
+_LOOKS = 100  # steps after which a loss that is summed on a GPU is looked at
 _CHECKED = 250  # images of the fixed validation batch that the cross-check sees
 
 
@@ -239,13 +240,15 @@ class Trainer:
     def _train(self, bar: Any) -> float:
         """One pass over the data; the mean of the (tempered) objective, nats per image."""
         self.vae.train()
-        total: Any = 0.0  # on a GPU a tensor there, which is read once an epoch
+        total: Any = 0.0  # on a GPU a tensor there, which is read now and then
         batches = self.data.batches(self.batch_size, seed=self.seed, epoch=self.epoch)
         for x, y in batches:
             self._set_learning_rate()
             total = total + self._step(x, y if self.labels else None)
             self.step += 1
             bar.update(len(x))
+            if self.step % _LOOKS == 0:
+                self._finite(float(total))
         return -self._finite(float(total)) / len(self.data.train.images)
 
     def _step(self, x: Tensor, y: Tensor | None) -> float | Tensor:
@@ -382,7 +385,7 @@ class Trainer:
 
     def _not_finite(self, loss: float | str) -> str:
         return (
-            f"the loss is {loss} at step {self.step} (epoch {self.epoch + 1}).{self._kept()} Try a "
+            f"the loss is {loss} by step {self.step} (epoch {self.epoch + 1}).{self._kept()} Try a "
             "smaller learning rate; with a learned scale, a larger floor or dequantised pixels"
         )
 

@@ -171,3 +171,10 @@ def test_help_gives_the_default_that_an_example_sets(capsys):
     assert "an image folder (default: patches)" in text
     assert "epochs (default: 6)" in text
     assert "(default: 10" not in text
+
+
+def test_a_cuda_graph_is_for_a_gpu():
+    args = cli.parser("").parse_args(["--quiet", "-n", "1", "--engine", "cuda-graph"])
+    with pytest.raises(ValueError, match="--engine cuda-graph needs the device cuda; it is cpu"):
+        cli.engine(args, 100, torch.device("cpu"))
+    assert cli.engine(args, 100, torch.device("cuda")) == "cuda-graph"

@@ -200,6 +200,8 @@ def test_one_covariance_each_finds_the_exact_posterior():
     after = evaluate.importance_sampling(model, own, x, num_samples=2000)
     assert (before.pareto_k > evaluate.UNRELIABLE).all()
     assert (after.pareto_k < evaluate.UNRELIABLE).all()
+    with pytest.raises(ValueError, match="num_draws must be at least 2, for a variance, not 1"):
+        evaluate.full_covariance_factors(narrow, x, num_draws=1)
     with pytest.raises(ValueError, match="one latent site, not 2"):
         evaluate.full_covariance_factors(hierarchical, torch.zeros(3, 2))
 

@@ -53,20 +53,26 @@ def signature_of(args: Any, kwargs: Any, modules: Sequence[nn.Module]) -> Signat
     for leaf in leaves:
         add(leaf, "an argument")
     numbers = []
-    # where the others are: a graph would keep the value of a number on the host
-    beside = next((t.device for t in tensors if t.is_cuda), torch.device("cpu"))
     for handler in runtime._PYRO_STACK:
         key.append(str(type(handler)))
         for name, value in vars(handler).items():
             where = f"{name} of the handler {type(handler).__name__} around the step"
             if type(value) is float:
-                number = torch.tensor(value, dtype=torch.float64, device=beside)
+                # filled there: a copy from the host would wait for the GPU
+                beside = _accelerator(tensors, modules)
+                number = torch.full((), value, dtype=torch.float64, device=beside)
                 numbers.append((handler, name, number))
                 add(number, where)
             else:
                 add(value, where)
     key += _state(modules)
     return Signature(tuple(key), tensors, numbers)
+
+
+def _accelerator(tensors: Sequence[Tensor], modules: Sequence[nn.Module]) -> torch.device:
+    """Where the call runs: a CUDA graph would keep the value of a number on the host."""
+    held = (p for module in modules for p in module._parameters.values() if p is not None)
+    return next((t.device for t in (*tensors, *held) if t.is_cuda), torch.device("cpu"))
 
 
 def _state(modules: Sequence[nn.Module]) -> list[Hashable]:

@@ -141,11 +141,8 @@ class SVI(Capturing, pyro.infer.SVI):
         compiler: Compiler = inductor,
         record: Recorder | None = None,
     ) -> None:
-        if record is not None and not _is_fused(optim):
-            raise ValueError(
-                f"record needs a pvae.SingleOptimizer of a fused torch optimizer, such as "
-                f"torch.optim.Adam(..., fused=True), not a {type(optim).__name__} that is not"
-            )
+        if record is not None:
+            _check_recordable(optim)
         pyro.infer.SVI.__init__(
             self, model, guide, optim, loss, loss_and_grads, num_samples, num_steps
         )
@@ -158,6 +155,7 @@ class SVI(Capturing, pyro.infer.SVI):
             compiler=compiler,
         )
         self.record = record
+        self.recordings = 0  # how often one was made
         self._recordings: dict[Hashable, Recording] = {}
         self._ran: Counter[Hashable] = Counter()  # captured steps, by signature
 
@@ -178,6 +176,7 @@ class SVI(Capturing, pyro.infer.SVI):
         if trained is None:  # as after `clear_param_store`: the programs have to run
             del self._graphs[signature.key]
             self._recordings.pop(signature.key, None)
+            del self._ran[signature.key]
             return self._eager(args, kwargs)
         self.engine, self.reason = "captured", None
         losses = self._run(graph, signature, trained)
@@ -197,16 +196,40 @@ class SVI(Capturing, pyro.infer.SVI):
 
         if self.record is None:
             return whole(signature.tensors)
-        key = signature.key
-        recording = self._recordings.get(key)
-        if recording is None or not recording.fits():
-            self._ran[key] += 1
-            if self._ran[key] <= _BEFORE_RECORDING:  # libraries set themselves up
+        own, optimizer = [*trained, *graph.rest], self.optim.optimizer
+        recording = self._recordings.get(signature.key)
+        if recording is None or not recording.fits(own, optimizer):
+            self._ran[signature.key] += 1
+            if self._ran[signature.key] <= _BEFORE_RECORDING:  # libraries set themselves up
                 return whole(signature.tensors)
-            own = [*trained, *graph.rest]
-            recording = Recording(whole, signature.tensors, own, self.optim.optimizer, self.record)
-            self._recordings[key] = recording
-        return recording(signature.tensors)
+            recording = self._recorded(whole, signature.tensors, own)
+            if recording is None:
+                return whole(signature.tensors)
+            self._recordings[signature.key] = recording
+        return recording(signature.tensors, optimizer)
+
+    def _recorded(
+        self,
+        whole: Callable[[list[Tensor]], list[Tensor]],
+        arguments: list[Tensor],
+        own: list[Tensor],
+    ) -> Recording | None:
+        """The step as a recording; None, and no more of them, where that cannot be."""
+        assert self.record is not None
+        try:
+            if self.recordings >= 4 * self.max_graphs:
+                raise NotCaptured(
+                    f"{self.recordings} recordings were made: a setting of the optimizer other "
+                    "than the learning rate, or the place of a tensor, changes all the time"
+                )
+            self.recordings += 1
+            return Recording(whole, arguments, own, self.optim.optimizer, self.record)
+        except Exception as error:  # whatever the GPU says of these kernels
+            for t in own:
+                t.grad = None
+            self.record = None
+            self._refuse(str(error) if isinstance(error, NotCaptured) else first_line(error))
+            return None
 
     # ---- capturing ----
 
@@ -286,9 +309,15 @@ class SVI(Capturing, pyro.infer.SVI):
         )
 
 
-def _is_fused(optim: Any) -> bool:
-    groups = optim.optimizer.param_groups if isinstance(optim, SingleOptimizer) else [{}]
-    return all(group.get("fused") for group in groups)
+def _check_recordable(optim: Any) -> None:
+    single = isinstance(optim, SingleOptimizer)
+    groups = optim.optimizer.param_groups if single else [{}]
+    if not all(group.get("fused") and "capturable" in group for group in groups):
+        given = f" of a {type(optim.optimizer).__name__} that is not" if single else ""
+        raise ValueError(
+            "record needs a pvae.SingleOptimizer of a fused optimizer that can be recorded, such "
+            f"as torch.optim.Adam(..., fused=True); optim is a {type(optim).__name__}{given}"
+        )
 
 
 def _read(loss: Tensor) -> Any:

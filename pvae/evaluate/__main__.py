@@ -33,8 +33,9 @@ LEGEND = """\
     steps. The sandwich is on images drawn from the model, where an upper bound exists too: its
     width is what AIS lacks at most *there*; on real images it is not known.
     IWAE-k by a proposal of its own: a normal with a full covariance, optimized for each image
-    alone, draws in the guide's place. Where AIS agrees with it, both are near log p(x), and what
-    IWAE-k by the guide lacks is the guide's fault.
+    alone, draws in the guide's place; what IWAE-k by the guide lacks of it is the guide's fault.
+    Where AIS agrees with it, that is evidence that both are near log p(x), not a proof: both are
+    lower bounds, and unless AIS is from the prior, both start from the guide.
   gaps: what one encoder for all images costs, and what the family of q does. The first is from
     below, as the factors may not be optimal; the second lacks what IWAE-k lacks of log p(x).
   active units: variance of the posterior mean over images above 0.01; not how much each one says.
@@ -130,7 +131,7 @@ def arguments() -> argparse.Namespace:
     g.add_argument(
         "--captured",
         action="store_true",
-        help="compile the importance weights, which pays for a million draws and more",
+        help="compile the weights of IWAE-k by the guide, which pays for a million draws and more",
     )
     g = parser.add_argument_group("run")
     g.add_argument("--image", type=cli.COUNT, default=0, metavar="I", help="test image for NUTS")

@@ -96,7 +96,7 @@ def full_covariance_factors(
     to be believed, theirs often may be. Cost: `D (D + 3) / 2` numbers for each image.
 
     Raises:
-        ValueError: `guide` has more than one latent site.
+        ValueError: `num_draws` is below 2, or `guide` has more than one latent site.
 
     >>> import pvae
     >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
@@ -104,6 +104,8 @@ def full_covariance_factors(
     >>> factors.posterior(torch.arange(5)).covariance_matrix.shape
     torch.Size([5, 2, 2])
     """
+    if num_draws < 2:
+        raise ValueError(f"num_draws must be at least 2, for a variance, not {num_draws}")
     with evaluating(guide), pyro.plate("particles", num_draws, dim=-2):
         trace: Any = poutine.trace(guide).get_trace(x, y)
     names = latents(trace)
