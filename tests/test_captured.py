@@ -1039,12 +1039,12 @@ def test_the_benchmark(tmp_path):
 @pytest.mark.slow
 def test_the_growth_of_cost(tmp_path):
     """Batches of which the timed ones are more than an epoch has."""
-    short = ["--axes", "images", "--images", "50000", "--batch", "2500", "--timed", "2"]
+    short = ["--axes", "images", "--images", "50000", "--batch", "100", "--timed", "98"]
     out = ["--engines", "eager", "--json", "g.json", "--figure", "g.png"]
     said = run([ROOT / "benchmarks" / "growth.py", *short, *out], tmp_path)
     assert "training images" in said
     few, many = json.loads((tmp_path / "g.json").read_text())["rows"]
     assert (few["images"], many["images"]) == (10_000, 50_000)
-    assert many["epoch_seconds"] == pytest.approx(20 * many["milliseconds"] / 1e3)
+    assert many["epoch_seconds"] == pytest.approx(500 * many["milliseconds"] / 1e3)
     assert many["peak_mib"] - few["peak_mib"] > 15  # the images alone are 30 MiB
     assert (tmp_path / "g.png").exists()
