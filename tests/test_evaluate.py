@@ -545,6 +545,7 @@ SMALL = ["--images", 10, "--num-samples", 50, "--annealed-images", 3, "--tempera
 SMALL += ["--gap-images", 3, "--nuts-samples", 5]
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_keeps_it(digits_run):
     done = command(digits_run, *SMALL)
     assert done.returncode == 0, done.stderr
