@@ -153,11 +153,11 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def tried(call: Callable[..., Any], tensors: Sequence[Tensor], *args: Any) -> Any:
+def tried(call: Callable[[], Any], tensors: Sequence[Tensor]) -> Any:
     """What `call` returns; what it writes into the `tensors` in place is written back."""
     before = [t.detach().clone() for t in tensors]
     try:
-        return call(*args)
+        return call()
     finally:
         with torch.no_grad():
             for t, value in zip(tensors, before, strict=True):
@@ -168,9 +168,12 @@ def tried(call: Callable[..., Any], tensors: Sequence[Tensor], *args: Any) -> An
 class Capturing:
     """Calls that run eager, are captured once for each signature, and are a graph's from then on.
 
-    A subclass says how: `_eager`, `_capture` (which returns what the call does, and notes a graph
-    in `_graphs` or a reason by `_cannot`) and `_captured`, a call of a graph.
+    A subclass says how: `_eager` and `_captured`, a call without and by a graph; and for the call
+    that captures, `_graph` (makes one), `_try` (what it returns), `_as_it_is` (what is held against
+    that), `_agree`, and `_after` (the rest of the call, and what it returns).
     """
+
+    _captures_of: str  # what is captured, in messages
 
     def __init__(
         self,
@@ -198,7 +201,19 @@ class Capturing:
     def _eager(self, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError
 
-    def _capture(self, signature: Signature, args: Any, kwargs: Any) -> Any:
+    def _graph(self, arguments: list[Tensor], args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def _try(self, graph: Any, arguments: list[Tensor]) -> Any:
+        raise NotImplementedError
+
+    def _as_it_is(self, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def _agree(self, graph: Any, by_graph: Any, outcome: Any) -> bool:
+        raise NotImplementedError
+
+    def _after(self, outcome: Any) -> Any:
         raise NotImplementedError
 
     def _captured(self, graph: Any, signature: Signature, args: Any, kwargs: Any) -> Any:
@@ -233,10 +248,32 @@ class Capturing:
         self.captures += 1
         return self._capture(signature, args, kwargs)
 
-    def _cannot(self, key: Hashable, reason: str) -> None:
-        """No graph is made for this signature any more."""
-        self._refused.add(key)
-        self._refuse(reason)
+    def _capture(self, signature: Signature, args: Any, kwargs: Any) -> Any:
+        """The call as it is, against which a new graph of it is held at the same noise."""
+        start, reason = random_state(), ""
+        graph = by_graph = None
+        try:
+            with as_tensors(signature.numbers):
+                graph = self._graph(signature.tensors, args, kwargs)
+            by_graph = self._try(graph, signature.tensors)
+        except NotCaptured as error:
+            reason = str(error)
+        except Exception as error:  # whatever the tracer or the compiler says
+            reason = first_line(error)
+        set_random_state(start)
+
+        elsewhere = other_random_state()
+        outcome = self._as_it_is(args, kwargs)
+        if not reason and other_random_state() != elsewhere:
+            reason = "random numbers of Python or NumPy are drawn"
+        if not reason and not self._agree(graph, by_graph, outcome):
+            reason = f"the graph's results are not those of the {self._captures_of}"
+        if reason:
+            self._refused.add(signature.key)
+            self._refuse(reason)
+        else:
+            self._graphs[signature.key] = graph
+        return self._after(outcome)
 
     def _refuse(self, reason: str) -> None:
         self.reason = reason

@@ -7,17 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pvae.captured.capturing import (
-    Capturing,
-    Signature,
-    as_tensors,
-    first_line,
-    other_random_state,
-    random_state,
-    resolution,
-    set_random_state,
-    tried,
-)
+from pvae.captured.capturing import Capturing, Signature, resolution, tried
 from pvae.captured.tracing import (
     Compiler,
     Leaves,
@@ -73,6 +63,8 @@ class Function(Capturing):
     4.0 captured
     """
 
+    _captures_of = "function"
+
     def __init__(
         self,
         function: Callable[..., Any],
@@ -101,33 +93,17 @@ class Function(Capturing):
         self.engine, self.reason = "captured", None
         return graph(signature.tensors)
 
-    def _capture(self, signature: Signature, args: Any, kwargs: Any) -> Any:
-        """A call of the function, against which a new graph of it is held."""
-        start = random_state()
-        made: Any  # a _Graph, or why there is none
-        try:
-            with as_tensors(signature.numbers):
-                made = self._graph(signature.tensors, args, kwargs)
-            own = (*signature.tensors, *made.rest)
-            by_graph = pytree.tree_leaves(tried(made, own, signature.tensors))
-        except NotCaptured as error:
-            made = str(error)
-        except Exception as error:  # whatever the tracer or the compiler says of this function
-            made = first_line(error)
-        set_random_state(start)
+    def _as_it_is(self, args: Any, kwargs: Any) -> Any:
+        return self._eager(args, kwargs)
 
-        elsewhere = other_random_state()
-        results = self._eager(args, kwargs)
-        if isinstance(made, _Graph):
-            if other_random_state() != elsewhere:
-                made = "the function draws random numbers of Python or NumPy"
-            elif not _agree(by_graph, pytree.tree_leaves(results)):
-                made = "the graph's results are not those of the function"
-        if isinstance(made, _Graph):
-            self._graphs[signature.key] = made
-        else:
-            self._cannot(signature.key, made)
-        return results
+    def _after(self, outcome: Any) -> Any:
+        return outcome
+
+    def _try(self, graph: _Graph, arguments: list[Tensor]) -> Any:
+        return tried(lambda: graph(arguments), (*arguments, *graph.rest))
+
+    def _agree(self, graph: _Graph, by_graph: Any, outcome: Any) -> bool:
+        return _same(pytree.tree_leaves(by_graph), pytree.tree_leaves(outcome))
 
     def _graph(self, arguments: list[Tensor], args: Any, kwargs: Any) -> _Graph:
         results, found = touched(lambda: self.function(*args, **kwargs))
@@ -146,7 +122,7 @@ class Function(Capturing):
         return _Graph(run, rest, [layout(t) for t in rest], structure)
 
 
-def _agree(by_graph: list[Tensor], by_function: list[Tensor]) -> bool:
+def _same(by_graph: list[Tensor], by_function: list[Tensor]) -> bool:
     """Whether the results are the same up to half of their digits."""
     return len(by_graph) == len(by_function) and all(
         ours.shape == theirs.shape

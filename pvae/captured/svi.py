@@ -26,12 +26,8 @@ from torch.utils import _pytree as pytree
 from pvae.captured.capturing import (
     Capturing,
     Signature,
-    as_tensors,
     first_line,
-    other_random_state,
-    random_state,
     resolution,
-    set_random_state,
     submodules,
     tried,
 )
@@ -124,6 +120,8 @@ class SVI(Capturing, pyro.infer.SVI):
     eager
     captured
     """
+
+    _captures_of = "programs"
 
     def __init__(
         self,
@@ -233,37 +231,25 @@ class SVI(Capturing, pyro.infer.SVI):
 
     # ---- capturing ----
 
-    def _capture(self, signature: Signature, args: Any, kwargs: Any) -> Any:
-        """A step of stock SVI, against which a new graph of it is held."""
-        start = random_state()
-        made: Any  # a _Graph, or why there is none
-        try:
-            with as_tensors(signature.numbers):
-                made = self._graph(signature.tensors, args, kwargs)
-            own = (*signature.tensors, *made.parameters, *made.rest)
-            by_graph = tried(made, own, signature.tensors, made.parameters)
-        except NotCaptured as error:
-            made = str(error)
-        except Exception as error:  # whatever the tracer or the compiler says of these programs
-            made = first_line(error)
-        set_random_state(start)
-
-        elsewhere = other_random_state()
+    def _as_it_is(self, args: Any, kwargs: Any) -> Any:
+        """Stock SVI's step up to the optimizer's part: the losses, and what was trained."""
         loss, sites = self._loss_and_sites(args, kwargs)
         trained = {site["value"].unconstrained() for site in sites.values()}
         losses = tuple(map(torch_item, loss)) if isinstance(loss, tuple) else torch_item(loss)
-        if isinstance(made, _Graph):
-            if other_random_state() != elsewhere:
-                made = "the programs draw random numbers of Python or NumPy"
-            elif not _agree(made, by_graph, losses, trained):
-                made = "the graph's loss and gradients are not those of the programs"
-        if isinstance(made, _Graph):
-            self._graphs[signature.key] = made
-        else:
-            self._cannot(signature.key, made)
+        return losses, trained
+
+    def _after(self, outcome: Any) -> Any:
+        losses, trained = outcome
         self.optim(trained)
         zero_grads(trained)
         return losses
+
+    def _try(self, graph: _Graph, arguments: list[Tensor]) -> Any:
+        own = (*arguments, *graph.parameters, *graph.rest)
+        return tried(lambda: graph(arguments, graph.parameters), own)
+
+    def _agree(self, graph: _Graph, by_graph: Any, outcome: Any) -> bool:
+        return _same(graph, by_graph, *outcome)
 
     def _loss_and_sites(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         with poutine.trace(param_only=True) as sites:
@@ -324,7 +310,7 @@ def _read(loss: Tensor) -> Any:
     return warn_if_nan(torch_item(loss), "loss")
 
 
-def _agree(graph: _Graph, by_graph: Any, loss: Any, parameters: Any) -> bool:
+def _same(graph: _Graph, by_graph: Any, loss: Any, parameters: Any) -> bool:
     """Whether loss and gradients of the graph are those left by Pyro, up to half of the digits."""
     losses, gradients = by_graph
     if set(graph.parameters) != parameters:
