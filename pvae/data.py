@@ -1,8 +1,8 @@
 """Image data sets held in memory as bytes, and the ways in which a model may observe them.
 
 A split of a data set is one uint8 tensor `(N, C, H, W)`; a batch is an `index_select` and a
-division by 255. `load` finds or reads the data, `observe` says what the model is shown of it
-(grey values, binary or dequantised pixels), `Observed.batches` walks through an epoch.
+division by 255. `load` finds or reads the data, `observe` chooses what the model sees of it (grey,
+binary or dequantised pixels), and `Observed.batches` gives the batches of one epoch.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import socket
 import struct
 import sys
 import tempfile
+import urllib.error
+import urllib.request
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from itertools import repeat
@@ -32,16 +34,29 @@ from torch import Tensor
 from tqdm import tqdm
 
 NAMES = ("mnist", "fashion-mnist", "kmnist", "cifar10", "digits", "patches")
-OBSERVATIONS = ("grey", "threshold", "static", "dynamic", "dequantized")
 
-# Random streams, so that no two uses of one seed share their numbers; 0, 1 and 2 are the pixels
-# of the three splits.
+_CLASS_NAMES: Mapping[str, Sequence[str]] = {
+    "fashion-mnist": (
+        *("t-shirt", "trouser", "pullover", "dress", "coat"),
+        *("sandal", "shirt", "sneaker", "bag", "boot"),
+    ),
+    "cifar10": (
+        *("airplane", "automobile", "bird", "cat", "deer"),
+        *("dog", "frog", "horse", "ship", "truck"),
+    ),
+    "patches": ("temple", "flower"),
+}
+
+# Each use of a seed draws from its own random stream; 0, 1 and 2 are for the pixels of the splits.
 _EPOCHS, _SPLITTING = 3, 4
 
 
 class Split(NamedTuple):
-    """One part of a data set: `images` `(N, C, H, W)`, uint8 (or float32 in [0, 1] where
-    dequantised), and `labels` `(N,)` int64 or None; its size is `len(split.images)`.
+    """One part of a data set; its size is `len(split.images)`.
+
+    images: `(N, C, H, W)`, uint8, or float32 in [0, 1] where dequantised.
+    labels: `(N,)` int64, or None.
+    mask: `(N, 1 or C, H, W)` bool, True where a pixel is seen; None where all pixels are.
 
     >>> Split(torch.zeros(5, 1, 8, 8, dtype=torch.uint8), None).images.shape
     torch.Size([5, 1, 8, 8])
@@ -49,12 +64,33 @@ class Split(NamedTuple):
 
     images: Tensor
     labels: Tensor | None
+    mask: Tensor | None = None
+
+    @property
+    def y(self) -> Tensor | None:
+        """What a model may be conditional on: the mask where there is one, else the labels.
+
+        >>> split = load("digits").test
+        >>> split.y is split.labels
+        True
+        """
+        return self.labels if self.mask is None else self.mask
+
+    def first(self, n: int) -> Split:
+        """The first `n` images with their labels and masks, or all images if there are fewer;
+        raises ValueError unless `n` is at least 1.
+
+        >>> load("digits").test.first(3).images.shape
+        torch.Size([3, 1, 28, 28])
+        """
+        _check_at_least(1, n=n)
+        return _each(self, lambda tensor: tensor[:n])
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images in three splits, with their SHA-256 (over pixels, labels and shapes) and a `note`,
-    one plain line for the screen where something noteworthy happened.
+    """Images in three splits, with their SHA-256 (over pixels, labels and shapes) and a `note`:
+    one line that people should read, or "".
 
     >>> digits = load("digits")
     >>> len(digits.train.images), digits.image_shape, digits.num_classes
@@ -67,6 +103,24 @@ class Dataset:
     test: Split
     sha256: str
     note: str = ""
+
+    @property
+    def splits(self) -> tuple[Split, Split, Split]:
+        """The splits for training, validation and test.
+
+        >>> [len(split.images) for split in load("digits").splits]
+        [1439, 179, 179]
+        """
+        return self.train, self.validation, self.test
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """What the labels stand for, where they are no digits.
+
+        >>> load("digits").class_names is None
+        True
+        """
+        return _CLASS_NAMES.get(self.name)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -95,8 +149,21 @@ class Dataset:
         >>> load("digits").num_classes
         10
         """
-        labels = [s.labels for s in (self.train, self.validation, self.test)]
+        labels = [s.labels for s in self.splits]
         return max((1 + int(y.max()) for y in labels if y is not None), default=None)
+
+    def require_same(self, name: str, sha256: str, where: object) -> None:
+        """Raise ValueError unless this is the data, by its SHA-256, of the run in `where`.
+
+        >>> digits = load("digits")
+        >>> digits.require_same("digits", digits.sha256, "runs/1")
+        """
+        if sha256 != self.sha256:
+            raise ValueError(
+                f"the run in {where} was started on {name} (SHA-256 {sha256[:12]}...), but the "
+                f"data found now is {self.name} ({self.sha256[:12]}...): name the same data by "
+                "--dataset and --data-root"
+            )
 
 
 def load(
@@ -110,22 +177,26 @@ def load(
 
     - None: MNIST, found or downloaded as below; offline the digits, and `note` says so.
     - "mnist", "fashion-mnist", "kmnist", "cifar10": looked for, in torchvision's layout, in
-      `root`, `$PVAE_DATA`, `./data` and the user's cache folder, in this order; else downloaded
-      into the cache (never with `download=False`). The last sixth of the training images (of
-      CIFAR-10: the last tenth) is for validation.
+      `root`, `$PVAE_DATA`, `./data` and the user's cache folder, in this order. If none of them
+      has it, it is downloaded into the cache (never with `download=False`). The last sixth of the
+      training images (of CIFAR-10: the last tenth) is for validation.
     - "digits": scikit-learn's 1,797 digits, 8x8, scaled to 28x28; needs no network.
     - "patches": 64x64 RGB patches, one every 8 pixels, of scikit-learn's two photographs (a temple
-      and a flower, which are the labels); needs no network. The splits are strips of each
-      photograph, so that they share no pixel, though the patches of one split do.
-    - a `.npy` or `.npz` file: uint8, bool, or float in [0, 1] (rounded to 255ths); shaped
-      `(N, H, W)`, `(N, C, H, W)` or `(N, H, W, C)` with C 1 or 3, and where both readings of four
-      axes are possible, axis 1 is the channels. In a `.npz` the images are "images", "x" or the
-      only array; labels, optional, are "labels" or "y".
-    - a folder of png, jpg, jpeg, bmp or webp images of one size, at any depth; its subfolders, if
-      any, are the labels, in sorted order. Hidden files are passed over.
+      and a flower: the two labels); needs no network. Patches overlap, but each split has its own
+      strips of the photographs, so no pixel is in two splits.
+    - a `.npy` or `.npz` file: uint8, bool, or float in [0, 1] (rounded to 255ths), of shape
+      `(N, H, W)`, `(N, C, H, W)` or `(N, H, W, C)` with C 1 or 3; if the shape can be read in both
+      ways, axis 1 is the channels. In a `.npz` the images are "images", "x" or the only array;
+      labels, optional, are "labels" or "y".
+    - a folder of png, jpg, jpeg, bmp or webp images of one size, at any depth. Its subfolders, if
+      any, are the labels, in sorted order. Hidden files are left out.
+    - a folder with subfolders `train` and `test`, and `validation` (or `val`) or not: the splits as
+      they are, each with the same subfolders (the labels) or none. Without `validation`, a tenth of
+      the training images, drawn by `seed`, is for validation, and `note` says so.
 
-    Digits, files and folders are split 80/10/10 at random by `seed`; the global random state is
-    never touched. A name of `NAMES` goes before a path of that name: write `./digits` for it.
+    Digits, files and other folders are split 80/10/10 at random by `seed`; the global random state
+    stays as it is. A name of `NAMES` means the data set even if a file or folder has that name
+    too: write `./digits` for the folder.
 
     Raises FileNotFoundError where a named data set is neither on disk nor to be downloaded, and
     ValueError for an unknown name and for files that cannot be used.
@@ -145,8 +216,7 @@ def load(
     path = Path(os.path.abspath(os.path.expanduser(name)))
     if not name or not path.exists():
         raise ValueError(_unknown(name))
-    images, labels, note = _read_folder(path) if path.is_dir() else _read_array(path)
-    return _split_at_random(path.name, images, labels, seed, note)
+    return _read_folder(path, seed) if path.is_dir() else _read_array(path, seed)
 
 
 def is_found(name: str, root: str | os.PathLike[str] | None = None) -> bool:
@@ -169,19 +239,19 @@ def pixels(images: Tensor) -> Tensor:
     if images.is_floating_point():
         return images
     if images.dtype != torch.uint8:
-        raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
+        raise ValueError(f"images must be uint8 or floating point, not {images.dtype}")
     return images.to(torch.float32) / 255
 
 
 def chunks(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Walk through a split in order: float32 images `(B, C, H, W)` and labels `(B,)` or None, at
-    most `size` at a time; raises ValueError unless `size` is at least 1.
+    """Walk through a split in order, at most `size` images at a time: float32 `(B, C, H, W)`, and
+    their part of `split.y`; raises ValueError unless `size` is at least 1.
 
     >>> [len(x) for x, y in chunks(load("digits").test, 100)]
     [100, 79]
     """
-    _check_size("size", size)
-    return ((pixels(x), y) for x, y in _cut(split, size))
+    _check_at_least(1, size=size)
+    return ((pixels(part.images), part.y) for part in _cut(split, size))
 
 
 # ----- what the model sees ------------------------------------------------------------------------
@@ -189,8 +259,10 @@ def chunks(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """A data set as the model sees it: splits that stay fixed, and `redraw`, which makes float32
-    pixels of each uint8 training batch from a generator (None: plain `pixels`).
+    """A data set as the model sees it; `how` is a name of `OBSERVATIONS`.
+
+    The splits stay fixed. `redraw`, if not None, draws the pixels of each uint8 training batch
+    anew, from a generator.
 
     >>> binary = observe(load("digits"), "dynamic")
     >>> x, y = next(binary.batches(100, seed=0, epoch=0))
@@ -202,7 +274,16 @@ class Observed:
     train: Split
     validation: Split
     test: Split
-    redraw: Callable[[Tensor, torch.Generator], Tensor] | None
+    redraw: _Draw | None
+
+    @property
+    def label(self) -> str:
+        """How the data is observed, in words for people.
+
+        >>> observe(load("digits"), "static").label
+        'statically binarised'
+        """
+        return OBSERVATIONS[self.how].label
 
     def to(self, device: torch.device | str) -> Observed:
         """Move the three splits to a device, where `batches` then works too.
@@ -217,27 +298,27 @@ class Observed:
     def batches(
         self, batch_size: int, *, seed: int, epoch: int
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Shuffle the training images once through: float32 `(B, C, H, W)` and labels `(B,)` or
-        None, where the last batch may be short.
+        """One epoch: every training image once, in random order, as float32 `(B, C, H, W)`, with
+        its part of `train.y`; the last batch may be smaller.
 
-        Order and redrawn pixels depend on `seed` and `epoch` alone (and on the batch size and the
-        device), so a resumed run sees the batches of an uninterrupted one. The global random
-        state is untouched. Raises ValueError unless `batch_size` is at least 1 and `seed` and
+        Order and redrawn pixels depend only on `seed`, `epoch`, the batch size and the device, so
+        a resumed run sees the batches of an uninterrupted one. The global random state stays as
+        it is. Raises ValueError unless `batch_size` is at least 1 and `seed` and
         `epoch` at least 0.
 
         >>> grey = observe(load("digits"), "grey")
         >>> sum(len(x) for x, y in grey.batches(100, seed=0, epoch=7))
         1439
         """
-        _check_size("batch_size", batch_size)
-        images, labels = self.train
+        _check_at_least(1, batch_size=batch_size)
+        images, y = self.train.images, self.train.y
         generator = _generator(images.device, seed=seed, stream=_EPOCHS, epoch=epoch)
         order = torch.randperm(len(images), generator=generator, device=images.device)
 
         def batch(index: Tensor) -> tuple[Tensor, Tensor | None]:
             x = images.index_select(0, index)
-            x = pixels(x) if self.redraw is None else self.redraw(x, generator)
-            return x, None if labels is None else labels.index_select(0, index)
+            x = x if self.redraw is None else self.redraw(x, generator)
+            return pixels(x), None if y is None else y.index_select(0, index)
 
         return map(batch, order.split(batch_size))
 
@@ -251,19 +332,19 @@ def observe(dataset: Dataset, how: str, seed: int = 0) -> Observed:
     - "dynamic": the same, but training images are drawn anew for every batch.
     - "dequantized": (k + u) / 256 with u uniform in (0, 1), anew for every training batch.
 
-    What is drawn once is drawn by `seed`, each split from a stream of its own. Raises ValueError
-    where `how` is none of `OBSERVATIONS`.
+    What is drawn once is drawn by `seed`, each split from its own random stream. Masks and labels
+    stay. Raises ValueError where `how` is none of `OBSERVATIONS`.
 
     >>> observe(load("digits"), "threshold").test.images.unique()
     tensor([  0, 255], dtype=torch.uint8)
     """
-    if how not in _LAWS:
-        raise ValueError(f"how must be one of {', '.join(OBSERVATIONS)}; got {how!r}")
-    fix, redraw = _LAWS[how]
+    if how not in OBSERVATIONS:
+        raise ValueError(f"how must be one of {', '.join(OBSERVATIONS)}, not {how!r}")
+    _, fix, redraw, _ = OBSERVATIONS[how]
 
     def fixed(stream: int, split: Split) -> Split:
         generator = _generator(split.images.device, seed=seed, stream=stream)
-        return Split(fix(split.images, generator), split.labels)
+        return split._replace(images=fix(split.images, generator))
 
     return Observed(
         how,
@@ -282,20 +363,12 @@ def _threshold(images: Tensor, generator: torch.Generator) -> Tensor:
     return (images >= 128).to(torch.uint8) * 255
 
 
-def _on(images: Tensor, generator: torch.Generator) -> Tensor:
+def _binarize(images: Tensor, generator: torch.Generator) -> Tensor:
     # P(U < k) = k / 255 exactly for U uniform on 0..254, without a float copy of the data set.
     uniform = torch.randint(
         255, images.shape, dtype=torch.uint8, generator=generator, device=images.device
     )
-    return uniform < images
-
-
-def _binarize_bytes(images: Tensor, generator: torch.Generator) -> Tensor:
-    return _on(images, generator).to(torch.uint8) * 255
-
-
-def _binarize(images: Tensor, generator: torch.Generator) -> Tensor:
-    return _on(images, generator).to(torch.float32)
+    return (uniform < images).to(torch.uint8) * 255
 
 
 def _dequantize(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -308,39 +381,72 @@ def _dequantize(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 _Draw = Callable[[Tensor, torch.Generator], Tensor]
-# how: (what a fixed split stores, how a training batch is drawn anew or None)
-_LAWS: dict[str, tuple[_Draw, _Draw | None]] = {
-    "grey": (_as_they_are, None),
-    "threshold": (_threshold, None),
-    "static": (_binarize_bytes, None),
-    "dynamic": (_binarize_bytes, _binarize),
-    "dequantized": (_dequantize, _dequantize),
+_KINDS = ("binary", "levels", "continuous")
+
+
+class Observation(NamedTuple):
+    """One way to observe uint8 images.
+
+    label: its name for people.
+    fix: what it makes of a split that stays fixed.
+    redraw: how it draws a training batch anew; None where its pixels stay fixed too.
+    suits: the kinds of likelihood for which it is right: "binary" (0 and 1), "levels" (256 grey
+        levels k / 255), "continuous" (any number in [0, 1]).
+
+    >>> OBSERVATIONS["dequantized"].suits
+    ('continuous',)
+    """
+
+    label: str
+    fix: _Draw
+    redraw: _Draw | None
+    suits: tuple[str, ...]
+
+
+# For each kind of likelihood the usual observation is the first that suits it.
+OBSERVATIONS: Mapping[str, Observation] = {
+    "grey": Observation("grey", _as_they_are, None, ("levels", "continuous")),
+    "dynamic": Observation("dynamically binarised (one fixed draw)", _binarize, _binarize, _KINDS),
+    "static": Observation("statically binarised", _binarize, None, _KINDS),
+    "threshold": Observation("thresholded", _threshold, None, _KINDS),
+    "dequantized": Observation("dequantised", _dequantize, _dequantize, ("continuous",)),
 }
+
+
+def usual_observation(kind: str) -> str:
+    """The usual observation for a kind of likelihood, "binary", "levels" or "continuous"; raises
+    ValueError for any other kind.
+
+    >>> usual_observation("binary"), usual_observation("levels")
+    ('dynamic', 'grey')
+    """
+    if kind not in _KINDS:
+        raise ValueError(f"kind must be one of {', '.join(_KINDS)}, not {kind!r}")
+    return next(name for name, found in OBSERVATIONS.items() if kind in found.suits)
 
 
 def _generator(
     device: torch.device | str, *, seed: int, stream: int, epoch: int = 0
 ) -> torch.Generator:
-    for argument, value in (("seed", seed), ("epoch", epoch)):
-        if value < 0:
-            raise ValueError(f"{argument} must be at least 0, got {value}")
+    _check_at_least(0, seed=seed, epoch=epoch)
     # SeedSequence mixes its words, where a sum would give (0, 1) and (1, 0) the same stream.
     mixed = np.random.SeedSequence((seed, stream, epoch)).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(mixed[0]))
 
 
 def _each(split: Split, change: Callable[[Tensor], Tensor]) -> Split:
-    return Split(change(split.images), None if split.labels is None else change(split.labels))
+    images, *rest = split
+    return Split(change(images), *(None if tensor is None else change(tensor) for tensor in rest))
 
 
 def _cut(split: Split, sizes: int | list[int]) -> Iterator[Split]:
-    labels = repeat(None) if split.labels is None else split.labels.split(sizes)
-    return map(Split, split.images.split(sizes), labels)
+    return map(Split, *(repeat(None) if t is None else t.split(sizes) for t in split))
 
 
-def _check_size(argument: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{argument} must be at least 1, got {value}")
+def _check_at_least(least: int, **arguments: int) -> None:
+    for argument, value in arguments.items():
+        if value < least:
+            raise ValueError(f"{argument} must be at least {least}, not {value}")
 
 
 # ----- putting a data set together ----------------------------------------------------------------
@@ -349,7 +455,7 @@ def _check_size(argument: str, value: int) -> None:
 def _dataset(name: str, splits: Iterable[Split], note: str = "") -> Dataset:
     train, validation, test = splits
     digest = hashlib.sha256()
-    for tensor in (tensor for split in (train, validation, test) for tensor in split):
+    for tensor in (t for split in (train, validation, test) for t in (split.images, split.labels)):
         if tensor is None:
             digest.update(b"no labels")
         else:
@@ -358,25 +464,38 @@ def _dataset(name: str, splits: Iterable[Split], note: str = "") -> Dataset:
     return Dataset(name, train, validation, test, digest.hexdigest(), note)
 
 
-def _split_at_random(
-    name: str, images: Tensor, labels: Tensor | None, seed: int, note: str = ""
-) -> Dataset:
-    if len(images) < 10:
+def _split_at_random(name: str, split: Split, seed: int, note: str = "") -> Dataset:
+    size = len(split.images)
+    if size < 10:
         raise ValueError(
-            f"{name}: at least 10 images are needed for three splits, {len(images)} found"
+            f"{name}: the number of images must be at least 10, for three splits, not {size}"
         )
-    held = len(images) // 10
-    order = torch.randperm(len(images), generator=_generator("cpu", seed=seed, stream=_SPLITTING))
-    shuffled = _each(Split(images, labels), lambda tensor: tensor[order])
-    return _dataset(name, _cut(shuffled, [len(images) - 2 * held, held, held]), note)
+    held = size // 10
+    return _dataset(name, _cut(_shuffled(split, seed), [size - 2 * held, held, held]), note)
+
+
+def _shuffled(split: Split, seed: int) -> Split:
+    generator = _generator("cpu", seed=seed, stream=_SPLITTING)
+    order = torch.randperm(len(split.images), generator=generator)
+    return _each(split, lambda tensor: tensor[order])
+
+
+def _hold_out(train: Split, one_in: int, source: Path) -> Iterator[Split]:
+    """What is kept for training, and the last images, one in `one_in`, which validate."""
+    size = len(train.images)
+    if size < one_in:
+        raise ValueError(
+            f"{source}: the number of training images must be at least {one_in}, so that one can "
+            f"be held out for validation, not {size}"
+        )
+    return _cut(train, [size - size // one_in, size // one_in])
 
 
 def _unknown(name: str) -> str:
     close = difflib.get_close_matches(name.lower(), NAMES, n=1)
     return (
-        f"name must be one of {', '.join(NAMES)}, or the path of a .npz or .npy file or an image "
-        f"folder; {name!r} is none of these and does not exist as a path"
-        + "".join(f". Did you mean {match!r}?" for match in close)
+        f"name must be one of {', '.join(NAMES)}, or the path of an existing .npz or .npy file or "
+        f"image folder, not {name!r}" + "".join(f". Did you mean {match!r}?" for match in close)
     )
 
 
@@ -388,11 +507,12 @@ def _digits(seed: int, note: str = "") -> Dataset:
     # Pillow resizes bytes in integer arithmetic: the same pixels, and hash, on every machine.
     large = [Image.fromarray(x).resize((28, 28), Image.Resampling.BICUBIC) for x in small]
     images = torch.from_numpy(np.stack([np.asarray(x) for x in large])).unsqueeze(1)
-    return _split_at_random("digits", images, torch.from_numpy(digits.target).long(), seed, note)
+    labels = torch.from_numpy(digits.target).long()
+    return _split_at_random("digits", Split(images, labels), seed, note)
 
 
 _PATCH, _STRIDE = 64, 8  # pixels
-# columns of the photographs; not rows, of which the upper ones are sky
+# Columns of the photographs, not rows: the upper rows are sky.
 _STRIPS = (
     ((0, 192), (256, 384), (448, 640)),  # training
     ((192, 256),),  # validation
@@ -430,7 +550,7 @@ def _patches_of(photograph: Tensor) -> Tensor:
 class _Published(NamedTuple):
     reader: str  # the torchvision data set
     files: tuple[str, ...]  # what it needs under its root
-    held_out: int  # one training image in so many, the last ones, is for validation
+    held_out: int  # the last images of the training split, one in so many, are for validation
 
 
 def _idx(reader: str) -> _Published:
@@ -508,17 +628,31 @@ def _cache() -> Path:
     return Path(home).expanduser() / "pvae"
 
 
+_PATIENCE = 3  # seconds
+
+
+def _await_answer(server: str) -> None:
+    """Raises what `urlopen` raises where `server` gives no answer within a few seconds, so that a
+    download that cannot be had is given up soon."""
+    try:
+        urllib.request.urlopen(server, timeout=_PATIENCE).close()  # for each of its addresses
+    except urllib.error.HTTPError as answer:  # "forbidden" or "not found" is an answer too
+        answer.close()
+
+
 def _download(name: str) -> Path:
-    """Have torchvision fetch `name` and check it, then move it into the cache file by file, so
-    that a download that is cut off leaves nothing there."""
+    """Let torchvision fetch and check `name`, then move it into the cache file by file: a download
+    that is cut off leaves nothing there."""
     cache = _cache()
     print(f"downloading {name} into {cache}", file=sys.stderr)
+    reader = _torchvision(_PUBLISHED[name].reader)
+    _await_answer(reader.mirrors[0] if hasattr(reader, "mirrors") else reader.url)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds for each connection: torchvision would wait for ever
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="download-", dir=cache) as partial:
-            _torchvision(_PUBLISHED[name].reader)(partial, download=True)
+            reader(partial, download=True)
             for file in _PUBLISHED[name].files:
                 (cache / file).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(Path(partial, file), cache / file)
@@ -534,17 +668,10 @@ def _read_published(name: str, folder: Path) -> Dataset:
             _check_idx(folder / file)
     train = _read_part(reader, folder, train=True)
     test = _read_part(reader, folder, train=False)
-    held = len(train.images) // held_out
-    if not held:
-        raise ValueError(
-            f"{folder}: at least {held_out} training images are needed to hold one out for "
-            f"validation, {len(train.images)} found"
-        )
-    kept, validation = _cut(train, [len(train.images) - held, held])
-    return _dataset(name, (kept, validation, test))
+    return _dataset(name, (*_hold_out(train, held_out, folder), test))
 
 
-def _torchvision(reader: str) -> Callable[..., Any]:
+def _torchvision(reader: str) -> Any:
     from torchvision import datasets  # here, as it takes 4 s, and --help should not
 
     return getattr(datasets, reader)
@@ -573,17 +700,18 @@ def _check_idx(path: Path) -> None:
     magic = bytes([0, 0, 8, axes])
     if header[:4] != magic or len(header) < length:
         raise ValueError(
-            f"{path} is no unpacked IDX file of bytes in {axes} axes: it must begin with "
-            f"{magic.hex(' ')} and a header of {length} bytes; it begins with {header.hex(' ')}"
+            f"{path}: an unpacked IDX file of bytes in {axes} axes must begin with a header of "
+            f"{length} bytes, of which the first are {magic.hex(' ')}, not with {header.hex(' ')!r}"
         )
     sizes = struct.unpack(f">{axes}I", header[4:])
     expected, found = length + math.prod(sizes), path.stat().st_size
     if found != expected:
         raise ValueError(
-            f"{path} is damaged: its header ({sizes}) promises {expected} bytes, {found} found"
+            f"{path} is damaged: by the sizes in its header, {sizes}, its length must be "
+            f"{expected} bytes, not {found}"
         )
     if 0 in sizes:
-        raise ValueError(f"{path} is empty: its sizes are {sizes}")
+        raise ValueError(f"{path}: its sizes must be at least 1, not {sizes}")
 
 
 # ----- arrays and folders of one's own ------------------------------------------------------------
@@ -591,18 +719,17 @@ def _check_idx(path: Path) -> None:
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
-def _read_array(path: Path) -> tuple[Tensor, Tensor | None, str]:
+def _read_array(path: Path, seed: int) -> Dataset:
     if path.suffix.lower() not in (".npy", ".npz"):
-        raise ValueError(f"name, where it is a file, must be a .npz or .npy file; got {path}")
+        raise ValueError(f"name, where it is a file, must be a .npz or .npy file, not {path}")
     try:
         images, labels = _load_arrays(path)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as NumPy arrays: {error}") from error
-    note = ""
-    if images.dtype.kind == "f":
-        note = f"{path.name}: float pixels, rounded to 255ths"
+    note = f"{path.name}: float pixels, rounded to 255ths" if images.dtype.kind == "f" else ""
     tensor = _channels_first(_bytes(images, path), path)
-    return tensor, None if labels is None else _labels(labels, len(tensor), path), note
+    split = Split(tensor, None if labels is None else _labels(labels, len(tensor), path))
+    return _split_at_random(path.name, split, seed, note)
 
 
 def _load_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -615,8 +742,8 @@ def _load_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         image_keys = [key for key in ("images", "x") if key in others]
         if not image_keys and len(others) != 1:
             raise ValueError(
-                "the images must be under 'images' or 'x', or be the only array; there are "
-                f"{', '.join(map(repr, loaded.files)) or 'no arrays'}"
+                "the images must be under 'images' or 'x', or be the only array, not "
+                f"{', '.join(map(repr, loaded.files)) or 'missing'}"
             )
         labels = loaded[label_keys[0]] if label_keys else None
         return loaded[(image_keys or others)[0]], labels
@@ -629,30 +756,27 @@ def _bytes(images: np.ndarray, source: Path) -> np.ndarray:
         return images * np.uint8(255)
     if images.dtype.kind != "f":
         raise ValueError(
-            f"{source}: images must be uint8, bool or float in [0, 1], got {images.dtype}"
+            f"{source}: images must be uint8, bool or float in [0, 1], not {images.dtype}"
         )
-    not_finite = int((~np.isfinite(images)).sum())
-    if not_finite:
-        raise ValueError(f"{source}: {not_finite} of {images.size} pixels are NaN or infinite")
-    outside = int(((images < 0) | (images > 1)).sum())
+    outside = int((~((images >= 0) & (images <= 1))).sum())  # NaN too
     if outside:
         raise ValueError(
-            f"{source}: float pixels must lie in [0, 1], {outside} of {images.size} do not: they "
-            f"range over [{images.min():g}, {images.max():g}]"
+            f"{source}: float pixels must be in [0, 1], not in [{images.min():g}, "
+            f"{images.max():g}]: {outside} of {images.size} are outside, NaN or infinite"
         )
     return np.rint(images.astype(np.float32) * 255).astype(np.uint8)
 
 
 def _channels_first(images: np.ndarray, source: Path) -> Tensor:
     if 0 in images.shape:
-        raise ValueError(f"{source} holds no images: its shape is {images.shape}")
+        raise ValueError(f"{source}: images must have axes of at least 1, not {images.shape}")
     if images.ndim == 3:
         images = images[:, None]
     elif images.ndim == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
         images = np.moveaxis(images, 3, 1)
     elif images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(
-            f"{source}: images must be (N, H, W), (N, C, H, W) or (N, H, W, C) with C 1 or 3, got "
+            f"{source}: images must be (N, H, W), (N, C, H, W) or (N, H, W, C) with C 1 or 3, not "
             f"{images.shape}"
         )
     return torch.from_numpy(np.ascontiguousarray(images))
@@ -660,20 +784,60 @@ def _channels_first(images: np.ndarray, source: Path) -> Tensor:
 
 def _labels(labels: np.ndarray, size: int, source: Path) -> Tensor:
     if labels.shape != (size,):
-        raise ValueError(f"{source}: labels must be {(size,)}, one an image, got {labels.shape}")
+        raise ValueError(f"{source}: labels must be {(size,)}, one an image, not {labels.shape}")
     if labels.dtype.kind not in "iu":
-        raise ValueError(f"{source}: labels must be integers, got {labels.dtype}")
+        raise ValueError(f"{source}: labels must be integers, not {labels.dtype}")
     if labels.min() < 0:
-        raise ValueError(f"{source}: labels must be 0 or more, got {labels.min()}")
+        raise ValueError(f"{source}: labels must be at least 0, not {labels.min()}")
     return torch.from_numpy(labels.astype(np.int64))
 
 
-def _read_folder(path: Path) -> tuple[Tensor, Tensor | None, str]:
+def _read_folder(path: Path, seed: int) -> Dataset:
     found = (f.relative_to(path) for f in path.rglob("*") if f.suffix.lower() in _SUFFIXES)
     files = sorted(f for f in found if not any(part.startswith(".") for part in f.parts))
     if not files:
         raise ValueError(f"{path} holds no images ({', '.join(_SUFFIXES)})")
-    labels = _folder_labels(path, files)
+    names = _split_names(path, files)
+    if not names:
+        split = Split(_read_images(path, files), _folder_labels(path, files))
+        return _split_at_random(path.name, split, seed)
+    files.sort(key=lambda file: names.index(file.parts[0]))
+    together = Split(_read_images(path, files), _folder_labels(path, files, depth=1))
+    sizes = [sum(file.parts[0] == name for file in files) for name in names]
+    train, *validation, test = _cut(together, sizes)
+    if validation:
+        return _dataset(path.name, (train, *validation, test))
+    note = f"{path.name}: no validation folder, so a tenth of the training images is for validation"
+    return _dataset(path.name, (*_hold_out(_shuffled(train, seed), 10, path), test), note)
+
+
+def _split_names(path: Path, files: Sequence[Path]) -> list[str]:
+    """The subfolders of training, validation (if any) and test images; none without such names."""
+    order = {"train": 0, "val": 1, "validation": 1, "test": 2}
+    top = {file.parts[0] for file in files}  # subfolders, and images beside them
+    numbers, names = zip(*sorted((order.get(name.lower(), -1), name) for name in top), strict=True)
+    if max(numbers) < 0:
+        return []
+    if numbers not in ((0, 2), (0, 1, 2)):
+        raise ValueError(
+            f"{path}: subfolders named train, validation (or val) and test are splits; they must "
+            f"be train and test, or all three, and nothing else, not {_listed(names)}"
+        )
+    labels = {file.parts[1] for file in files if len(file.parts) > 2}
+    missing = {(name, label) for name in names for label in labels} - {f.parts[:2] for f in files}
+    if missing:
+        raise ValueError(
+            f"{path}: the splits must all have the same subfolders, which are the labels, not lack "
+            f"{_listed(sorted('/'.join(pair) for pair in missing))}"
+        )
+    return list(names)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + ", ..." * (len(names) > 4)
+
+
+def _read_images(path: Path, files: Sequence[Path]) -> Tensor:
     # delay: no bar where it would be gone at once; disable=None: none where nobody watches
     bar = tqdm(files, desc="reading images", unit="image", delay=1, leave=False, disable=None)
     images = [_read_image(path / file) for file in bar]
@@ -681,36 +845,39 @@ def _read_folder(path: Path) -> tuple[Tensor, Tensor | None, str]:
         if image.shape[1:] != images[0].shape[1:]:
             (h, w), (first_h, first_w) = image.shape[1:], images[0].shape[1:]
             raise ValueError(
-                f"{path}: all images must have one size (height x width); {files[0]} is "
-                f"{first_h}x{first_w}, {file} is {h}x{w}"
+                f"{path}: all images must have one size (height x width), not {first_h}x{first_w} "
+                f"({files[0]}) and {h}x{w} ({file})"
             )
     channels = max(len(image) for image in images)  # grey only where all are grey
-    return torch.stack([image.expand(channels, -1, -1) for image in images]), labels, ""
+    return torch.stack([image.expand(channels, -1, -1) for image in images])
 
 
-def _folder_labels(path: Path, files: Sequence[Path]) -> Tensor | None:
-    classes = sorted({file.parts[0] for file in files if len(file.parts) > 1})
+def _folder_labels(path: Path, files: Sequence[Path], depth: int = 0) -> Tensor | None:
+    """The number of each file's folder, `depth` folders below `path`."""
+    classes = sorted({file.parts[depth] for file in files if len(file.parts) > depth + 1})
     if not classes:
         return None
-    for file in files:
-        if len(file.parts) == 1:
-            raise ValueError(
-                f"{path}: its subfolders are the labels ({', '.join(classes[:3])}, ...), so "
-                f"{file} beside them has none; move it into one"
-            )
+    beside = [str(file) for file in files if len(file.parts) == depth + 1]
+    if beside:
+        raise ValueError(
+            f"{path}: every image must be in a subfolder, which is its label ({_listed(classes)}), "
+            f"not beside them, as {_listed(beside)}"
+        )
     number = {name: i for i, name in enumerate(classes)}
-    return torch.tensor([number[file.parts[0]] for file in files])
+    return torch.tensor([number[file.parts[depth]] for file in files])
 
 
 def _read_image(path: Path) -> Tensor:
     """`(1, H, W)` uint8 where the file is grey, else `(3, H, W)`."""
     try:
         with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"its pixels must have 8 bits, got Pillow's mode {image.mode!r}")
+            # ";16B": colours of 16 bits in a PNG, which Pillow would cut to 8 without a word
+            if image.mode.startswith(("I", "F")) or ";16B" in str(image.tile):
+                raise ValueError(f"its pixels must have 8 bits, not as in {image.tile}")
             if image.mode == "P":  # straight to RGB, Pillow warns where it has transparency
                 image = image.convert("RGBA")
             array = np.array(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: Pillow, of a broken PNG
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # SyntaxError: Pillow, of a broken PNG
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
     return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)

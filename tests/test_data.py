@@ -1,13 +1,17 @@
 """Laws of `pvae.data`: nothing here needs a network or a published data set."""
 
 import hashlib
+import io
 import math
 import pickle
+import re
 import socket
 import struct
 import sys
 import urllib.error
 import warnings
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +20,17 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from pvae.data import NAMES, OBSERVATIONS, Dataset, Split, chunks, load, observe, pixels
+from pvae.data import (
+    NAMES,
+    OBSERVATIONS,
+    Dataset,
+    Split,
+    chunks,
+    load,
+    observe,
+    pixels,
+    usual_observation,
+)
 
 IDX_FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 
@@ -35,8 +49,15 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "cwd")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("PVAE_DATA", raising=False)
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", no_network)
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """A server that answers; what is downloaded from it is for the test to say."""
+    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO())
 
 
 def images_of(count: int, *shape: int) -> np.ndarray:
@@ -102,8 +123,23 @@ def everything(dataset: Dataset) -> list[torch.Tensor]:
     )
 
 
+PARTS = ("train", "validation", "test")
+
+
 def sizes(dataset: Dataset) -> tuple[int, ...]:
     return tuple(len(s.images) for s in (dataset.train, dataset.validation, dataset.test))
+
+
+def works(dataset: Dataset, how: str) -> None:
+    """Each image of the data set reaches the model once, and nothing else does."""
+    observed = observe(dataset, how, seed=1)
+    for part, size in zip(PARTS, sizes(dataset), strict=True):
+        split = getattr(observed, part)
+        batches = observed.batches(3, seed=0, epoch=0) if part == "train" else chunks(split, 3)
+        parts = [(len(x), x.shape[1:], None if y is None else len(y)) for x, y in batches]
+        assert sum(n for n, *_ in parts) == len(split.first(100).images) == size
+        assert all(shape == dataset.image_shape and y in (None, n) for n, shape, y in parts)
+    assert dataset.mean_image.shape == dataset.image_shape
 
 
 def epoch(observed, *, seed: int = 0, epoch: int = 0, batch_size: int = 64) -> torch.Tensor:
@@ -126,6 +162,26 @@ def test_every_observation_is_float32_in_the_unit_interval(how):
         assert x.min() >= 0
         assert x.max() <= 1
         assert observed.how == how
+
+
+@pytest.mark.parametrize("how", OBSERVATIONS)
+def test_an_observation_suits_the_likelihoods_whose_values_it_makes(how):
+    """Binary pixels are also levels, and levels are also numbers."""
+    observed = observe(ramp(3), how)
+    x = torch.cat([epoch(observed), pixels(observed.test.images)])
+    levels = torch.equal((x * 255).round() / 255, x)
+    holds = {"binary": ((x == 0) | (x == 1)).all(), "levels": levels, "continuous": True}
+    assert OBSERVATIONS[how].suits == tuple(kind for kind, true in holds.items() if true)
+    assert observed.label == OBSERVATIONS[how].label
+
+
+def test_the_usual_observation_of_each_kind_of_likelihood():
+    usual = {kind: usual_observation(kind) for kind in ("binary", "levels", "continuous")}
+    assert usual == {"binary": "dynamic", "levels": "grey", "continuous": "grey"}
+    with pytest.raises(
+        ValueError, match="kind must be one of binary, levels, continuous, not 'grey'"
+    ):
+        usual_observation("grey")
 
 
 def test_grey_is_the_byte_over_255_exactly():
@@ -205,9 +261,9 @@ def test_fixed_binary_splits_are_bytes():
 
 
 def test_observe_refuses_an_unknown_observation():
-    with pytest.raises(ValueError, match=r"how must be one of grey, .*'binary'"):
+    with pytest.raises(ValueError, match=r"how must be one of grey, .*, not 'binary'"):
         observe(ramp(), "binary")
-    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="seed must be at least 0, not -1"):
         observe(ramp(), "static", seed=-1)
 
 
@@ -274,13 +330,47 @@ def test_chunks_keep_the_order():
     assert torch.equal(torch.cat([y for _, y in parts]), torch.arange(300))
 
 
+def masked(count: int, channels: int = 1) -> Dataset:
+    """`numbered`, with masks which spell the label too: True in pixel `label` of 1x`count`."""
+    data = numbered(count)
+    mask = torch.eye(count, dtype=torch.bool)[:, None, None].expand(-1, channels, -1, -1)
+    return replace(data, **{part: getattr(data, part)._replace(mask=mask) for part in PARTS})
+
+
+@pytest.mark.parametrize("how", OBSERVATIONS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_masks_go_with_their_images_before_the_labels(how, channels):
+    observed = observe(masked(20, channels), how).to("cpu")
+    for x, y in observed.batches(7, seed=0, epoch=0):
+        assert y.shape == (len(x), channels, 1, 20)
+    grey = observe(masked(20, channels), "grey")
+    for x, y in (*grey.batches(7, seed=0, epoch=0), *chunks(grey.test, 7)):
+        assert torch.equal(y[:, 0, 0].int().argmax(1), (x[:, 0, 0, 1] * 255).round().long())
+    for part in PARTS:
+        split = getattr(observed, part)
+        assert split.y is split.mask
+        assert torch.equal(split.labels, torch.arange(20))
+        assert split._replace(mask=None).y is split.labels
+    assert observed.to("meta").test.mask.device.type == "meta"
+
+
+@pytest.mark.parametrize("n", [1, 13, 20, 21])
+def test_the_first_images_keep_labels_and_masks(n):
+    split = masked(20).test
+    for tensor, whole in zip(split.first(n), split, strict=True):
+        assert torch.equal(tensor, whole[:n])
+    assert Split(split.images, None).first(n).y is None
+    with pytest.raises(ValueError, match="n must be at least 1, not 0"):
+        split.first(0)
+
+
 def test_sizes_are_refused_at_the_call():
     observed = observe(ramp(), "grey")
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
         observed.batches(0, seed=0, epoch=0)
-    with pytest.raises(ValueError, match="epoch must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="epoch must be at least 0, not -1"):
         observed.batches(1, seed=0, epoch=-1)
-    with pytest.raises(ValueError, match="size must be at least 1, got -3"):
+    with pytest.raises(ValueError, match="size must be at least 1, not -3"):
         chunks(observed.test, -3)
 
 
@@ -288,7 +378,7 @@ def test_pixels_takes_bytes_and_floats_only():
     floats = torch.rand(3, dtype=torch.float64)
     assert pixels(floats) is floats
     assert pixels(torch.tensor([255], dtype=torch.uint8)).item() == 1
-    with pytest.raises(ValueError, match=r"uint8 or floating point, got torch\.int64"):
+    with pytest.raises(ValueError, match=r"uint8 or floating point, not torch\.int64"):
         pixels(torch.tensor([255]))
 
 
@@ -366,27 +456,25 @@ def test_patches_are_rgb_and_the_same_every_time():
 
 
 def test_no_pixel_of_a_photograph_is_in_two_splits(monkeypatch):
-    """Photographs whose pixels spell their own row, column and number."""
-    row, column = np.mgrid[:427, :640]
-    made = [
-        np.stack([row % 256, column % 256, number * 8 + row // 256 * 4 + column // 256], axis=-1)
-        for number in (0, 1)
-    ]
+    """Photographs, less high than the real ones, whose pixels spell their own row, column and
+    number."""
+    height, width = 104, 640
+    row, column = np.mgrid[:height, :width]
+    made = [np.stack([row, column % 256, number * 4 + column // 256], axis=-1) for number in (0, 1)]
     fake = type("Bunch", (), {"images": [x.astype(np.uint8) for x in made]})
     monkeypatch.setattr("sklearn.datasets.load_sample_images", lambda: fake)
     data = load("patches")
-    seen = []
-    for split in (data.train, data.validation, data.test):
-        low_row, low_column, rest = split.images.long().unbind(1)
-        rows, columns = low_row + rest // 4 % 2 * 256, low_column + rest % 4 * 256
+    held_by = torch.zeros(2 * height * width, 3, dtype=torch.bool)
+    for i, split in enumerate((data.train, data.validation, data.test)):
+        rows, low_column, rest = split.images.long().unbind(1)
+        columns = low_column + rest % 4 * 256
         # each is a patch: 64 rows and columns in their order, of the photograph of its label
         assert torch.equal(rows - rows[:, :1, :1], torch.arange(64)[:, None].expand(rows.shape))
         assert torch.equal(columns - columns[:, :1, :1], torch.arange(64).expand(rows.shape))
-        assert torch.equal(rest[:, 0, 0] // 8, split.labels)
-        seen.append(((rest // 8 * 427 + rows) * 640 + columns).unique())
-    together = torch.cat(seen)
-    assert len(together.unique()) == len(together)
-    assert len(together) > 0.97 * 2 * 427 * 640  # and hardly a pixel is left out
+        assert torch.equal(rest[:, 0, 0] // 4, split.labels)
+        held_by[((rest // 4 * height + rows) * width + columns).flatten(), i] = True
+    assert held_by.sum(1).max() == 1
+    assert held_by.any(1).double().mean() > 0.97  # and hardly a pixel is left out
 
 
 # ----- published data sets ------------------------------------------------------------------------
@@ -403,6 +491,14 @@ def test_idx_files_are_read_whole_and_the_last_sixth_validates(tmp_path, name):
     assert everything(data)[1].dtype == torch.int64
     assert everything(data)[1].unique().tolist() == [3]
     assert data.image_shape == (1, 6, 5)
+
+
+@pytest.mark.parametrize("how", OBSERVATIONS)
+def test_a_published_set_may_hold_few_images(tmp_path, how):
+    write_idx(tmp_path, train=6, test=1)
+    data = load("mnist", tmp_path, download=False)
+    assert sizes(data) == (5, 1, 1)
+    works(data, how)
 
 
 def test_cifar_batches_are_read_whole_and_the_last_tenth_validates(tmp_path, monkeypatch):
@@ -500,6 +596,39 @@ def test_download_false_does_not_even_try(monkeypatch):
     load(download=False)
 
 
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "kmnist", "cifar10"])
+def test_a_name_that_is_not_found_ends_the_download_at_once(monkeypatch, name):
+    asked = []
+
+    def unknown(url, timeout):
+        asked.append((url, timeout))
+        raise urllib.error.URLError(socket.gaierror(-2, "Name or service not known"))
+
+    def never(*args, **kwargs):
+        pytest.fail("torchvision was asked to download")
+
+    monkeypatch.setattr("urllib.request.urlopen", unknown)
+    for module in ("mnist", "cifar"):
+        monkeypatch.setattr(f"torchvision.datasets.{module}.download_and_extract_archive", never)
+    with pytest.raises(FileNotFoundError, match="Name or service not known"):
+        load(name)
+    ((url, timeout),) = asked
+    assert url.startswith("http")
+    assert timeout <= 3
+
+
+def test_a_server_that_refuses_the_question_is_there(tmp_path, monkeypatch):
+    """Amazon answers 403 for the folder, and gives the files in it."""
+
+    def forbidden(url, timeout):
+        raise urllib.error.HTTPError(url, 403, "Forbidden", {}, io.BytesIO())
+
+    monkeypatch.setattr("urllib.request.urlopen", forbidden)
+    with pytest.raises(FileNotFoundError, match="no network in tests"):  # of torchvision's own
+        load("mnist")
+
+
+@pytest.mark.usefixtures("network")
 def test_a_download_arrives_in_the_cache_under_a_bounded_timeout(tmp_path, monkeypatch):
     raw = write_idx(tmp_path / "server", mark=5)
     timeouts = []
@@ -517,6 +646,7 @@ def test_a_download_arrives_in_the_cache_under_a_bounded_timeout(tmp_path, monke
     assert {p.name for p in (tmp_path / "cache" / "pvae").iterdir()} == {"MNIST"}
 
 
+@pytest.mark.usefixtures("network")
 @pytest.mark.parametrize("error", [urllib.error.URLError("cut off"), TimeoutError(), OSError(28)])
 def test_a_download_that_is_cut_off_leaves_nothing_behind(tmp_path, monkeypatch, error):
     def fetch(url, download_root, filename, md5):
@@ -534,17 +664,21 @@ def test_a_download_that_is_cut_off_leaves_nothing_behind(tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("train-images-idx3-ubyte", idx(images_of(12, 6, 5))[:-7], "376 bytes, 369 found"),
-        ("train-images-idx3-ubyte", idx(images_of(12, 6, 5)) + b"!", "376 bytes, 377 found"),
-        ("train-images-idx3-ubyte", b"\x1f\x8b\x08\x00gzip", "it begins with 1f 8b 08 00"),
+        ("train-images-idx3-ubyte", idx(images_of(12, 6, 5))[:-7], "must be 376 bytes, not 369"),
+        ("train-images-idx3-ubyte", idx(images_of(12, 6, 5)) + b"!", "must be 376 bytes, not 377"),
+        ("train-images-idx3-ubyte", b"\x1f\x8b\x08\x00gzip", "not with '1f 8b 08 00"),
         ("t10k-images-idx3-ubyte", b"", "a header of 16 bytes"),
-        ("t10k-images-idx3-ubyte", idx(images_of(0, 6, 5)), r"empty: .*\(0, 6, 5\)"),
-        ("t10k-labels-idx1-ubyte", idx(images_of(4, 6, 5)), "no unpacked IDX file of bytes in 1"),
-        ("train-labels-idx1-ubyte", idx(images_of(11)), r"labels must be \(12,\).*got \(11,\)"),
+        ("t10k-images-idx3-ubyte", idx(images_of(0, 6, 5)), r"must be at least 1, not \(0, 6, 5\)"),
+        (
+            "t10k-labels-idx1-ubyte",
+            idx(images_of(4, 6, 5)),
+            "an unpacked IDX file of bytes in 1 axes must begin",
+        ),
+        ("train-labels-idx1-ubyte", idx(images_of(11)), r"labels must be \(12,\).*not \(11,\)"),
         (
             "train-images-idx3-ubyte",
             idx(images_of(5, 6, 5)),
-            "at least 6 training images.* 5 found",
+            "training images must be at least 6.* not 5",
         ),
     ],
 )
@@ -566,7 +700,7 @@ def test_a_typo_gets_the_names_and_the_closest_one(typo, meant):
         load(typo)
     assert all(name in str(caught.value) for name in NAMES)
     assert repr(typo) in str(caught.value)
-    assert "does not exist as a path" in str(caught.value)
+    assert "the path of an existing .npz or .npy file or image folder" in str(caught.value)
 
 
 def test_an_empty_name_is_no_path():
@@ -633,6 +767,16 @@ def test_labels_of_an_npz_stay_with_their_images(tmp_path, keys, dtype):
     assert data.num_classes == 30
 
 
+@pytest.mark.parametrize("how", OBSERVATIONS)
+@pytest.mark.parametrize("count", [10, 19, 20])
+def test_small_files_are_split_too(tmp_path, how, count):
+    np.savez(tmp_path / "a.npz", x=images_of(count, 4, 4), y=np.arange(count) % 2)
+    data = load(tmp_path / "a.npz")
+    assert sizes(data) == (count - 2 * (count // 10), count // 10, count // 10)
+    assert data.num_classes == 2
+    works(data, how)
+
+
 def test_files_are_split_by_the_seed(tmp_path):
     np.save(tmp_path / "a.npy", images_of(30, 4, 4))
     first, again, other = (load(tmp_path / "a.npy", seed=seed) for seed in (0, 0, 1))
@@ -661,6 +805,23 @@ def test_the_hash_is_over_pixels_labels_and_shapes(tmp_path):
     assert load(tmp_path / "again.npz").sha256 == hashes[0]
 
 
+def test_other_data_is_refused_with_both_names(tmp_path):
+    np.save(tmp_path / "mine.npy", images_of(12, 4, 4))
+    data = load(tmp_path / "mine.npy")
+    data.require_same("mine.npy", data.sha256, tmp_path)
+    message = (
+        f"the run in runs/7 was started on mnist (SHA-256 {'ab' * 6}...), but the data found now "
+        f"is mine.npy ({data.sha256[:12]}...): name the same data by --dataset and --data-root"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        data.require_same("mnist", "ab" * 32, "runs/7")
+
+
+def test_the_hash_is_that_of_the_first_release():
+    """Runs of old are known by it."""
+    assert load("digits").sha256.startswith("041f8771457f")
+
+
 def with_pixel(value: float) -> np.ndarray:
     array = np.full((12, 4, 4), 0.5)
     array[3, 1, 2] = value
@@ -670,17 +831,17 @@ def with_pixel(value: float) -> np.ndarray:
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (images_of(9, 4, 4), "at least 10 images .* 9 found"),
-        (images_of(0, 4, 4), r"holds no images: its shape is \(0, 4, 4\)"),
-        (images_of(12, 4), r"got \(12, 4\)"),
-        (images_of(12, 2, 4, 4), r"C 1 or 3, got \(12, 2, 4, 4\)"),
-        (np.uint8(3), r"got \(\)"),
-        (with_pixel(np.nan), "1 of 192 pixels are NaN"),
-        (with_pixel(np.inf), "1 of 192 pixels are NaN or infinite"),
-        (with_pixel(-0.25), r"1 of 192 do not: they range over \[-0.25, 0.5\]"),
-        (with_pixel(255.0), r"range over \[0.5, 255\]"),
-        (images_of(12, 4, 4).astype(np.int64), "uint8, bool or float in .*, got int64"),
-        (images_of(12, 4, 4).astype("U3"), "uint8, bool or float in .*, got <U3"),
+        (images_of(9, 4, 4), "number of images must be at least 10.* not 9"),
+        (images_of(0, 4, 4), r"must have axes of at least 1, not \(0, 4, 4\)"),
+        (images_of(12, 4), r"not \(12, 4\)"),
+        (images_of(12, 2, 4, 4), r"C 1 or 3, not \(12, 2, 4, 4\)"),
+        (np.uint8(3), r"not \(\)"),
+        (with_pixel(np.nan), r"not in \[nan, nan\]: 1 of 192 are .*NaN"),
+        (with_pixel(np.inf), r"not in \[0.5, inf\]: 1 of 192 are .* infinite"),
+        (with_pixel(-0.25), r"in \[0, 1\], not in \[-0.25, 0.5\]: 1 of 192"),
+        (with_pixel(255.0), r"not in \[0.5, 255\]"),
+        (images_of(12, 4, 4).astype(np.int64), "uint8, bool or float in .*, not int64"),
+        (images_of(12, 4, 4).astype("U3"), "uint8, bool or float in .*, not <U3"),
     ],
 )
 def test_arrays_that_are_refused(tmp_path, array, message):
@@ -693,13 +854,13 @@ def test_arrays_that_are_refused(tmp_path, array, message):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"a": images_of(12, 4, 4), "b": images_of(12, 4, 4)}, "'images' or 'x'.*'a', 'b'"),
-        ({"y": np.arange(12)}, "'images' or 'x'.*'y'"),
-        ({}, "no arrays"),
-        ({"x": images_of(12, 4, 4), "y": np.arange(11)}, r"must be \(12,\).*got \(11,\)"),
-        ({"x": images_of(12, 4, 4), "y": np.eye(12, dtype=int)}, r"got \(12, 12\)"),
-        ({"x": images_of(12, 4, 4), "y": np.arange(12.0)}, "integers, got float64"),
-        ({"x": images_of(12, 4, 4), "y": np.arange(12) - 1}, "0 or more, got -1"),
+        ({"a": images_of(12, 4, 4), "b": images_of(12, 4, 4)}, "'images' or 'x'.*, not 'a', 'b'"),
+        ({"y": np.arange(12)}, "'images' or 'x'.*, not 'y'"),
+        ({}, "only array, not missing"),
+        ({"x": images_of(12, 4, 4), "y": np.arange(11)}, r"must be \(12,\).*not \(11,\)"),
+        ({"x": images_of(12, 4, 4), "y": np.eye(12, dtype=int)}, r"not \(12, 12\)"),
+        ({"x": images_of(12, 4, 4), "y": np.arange(12.0)}, "integers, not float64"),
+        ({"x": images_of(12, 4, 4), "y": np.arange(12) - 1}, "labels must be at least 0, not -1"),
         ({"x": images_of(12, 4, 4).astype(object)}, "cannot be read as NumPy arrays"),
     ],
 )
@@ -727,7 +888,7 @@ def test_files_that_are_no_arrays(tmp_path, suffix, damage):
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("1,2\n")
-    with pytest.raises(ValueError, match=r"\.npz or \.npy file; got .*a\.csv"):
+    with pytest.raises(ValueError, match=r"\.npz or \.npy file, not .*a\.csv"):
         load(tmp_path / "a.csv")
 
 
@@ -774,6 +935,87 @@ def test_subfolders_are_labels_as_in_torchvision(tmp_path):
     assert y.bincount().tolist() == [6, 6, 8]
 
 
+def write_splits(folder: Path, names: tuple[str, ...], classes: tuple[str, ...] = ("",)) -> None:
+    """20 images of each class in each split, which differ in the first pixel, by 20s."""
+    array = images_of(20 * len(names) * len(classes), 4, 4)
+    parts = iter(np.split(array, len(names) * len(classes)))
+    for name in names:
+        for label in classes:
+            write_images(folder / name / label, next(parts))
+
+
+@pytest.mark.parametrize("validation", ["validation", "val", "Val"])
+@pytest.mark.parametrize("classes", [("",), ("b", "a")])
+def test_folders_named_as_splits_are_read_as_they_are(tmp_path, validation, classes):
+    write_splits(tmp_path / "mine", ("train", validation, "test"), classes)
+    data = load(tmp_path / "mine")
+    each = 20 * len(classes)
+    assert (sizes(data), data.name, data.note) == ((each,) * 3, "mine", "")
+    assert data.sha256 == load(tmp_path / "mine", seed=1).sha256
+    for i, part in enumerate(PARTS):
+        first = getattr(data, part).images.flatten(1)[:, 0].long()
+        assert torch.equal(first.sort().values, torch.arange(each * i, each * (i + 1)))
+        labels = getattr(data, part).labels
+        # the classes were written as b, a; the labels follow the alphabet
+        assert labels is None if classes == ("",) else torch.equal(labels, 1 - first // 20 % 2)
+
+
+def test_without_validation_a_tenth_of_the_training_images_is_held_out(tmp_path):
+    write_splits(tmp_path / "mine", ("train", "test"), ("a", "b", "c"))
+    data, other = load(tmp_path / "mine"), load(tmp_path / "mine", seed=1)
+    assert sizes(data) == (54, 6, 60)
+    assert data.note == (
+        "mine: no validation folder, so a tenth of the training images is for validation"
+    )
+    assert torch.equal(data.test.images, other.test.images)
+    assert not torch.equal(data.validation.images, other.validation.images)
+    kept = torch.cat([data.train.images, data.validation.images]).flatten(1)[:, 0].long()
+    assert torch.equal(kept.sort().values, torch.arange(60))  # and none of the test's, 60 to 119
+    assert torch.equal(torch.cat([data.train.labels, data.validation.labels]), kept // 20)
+    assert len(data.validation.labels.unique()) > 1  # shuffled, not the last class
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (("train", "test", "other"), "nothing else, not other, train, test"),
+        (("train", "bus"), "nothing else, not bus, train"),
+        (("train", "val"), "must be train and test, .*, not train, val"),
+        (("test",), "must be train and test, .*, not test"),
+        (("train", "val", "validation", "test"), "not train, val, validation, test"),
+        (("train", "Train", "test"), "not Train, train, test"),
+        (("train", "test", "."), "nothing else, not 000.png, 001.png, 002.png, 003.png, ...$"),
+        (("train/a", "train/b", "test/a"), "same subfolders.*not lack test/b$"),
+        (("train/a", "test/b", "val/a"), "not lack test/a, train/b, val/b$"),
+        (("train/a", "test"), "not lack test/a$"),
+        (("train/a", "train", "test/a"), r"must be in a subfolder.*\(a\), not .*train.000\.png"),
+    ],
+)
+def test_folders_that_mix_splits_with_labels_are_refused(tmp_path, folders, message):
+    for folder in folders:
+        write_images(tmp_path / "mine" / folder, images_of(12, 4, 4))
+    with pytest.raises(ValueError, match=message) as caught:
+        load(tmp_path / "mine")
+    assert str(tmp_path / "mine") in str(caught.value)
+
+
+def test_splits_share_one_size_and_the_number_of_channels(tmp_path):
+    write_images(tmp_path / "mine" / "train", images_of(12, 4, 4))
+    write_images(tmp_path / "mine" / "test", images_of(2, 4, 4, 3))
+    data = load(tmp_path / "mine")
+    assert (data.train.images.shape[1:], data.test.images.shape[1:]) == ((3, 4, 4), (3, 4, 4))
+    write_images(tmp_path / "mine" / "test", images_of(1, 4, 5))
+    with pytest.raises(ValueError, match=r"not 4x4 \(train.000\.png\) and 4x5 \(test.000\.png\)"):
+        load(tmp_path / "mine")
+
+
+def test_nine_training_images_leave_none_for_validation(tmp_path):
+    write_images(tmp_path / "mine" / "train", images_of(9, 4, 4))
+    write_images(tmp_path / "mine" / "test", images_of(1, 4, 4))
+    with pytest.raises(ValueError, match=r"training images must be at least 10, .* not 9"):
+        load(tmp_path / "mine")
+
+
 def test_one_colour_image_makes_all_of_them_rgb(tmp_path):
     grey = images_of(11, 4, 4)
     write_images(tmp_path / "mine", grey)
@@ -802,7 +1044,7 @@ def test_the_first_image_of_another_size_is_named(tmp_path):
     write_images(tmp_path / "mine", images_of(12, 5, 4))
     for name in ("007.png", "009.png"):
         Image.fromarray(np.zeros((6, 4), dtype=np.uint8)).save(tmp_path / "mine" / name)
-    with pytest.raises(ValueError, match=r"000\.png is 5x4, 007\.png is 6x4"):
+    with pytest.raises(ValueError, match=r"not 5x4 \(000\.png\) and 6x4 \(007\.png\)"):
         load(tmp_path / "mine")
 
 
@@ -812,10 +1054,10 @@ def test_folders_that_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no images"):
         load(mine)
     write_images(mine, images_of(9, 4, 4))
-    with pytest.raises(ValueError, match=r"at least 10 images .* 9 found"):
+    with pytest.raises(ValueError, match=r"number of images must be at least 10.* not 9"):
         load(mine)
     write_images(mine / "a", images_of(9, 4, 4))
-    with pytest.raises(ValueError, match=r"subfolders are the labels.*000\.png"):
+    with pytest.raises(ValueError, match=r"must be in a subfolder.*\(a\), not .*000\.png"):
         load(mine)
 
 
@@ -829,10 +1071,33 @@ def test_an_unreadable_image_is_named(tmp_path, suffix, keep):
         load(tmp_path / "mine")
 
 
-def test_sixteen_bit_images_are_refused_not_clipped(tmp_path):
+def png_of_16_bits(channels: int) -> bytes:
+    """4x4 pixels of 16 bits, grey or RGB, which Pillow can read but not write in colour."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + crc(kind + content)
+
+    def crc(data: bytes) -> bytes:
+        return struct.pack(">I", zlib.crc32(data))
+
+    rows = (b"\0" + struct.pack(">H", 40_000) * 4 * channels) * 4
+    header = struct.pack(">2I5B", 4, 4, 16, {1: 0, 3: 2}[channels], 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bit_images_are_refused_not_clipped(tmp_path, channels):
     (tmp_path / "mine").mkdir()
-    Image.fromarray(np.full((4, 4), 40_000, dtype=np.uint16)).save(tmp_path / "mine" / "0.png")
+    (tmp_path / "mine" / "0.png").write_bytes(png_of_16_bits(channels))
     with pytest.raises(ValueError, match=r"0\.png .*must have 8 bits"):
+        load(tmp_path / "mine")
+
+
+def test_an_image_too_large_for_pillow_is_named(tmp_path, monkeypatch):
+    write_images(tmp_path / "mine", images_of(12, 8, 8))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8)
+    with pytest.raises(ValueError, match=r"000\.png cannot be read as an image: .*bomb"):
         load(tmp_path / "mine")
 
 
