@@ -1,11 +1,16 @@
-"""Conditional distributions: a network, then a head that turns its output into a distribution."""
+"""Conditional distributions: a network, then a head that turns its output into a distribution.
+
+A module says of itself by `takes_y` whether it is conditional on a label or side vector `y`. A
+likelihood, posterior or prior written by hand whose `forward` takes `y` sets `takes_y = True`; one
+without the attribute takes none.
+"""
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution, Independent
 from torch.nn.functional import one_hot
 
 Join = Callable[[Tensor, Tensor], Tensor]
@@ -31,8 +36,8 @@ class ConcatVector(nn.Module):
     Args:
         size: `S`.
         event_dim: dimensions of one `v`: 1 for a vector, 3 for an image.
-        flatten: makes a vector of each `v` first, for networks without convolutions. Planes would
-            give them each number once a pixel, and so a far larger step on it.
+        flatten: makes a vector of each `v` first, for networks without convolutions. Such a network
+            would see each number of a plane once for every pixel, and so learn from it far faster.
 
     Raises:
         ValueError: a size below 1; a `y` that is not floating point `(*, S)`; shapes of `v` and `y`
@@ -67,8 +72,8 @@ class ConcatVector(nn.Module):
     def forward(self, v: Tensor, y: Tensor) -> Tensor:
         if not y.is_floating_point() or y.shape[-1:] != (self.size,):
             raise ValueError(
-                f"y is {y.dtype} of shape {tuple(y.shape)}; this join takes floating point side "
-                f"vectors (*, {self.size})"
+                f"y must be floating point side vectors (*, {self.size}), not {y.dtype} of shape "
+                f"{tuple(y.shape)}"
             )
         return self._concat(v, y)
 
@@ -90,8 +95,8 @@ class ConcatVector(nn.Module):
             return torch.broadcast_shapes(v.shape[:lead], side_batch)
         except RuntimeError:
             raise ValueError(
-                f"v {tuple(v.shape)} and y {tuple(side_batch)} do not broadcast: all dimensions of "
-                f"v but its last {self.event_dim} must fit those of y"
+                f"v {tuple(v.shape)} and y {tuple(side_batch)} do not broadcast: the dimensions of "
+                f"v, except its last {self.event_dim}, must fit those of y"
             ) from None
 
 
@@ -159,7 +164,8 @@ class Conditional(nn.Module):
         head: `(*, B) + param_shape -> Distribution` with batch shape `(*, B)`.
         event_dim: dimensions of one `v` as the network takes it, after the join: 1 for a latent
             vector, 3 for an image, 0 for an index.
-        join: combines `v` with a label or side vector `y`; None where there is none.
+        join: combines `v` with a label or side vector `y`; None for a distribution that takes no
+            `y`.
 
     Raises:
         ValueError: `y` is given and there is no join, or is missing and there is one; or the
@@ -181,6 +187,11 @@ class Conditional(nn.Module):
         self.event_dim = event_dim
         self.join = join
 
+    @property
+    def takes_y(self) -> bool:
+        """Whether this distribution is conditional on `y`: it has a join."""
+        return self.join is not None
+
     def raw(self, v: Tensor, y: Tensor | None = None) -> Tensor:
         """The head's raw parameters `net(join(v, y))`, shape `(*, B) + param_shape`."""
         v = self._joined(v, y)
@@ -196,15 +207,15 @@ class Conditional(nn.Module):
             )
         return h.reshape(*batch, *h.shape[1:])
 
-    def forward(self, v: Tensor, y: Tensor | None = None) -> Any:
+    def forward(self, v: Tensor, y: Tensor | None = None) -> Distribution:
         return self.head(self.raw(v, y))
 
     def _joined(self, v: Tensor, y: Tensor | None) -> Tensor:
         if self.join is None:
             if y is not None:
                 raise ValueError(
-                    f"y was given (shape {tuple(y.shape)}), but this distribution takes no labels; "
-                    "construct it with a join (ignore_label leaves them out on purpose)"
+                    f"y must be None, not of shape {tuple(y.shape)}: this distribution takes no "
+                    "labels; construct it with a join (ignore_label leaves them out on purpose)"
                 )
             return v
         if y is None:
@@ -233,8 +244,8 @@ class Masked(nn.Module):
 
     The pixels must be independent given `z`, as all heads make them; the integral over the missing
     ones is then 1, and they are left out. In the programs the mask takes the place of a label:
-    `Model(prior, Masked(likelihood))(x, mask)`. A missing pixel may hold any value of the support,
-    which then counts for nothing, in the loss and in its gradient.
+    `Model(prior, Masked(likelihood))(x, mask)`. A missing pixel may hold any value of the support:
+    neither the loss nor its gradient depends on it.
 
     Args:
         likelihood: a module with `likelihood(z)`, a distribution over `x` made by `.to_event()`.
@@ -250,18 +261,19 @@ class Masked(nn.Module):
     torch.Size([3])
     """
 
+    takes_y = True  # the mask, in the place of y
+
     def __init__(self, likelihood: nn.Module) -> None:
         super().__init__()
         self.likelihood = likelihood
 
-    def forward(self, z: Tensor, mask: Tensor) -> Any:
+    def forward(self, z: Tensor, mask: Tensor) -> Distribution:
         if mask.dtype != torch.bool:
             raise ValueError(f"mask must be boolean, True where a pixel is seen, not {mask.dtype}")
         p = self.likelihood(z)
-        if not isinstance(p, torch.distributions.Independent):
+        if not isinstance(p, Independent):
             raise ValueError(
-                f"likelihood gives a {type(p).__name__}, whose pixels cannot be left out one by "
-                "one: it must be independent pixels, .to_event()"
+                "likelihood must be over independent pixels, made by .to_event(), not a "
+                f"{type(p).__name__}: its pixels cannot be left out one by one"
             )
-        pixels: Any = p.base_dist
-        return pixels.mask(mask).to_event(p.reinterpreted_batch_ndims)
+        return p.base_dist.mask(mask).to_event(p.reinterpreted_batch_ndims)

@@ -1,12 +1,12 @@
 r"""Heads: from the raw output of a network to a distribution.
 
-A head knows nothing of networks. It says by `param_shape` how many raw parameters it needs for
-one event: for an event `(C, H, W)` with `k` parameters an element that is `(k C, H, W)`, for
-`(D,)` it is `(k D,)`. Log densities are in nats, summed over the event.
+A head knows nothing of networks. Its `param_shape` is the shape of the raw parameters of one event:
+with `k` parameters for each element, `(k C, H, W)` for an event `(C, H, W)` and `(k D,)` for
+`(D,)`. Log densities are in nats, summed over the event.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
@@ -14,6 +14,8 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
+
+from pvae.kinds import Shape
 
 Link = Callable[[Tensor], Tensor]
 
@@ -39,20 +41,26 @@ def from_log_variance(raw: Tensor) -> Tensor:
 class Head(nn.Module):
     """Base of the heads: `forward` maps `(*, B) + param_shape` to a distribution over events.
 
+    A head says of itself by `normalized` whether its density integrates (or sums) to 1. One that is
+    not is no likelihood: its numbers cannot stand beside those of likelihoods.
+
     Args:
         event_shape: the shape of one event, such as `(C, H, W)` or `(D,)`.
-        params: raw parameters for one element of the event.
+        params: raw parameters for each element of the event.
+        param_shape: shape of one event's raw parameters, in place of `params`.
 
     Raises:
         ValueError: the event shape is empty or has a size below 1.
     """
 
-    def __init__(self, event_shape: Sequence[int], params: int) -> None:
+    normalized: bool = True
+
+    def __init__(self, event_shape: Shape, params: int = 1, *, param_shape: Shape = ()) -> None:
         super().__init__()
         if not event_shape or min(event_shape) < 1:
             raise ValueError(f"event_shape must be sizes of at least 1, not {tuple(event_shape)}")
         self.event_shape = torch.Size(event_shape)
-        self.param_shape = torch.Size((params * event_shape[0], *event_shape[1:]))
+        self.param_shape = torch.Size(param_shape or (params * event_shape[0], *event_shape[1:]))
 
     @property
     def event_dim(self) -> int:
@@ -78,9 +86,6 @@ class Bernoulli(Head):
     -2.77...
     """
 
-    def __init__(self, event_shape: Sequence[int]) -> None:
-        super().__init__(event_shape, 1)
-
     def forward(self, h: Tensor) -> dist.Distribution:
         return dist.Bernoulli(logits=h).to_event(self.event_dim)
 
@@ -105,6 +110,8 @@ class GreyBernoulli(Bernoulli):
     -0.693...
     """
 
+    normalized = False
+
     def forward(self, h: Tensor) -> dist.Distribution:
         return _UnitIntervalBernoulli(logits=h).to_event(self.event_dim)
 
@@ -123,7 +130,7 @@ class _ContinuousBernoulli(dist.TorchDistribution):
         self.logits = logits
         super().__init__(logits.shape, validate_args=validate_args)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "_ContinuousBernoulli":
+    def expand(self, batch_shape: Shape, _instance: None = None) -> "_ContinuousBernoulli":
         return _ContinuousBernoulli(self.logits.expand(batch_shape), validate_args=False)
 
     def _split(self, threshold: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,8 +170,8 @@ class _ContinuousBernoulli(dist.TorchDistribution):
             self._validate_sample(value)
         return value * self.logits - self.log_normalizer
 
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        shape = self._extended_shape(sample_shape)
+    def rsample(self, sample_shape: Shape = ()) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
         u = torch.rand(shape, dtype=self.logits.dtype, device=self.logits.device)
         small, safe, near = self._split(0.01)
         # the inverse CDF for the logit -|l|, which cannot overflow, mirrored where l > 0
@@ -185,9 +192,6 @@ class ContinuousBernoulli(Head):
     >>> ContinuousBernoulli((1,))(torch.tensor([-1.3862944])).mean.item()
     0.38801...
     """
-
-    def __init__(self, event_shape: Sequence[int]) -> None:
-        super().__init__(event_shape, 1)
 
     def forward(self, h: Tensor) -> dist.Distribution:
         return _ContinuousBernoulli(h).to_event(self.event_dim)
@@ -220,12 +224,10 @@ class Normal(Head):
     (torch.Size([5, 2]), tensor([1., 1.]))
     """
 
+    distribution: Any = dist.Normal  # the class of loc and scale
+
     def __init__(
-        self,
-        event_shape: Sequence[int],
-        *,
-        link: Link = from_log_variance,
-        min_scale: float = 0.0,
+        self, event_shape: Shape, *, link: Link = from_log_variance, min_scale: float = 0.0
     ) -> None:
         super().__init__(event_shape, 2)
         if min_scale < 0:
@@ -235,7 +237,8 @@ class Normal(Head):
 
     def forward(self, h: Tensor) -> dist.Distribution:
         loc, raw_scale = h.chunk(2, dim=-self.event_dim)
-        return dist.Normal(loc, self.min_scale + self.link(raw_scale)).to_event(self.event_dim)
+        scale = self.min_scale + self.link(raw_scale)
+        return self.distribution(loc, scale).to_event(self.event_dim)
 
     def raw_mean(self, mean: Tensor) -> Tensor:
         return torch.cat([mean, torch.zeros_like(mean)])
@@ -250,8 +253,8 @@ class NormalFixedScale(Head):
     tensor([0.5000, 0.5000, 0.5000])
     """
 
-    def __init__(self, event_shape: Sequence[int], *, scale: float = 1.0) -> None:
-        super().__init__(event_shape, 1)
+    def __init__(self, event_shape: Shape, *, scale: float = 1.0) -> None:
+        super().__init__(event_shape)
         if not scale > 0:
             raise ValueError(f"scale must be above 0, not {scale}")
         self.scale = scale
@@ -272,12 +275,12 @@ class NormalSharedScale(Head):
     tensor([0.5000, 0.5000, 0.5000])
     """
 
-    def __init__(
-        self, event_shape: Sequence[int], *, scale: float = 0.5, min_scale: float = 0.01
-    ) -> None:
-        super().__init__(event_shape, 1)
+    def __init__(self, event_shape: Shape, *, scale: float = 0.5, min_scale: float = 0.01) -> None:
+        super().__init__(event_shape)
         if not 0 <= min_scale < scale:
-            raise ValueError(f"0 <= min_scale < scale must hold, not {min_scale} and {scale}")
+            raise ValueError(
+                f"min_scale must be from 0 to below the scale {scale}, not {min_scale}"
+            )
         self.min_scale = min_scale
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale - min_scale)))
 
@@ -289,26 +292,21 @@ class NormalSharedScale(Head):
         return mean
 
 
-class Laplace(Head):
+class Laplace(Normal):
     r"""Independent Laplace pixels, loc and scale from the network: any real data.
 
     `log p(x) = sum_i -|x_i - loc_i| / s_i - log(2 s_i)`, the absolute error made a likelihood;
-    `s = min_scale + exp(raw)`. Meant for grey pixels, dequantised ones where the scale may become
-    small.
+    `s = min_scale + exp(raw)`. It is meant for grey pixels; where the scale may become small, for
+    dequantised ones.
 
     >>> Laplace((1,))(torch.zeros(2)).log_prob(torch.ones(1)).item()
     -1.69...
     """
 
-    def __init__(self, event_shape: Sequence[int], *, min_scale: float = 0.01) -> None:
-        super().__init__(event_shape, 2)
-        if min_scale < 0:
-            raise ValueError(f"min_scale must be at least 0, not {min_scale}")
-        self.min_scale = min_scale
+    distribution = dist.Laplace
 
-    def forward(self, h: Tensor) -> dist.Distribution:
-        loc, raw_scale = h.chunk(2, dim=-self.event_dim)
-        return dist.Laplace(loc, self.min_scale + raw_scale.exp()).to_event(self.event_dim)
+    def __init__(self, event_shape: Shape, *, min_scale: float = 0.01) -> None:
+        super().__init__(event_shape, link=from_log_scale, min_scale=min_scale)
 
     def raw_mean(self, mean: Tensor) -> Tensor:
         return torch.cat([mean, torch.full_like(mean, -1.0)])
@@ -351,7 +349,7 @@ class _DiscretizedLogistic(dist.TorchDistribution):
         self.loc, self.scale = torch.broadcast_tensors(loc, scale)
         super().__init__(self.loc.shape, validate_args=validate_args)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "_DiscretizedLogistic":
+    def expand(self, batch_shape: Shape, _instance: None = None) -> "_DiscretizedLogistic":
         loc, scale = self.loc.expand(batch_shape), self.scale.expand(batch_shape)
         return _DiscretizedLogistic(loc, scale, validate_args=False)
 
@@ -360,16 +358,16 @@ class _DiscretizedLogistic(dist.TorchDistribution):
             self._validate_sample(value)
         a = (value + _STEP / 2 - self.loc) / self.scale
         b = (value - _STEP / 2 - self.loc) / self.scale
-        # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - e^(b - a)): no difference of two
-        # nearly equal numbers, far out in the tails neither
+        # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - e^(b - a)): in this form no two
+        # nearly equal numbers are subtracted, even far out in the tails
         inside = (-torch.expm1(-_STEP / self.scale)).log()
         upper = torch.where(value > 1 - _STEP / 2, 0.0, logsigmoid(a))
         lower = torch.where(value < _STEP / 2, 0.0, logsigmoid(-b))
         is_edge = (value > 1 - _STEP / 2) | (value < _STEP / 2)
         return upper + lower + torch.where(is_edge, 0.0, inside)
 
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        shape = self._extended_shape(sample_shape)
+    def sample(self, sample_shape: Shape = ()) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
         with torch.no_grad():
             tiny = torch.finfo(self.loc.dtype).tiny
             u = torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device).clamp(min=tiny)
@@ -407,7 +405,7 @@ class DiscretizedLogistic(Head):
     1.0
     """
 
-    def __init__(self, event_shape: Sequence[int]) -> None:
+    def __init__(self, event_shape: Shape) -> None:
         super().__init__(event_shape, 2)
 
     def forward(self, h: Tensor) -> dist.Distribution:
@@ -423,7 +421,7 @@ class _FlatMixture(dist.MixtureSameFamily):
     """A mixture whose components have a discrete support of their own."""
 
     @property
-    def support(self) -> Any:
+    def support(self) -> constraints.Constraint:
         return self.component_distribution.support
 
 
@@ -446,7 +444,7 @@ class MixtureOfDiscretizedLogistics(Head):
     torch.Size([1])
     """
 
-    def __init__(self, event_shape: Sequence[int], *, components: int = 5) -> None:
+    def __init__(self, event_shape: Shape, *, components: int = 5) -> None:
         if components < 1:
             raise ValueError(f"components must be at least 1, not {components}")
         super().__init__(event_shape, 3 * components)
@@ -463,7 +461,7 @@ class MixtureOfDiscretizedLogistics(Head):
         return mixture.to_event(self.event_dim)
 
     def raw_mean(self, mean: Tensor) -> Tensor:
-        # components side by side: the same ones would stay the same
+        # the components start apart: equal ones would stay equal
         spread = torch.linspace(-0.2, 0.2, self.components) if self.components > 1 else [0.0]
         locs = [mean + float(s) for s in spread]
         k = self.components
@@ -480,7 +478,7 @@ class _LevelCategorical(dist.TorchDistribution):
         self.logits = logits
         super().__init__(logits.shape[:-1], validate_args=validate_args)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "_LevelCategorical":
+    def expand(self, batch_shape: Shape, _instance: None = None) -> "_LevelCategorical":
         return _LevelCategorical(self.logits.expand(*batch_shape, LEVELS), validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -492,7 +490,7 @@ class _LevelCategorical(dist.TorchDistribution):
         chosen = logits.gather(-1, level.expand(*shape, 1)).squeeze(-1)
         return chosen - self.logits.logsumexp(-1)
 
-    def sample(self, sample_shape: Any = ()) -> Tensor:
+    def sample(self, sample_shape: Shape = ()) -> Tensor:
         with torch.no_grad():
             level = dist.Categorical(logits=self.logits).sample(torch.Size(sample_shape))
             return level.to(self.logits.dtype) / (LEVELS - 1)
@@ -507,14 +505,14 @@ class Categorical(Head):
     r"""A free probability for each of the 256 levels of each pixel, for 8-bit data: support
     `{0, 1/255, ..., 1}`, results in nats and bits per dimension.
 
-    `log P(x) = sum_i h_i[255 x_i] - log sum_k e^h_i[k]`. It knows nothing of the levels' order, and
-    takes 256 raw parameters an element: for small images.
+    `log P(x) = sum_i h_i[255 x_i] - log sum_k e^h_i[k]`. It does not know the levels' order, and it
+    takes 256 raw parameters for each element: use it for small images.
 
     >>> Categorical((2,))(torch.zeros(512)).log_prob(torch.tensor([0.0, 1.0])).item()
     -11.09...
     """
 
-    def __init__(self, event_shape: Sequence[int]) -> None:
+    def __init__(self, event_shape: Shape) -> None:
         super().__init__(event_shape, LEVELS)
 
     def forward(self, h: Tensor) -> dist.Distribution:
@@ -529,7 +527,7 @@ class Categorical(Head):
 # ---- posteriors over latents (D,) beyond the diagonal normal ----
 
 
-def _check_vector(event_shape: Sequence[int]) -> int:
+def _check_vector(event_shape: Shape) -> int:
     if len(event_shape) != 1:
         raise ValueError(f"event_shape must be (D,) for this head, not {tuple(event_shape)}")
     return event_shape[0]
@@ -539,31 +537,30 @@ class FullCovariance(Head):
     r"""A normal with a full covariance `L L^T`, loc and lower triangle `L` from the network.
 
     Raw parameters `(D + D (D + 1) / 2,)`: loc, the logarithms of the diagonal of `L`, and what lies
-    below it. It takes the correlations of the true posterior, at a cost of `D^2`.
+    below it. It can follow the correlations of the true posterior; its cost grows as `D^2`.
 
     >>> q = FullCovariance((3,))(torch.zeros(5, 9))
     >>> q.batch_shape, q.covariance_matrix[0].diagonal()
     (torch.Size([5]), tensor([1., 1., 1.]))
     """
 
-    def __init__(self, event_shape: Sequence[int]) -> None:
+    def __init__(self, event_shape: Shape) -> None:
         dim = _check_vector(event_shape)
-        super().__init__(event_shape, 2)
-        self.param_shape = torch.Size((2 * dim + dim * (dim - 1) // 2,))
+        super().__init__(event_shape, param_shape=(2 * dim + dim * (dim - 1) // 2,))
 
     def forward(self, h: Tensor) -> dist.Distribution:
         dim = self.event_shape[0]
         loc, log_diagonal, below = h.split([dim, dim, h.shape[-1] - 2 * dim], dim=-1)
         scale_tril = torch.diag_embed(log_diagonal.exp())
-        # by indices: torch's own vec_to_tril_matrix has a mask, of which no graph can be traced
+        # by indices: torch's vec_to_tril_matrix uses a boolean mask, which cannot be traced
         rows, columns = torch.tril_indices(dim, dim, -1, device=h.device)
         scale_tril[..., rows, columns] = below
         return dist.MultivariateNormal(loc, scale_tril=scale_tril)
 
 
 class LowRankCovariance(Head):
-    r"""A normal with covariance `F F^T + diag(d)`, `F` `(D, r)`: the strongest correlations at a
-    cost of `D r`.
+    r"""A normal with covariance `F F^T + diag(d)`, `F` `(D, r)`: it can follow the strongest
+    correlations; its cost grows as `D r`.
 
     Raw parameters `(2 D + D r,)`: loc, log d, F.
 
@@ -579,7 +576,7 @@ class LowRankCovariance(Head):
     (torch.Size([5]), tensor([1., 1., 1.]))
     """
 
-    def __init__(self, event_shape: Sequence[int], *, rank: int = 2) -> None:
+    def __init__(self, event_shape: Shape, *, rank: int = 2) -> None:
         dim = _check_vector(event_shape)
         if not 1 <= rank <= dim:
             raise ValueError(f"rank must be from 1 to the latent's dimension {dim}, not {rank}")
@@ -600,7 +597,7 @@ class _MixtureOfNormals(dist.MixtureOfDiagNormals):
     def mean(self) -> Tensor:
         return (self.probs[..., None] * self.locs).sum(-2)
 
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
+    def rsample(self, sample_shape: Shape = ()) -> Tensor:
         if len(sample_shape) == 0:
             return super().rsample()
         return self.expand(torch.Size(sample_shape) + self.batch_shape).rsample()
@@ -624,16 +621,15 @@ class MixtureOfNormals(Head):
     torch.Size([5, 2])
     """
 
-    def __init__(self, event_shape: Sequence[int], *, components: int = 4) -> None:
+    def __init__(self, event_shape: Shape, *, components: int = 4) -> None:
         dim = _check_vector(event_shape)
         if dim < 2 or components < 2:
             raise ValueError(
                 "a reparameterized mixture needs a latent of at least 2 dimensions and 2 "
                 f"components, not {dim} and {components}"
             )
-        super().__init__(event_shape, 1)
+        super().__init__(event_shape, param_shape=(components * (2 * dim + 1),))
         self.components = components
-        self.param_shape = torch.Size((components * (2 * dim + 1),))
 
     def forward(self, h: Tensor) -> dist.Distribution:
         k, dim = self.components, self.event_shape[0]
@@ -658,7 +654,4 @@ class ScoreFunctionNormal(Normal):
     False
     """
 
-    def forward(self, h: Tensor) -> dist.Distribution:
-        loc, raw_scale = h.chunk(2, dim=-self.event_dim)
-        scale = self.min_scale + self.link(raw_scale)
-        return _ScoreFunctionNormal(loc, scale).to_event(self.event_dim)
+    distribution = _ScoreFunctionNormal

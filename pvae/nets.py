@@ -1,7 +1,7 @@
 """Encoders and decoders: tensors to tensors, knowing nothing of probability.
 
-Every net takes any image size and channel count, or refuses it at construction, and every decoder
-sets its own output bias on request.
+Every net takes any image size and channel count, or refuses it at construction. Every decoder can
+set its own output bias.
 """
 
 import math
@@ -11,10 +11,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from pvae.kinds import Shape
+
 Activation = Callable[[], nn.Module]
 
 
-def _check_image_shape(name: str, shape: Sequence[int]) -> None:
+def _check_image_shape(name: str, shape: Shape) -> None:
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"{name} must be (channels, height, width), not {tuple(shape)}")
 
@@ -27,9 +29,13 @@ def _check_input(v: Tensor, shape: torch.Size) -> None:
         )
 
 
-def _halved(size: int) -> int:
-    """What a 3x3 convolution of stride 2 and padding 1 makes of a size."""
-    return (size + 1) // 2
+def _halvings(shape: Shape, times: int) -> list[tuple[int, int]]:
+    """Height and width of an image `(C, H, W)`, then after each 3x3 s2 p1 convolution."""
+    sizes = [(shape[1], shape[2])]
+    for _ in range(times):
+        height, width = sizes[-1]
+        sizes.append(((height + 1) // 2, (width + 1) // 2))
+    return sizes
 
 
 class MLP(nn.Module):
@@ -38,7 +44,7 @@ class MLP(nn.Module):
     Args:
         in_shape: shape of one input; it is flattened.
         out_shape: shape of one output.
-        hidden: widths of the hidden layers; `(400,)` and 784-400-20 are the classic VAE.
+        hidden: widths of the hidden layers; the classic VAE, 784-400-20, has `(400,)`.
         activation: makes the activation after each hidden layer.
 
     Raises:
@@ -50,8 +56,8 @@ class MLP(nn.Module):
 
     def __init__(
         self,
-        in_shape: Sequence[int],
-        out_shape: Sequence[int],
+        in_shape: Shape,
+        out_shape: Shape,
         hidden: Sequence[int] = (400,),
         activation: Activation = nn.SiLU,
     ) -> None:
@@ -70,12 +76,50 @@ class MLP(nn.Module):
         return self.out(self.hidden(v.flatten(1))).reshape(-1, *self.out_shape)
 
     def set_output_bias(self, raw: Tensor) -> None:
-        """Starts the output at `raw` (`out_shape`) plus what the weights add."""
+        """Sets the output bias to `raw` (`out_shape`): the output where the weights add nothing."""
         with torch.no_grad():
             self.out.bias.copy_(raw.flatten())
 
 
-class ConvEncoder(nn.Module):
+class _Encoder(nn.Module):
+    """Base of the encoders for images: a subclass makes `layers`, from an image to its output."""
+
+    layers: nn.Sequential
+
+    def __init__(self, image_shape: Shape, out_shape: Shape) -> None:
+        super().__init__()
+        _check_image_shape("image_shape", image_shape)
+        self.image_shape, self.out_shape = torch.Size(image_shape), torch.Size(out_shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_input(x, self.image_shape)
+        return self.layers(x).reshape(-1, *self.out_shape)
+
+
+class _Decoder(nn.Module):
+    """Base of the decoders to images: a subclass makes `layers`, from a flat latent to channels,
+    and `out`, the convolution that makes the output's channels of them."""
+
+    layers: nn.Sequential
+    out: nn.Conv2d | nn.ConvTranspose2d
+
+    def __init__(self, latent_shape: Shape, out_shape: Shape) -> None:
+        super().__init__()
+        _check_image_shape("out_shape", out_shape)
+        self.latent_shape, self.out_shape = torch.Size(latent_shape), torch.Size(out_shape)
+
+    def forward(self, z: Tensor) -> Tensor:
+        _check_input(z, self.latent_shape)
+        return self.out(self.layers(z.flatten(1)))
+
+    def set_output_bias(self, raw: Tensor) -> None:
+        """Sets each channel's output bias to the mean of `raw` (`out_shape`) over its pixels."""
+        assert self.out.bias is not None
+        with torch.no_grad():
+            self.out.bias.copy_(raw.mean(dim=(1, 2)))
+
+
+class ConvEncoder(_Encoder):
     """The Keras tutorial's encoder: Conv 3x3 s2 C->32, 32->64, a hidden layer, the output.
 
     Args:
@@ -93,18 +137,15 @@ class ConvEncoder(nn.Module):
 
     def __init__(
         self,
-        image_shape: Sequence[int],
-        out_shape: Sequence[int],
+        image_shape: Shape,
+        out_shape: Shape,
         hidden: int = 256,
         activation: Activation = nn.SiLU,
     ) -> None:
-        super().__init__()
-        _check_image_shape("image_shape", image_shape)
-        channels, height, width = image_shape
-        self.image_shape, self.out_shape = torch.Size(image_shape), torch.Size(out_shape)
-        flat = 64 * _halved(_halved(height)) * _halved(_halved(width))
+        super().__init__(image_shape, out_shape)
+        flat = 64 * math.prod(_halvings(image_shape, 2)[-1])
         self.layers = nn.Sequential(
-            nn.Conv2d(channels, 32, 3, stride=2, padding=1),  # (N, 32, H/2, W/2)
+            nn.Conv2d(image_shape[0], 32, 3, stride=2, padding=1),  # (N, 32, H/2, W/2)
             activation(),
             nn.Conv2d(32, 64, 3, stride=2, padding=1),  # (N, 64, H/4, W/4)
             activation(),
@@ -113,10 +154,6 @@ class ConvEncoder(nn.Module):
             activation(),
             nn.Linear(hidden, math.prod(out_shape)),
         )
-
-    def forward(self, x: Tensor) -> Tensor:
-        _check_input(x, self.image_shape)
-        return self.layers(x).reshape(-1, *self.out_shape)
 
 
 def _doubling(in_channels: int, out_channels: int, size: tuple[int, int]) -> nn.ConvTranspose2d:
@@ -127,13 +164,7 @@ def _doubling(in_channels: int, out_channels: int, size: tuple[int, int]) -> nn.
     )
 
 
-def _set_channel_bias(out: nn.Conv2d | nn.ConvTranspose2d, raw: Tensor) -> None:
-    assert out.bias is not None
-    with torch.no_grad():
-        out.bias.copy_(raw.mean(dim=(1, 2)))
-
-
-class ConvDecoder(nn.Module):
+class ConvDecoder(_Decoder):
     """The Keras tutorial's decoder: Linear to 64 x H/4 x W/4, ConvTranspose 3x3 s2 64->64, 64->32,
     ConvTranspose 3x3 to the likelihood's parameters.
 
@@ -150,42 +181,26 @@ class ConvDecoder(nn.Module):
     """
 
     def __init__(
-        self,
-        latent_shape: Sequence[int],
-        out_shape: Sequence[int],
-        activation: Activation = nn.SiLU,
+        self, latent_shape: Shape, out_shape: Shape, activation: Activation = nn.SiLU
     ) -> None:
-        super().__init__()
-        _check_image_shape("out_shape", out_shape)
-        channels, height, width = out_shape
-        self.latent_shape, self.out_shape = torch.Size(latent_shape), torch.Size(out_shape)
-        half = (_halved(height), _halved(width))
-        quarter = (_halved(half[0]), _halved(half[1]))
+        super().__init__(latent_shape, out_shape)
+        full, half, quarter = _halvings(out_shape, 2)
         self.layers = nn.Sequential(
             nn.Linear(math.prod(latent_shape), 64 * math.prod(quarter)),
             activation(),
             nn.Unflatten(1, (64, *quarter)),
             _doubling(64, 64, half),
             activation(),
-            _doubling(64, 32, (height, width)),
+            _doubling(64, 32, full),
             activation(),
         )
-        self.out = nn.ConvTranspose2d(32, channels, 3, padding=1)
-
-    def forward(self, z: Tensor) -> Tensor:
-        _check_input(z, self.latent_shape)
-        return self.out(self.layers(z.flatten(1)))
-
-    def set_output_bias(self, raw: Tensor) -> None:
-        """Starts each channel at the mean of `raw` (`out_shape`) over its pixels."""
-        _set_channel_bias(self.out, raw)
+        self.out = nn.ConvTranspose2d(32, out_shape[0], 3, padding=1)
 
 
 _COURSE = (28, 28)
 
 
-def _check_course(name: str, shape: Sequence[int]) -> None:
-    _check_image_shape(name, shape)
+def _check_course(name: str, shape: Shape) -> None:
     if tuple(shape[1:]) != _COURSE:
         raise ValueError(
             f"{name} is {tuple(shape)}, but the course's net takes {_COURSE[0]}x{_COURSE[1]} "
@@ -194,7 +209,7 @@ def _check_course(name: str, shape: Sequence[int]) -> None:
         )
 
 
-class CourseEncoder(nn.Module):
+class CourseEncoder(_Encoder):
     """The course's CNN: Conv 4x4 s2 C->32, 4x4 s2 p1 32->64, 4x4 s2 64->128, the output.
 
     Heights and widths go 28 -> 13 -> 6 -> 2, so that 512 features are left; a linear layer to
@@ -213,14 +228,10 @@ class CourseEncoder(nn.Module):
     """
 
     def __init__(
-        self,
-        image_shape: Sequence[int],
-        out_shape: Sequence[int],
-        activation: Activation = nn.ReLU,
+        self, image_shape: Shape, out_shape: Shape, activation: Activation = nn.ReLU
     ) -> None:
-        super().__init__()
+        super().__init__(image_shape, out_shape)
         _check_course("image_shape", image_shape)
-        self.image_shape, self.out_shape = torch.Size(image_shape), torch.Size(out_shape)
         self.layers = nn.Sequential(
             nn.Conv2d(image_shape[0], 32, 4, stride=2),  # (N, 32, 13, 13)
             activation(),
@@ -232,12 +243,8 @@ class CourseEncoder(nn.Module):
             nn.Linear(512, math.prod(out_shape)),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        _check_input(x, self.image_shape)
-        return self.layers(x).reshape(-1, *self.out_shape)
 
-
-class CourseDecoder(nn.Module):
+class CourseDecoder(_Decoder):
     """The course's CNN: Linear to 512, ConvTranspose 5x5 s2 512->64, 5x5 s2 64->32, 4x4 s2 to the
     likelihood's parameters. Heights and widths go 1 -> 5 -> 13 -> 28.
 
@@ -254,14 +261,10 @@ class CourseDecoder(nn.Module):
     """
 
     def __init__(
-        self,
-        latent_shape: Sequence[int],
-        out_shape: Sequence[int],
-        activation: Activation = nn.ReLU,
+        self, latent_shape: Shape, out_shape: Shape, activation: Activation = nn.ReLU
     ) -> None:
-        super().__init__()
+        super().__init__(latent_shape, out_shape)
         _check_course("out_shape", out_shape)
-        self.latent_shape, self.out_shape = torch.Size(latent_shape), torch.Size(out_shape)
         self.layers = nn.Sequential(
             nn.Linear(math.prod(latent_shape), 512),
             activation(),
@@ -273,14 +276,6 @@ class CourseDecoder(nn.Module):
         )
         self.out = nn.ConvTranspose2d(32, out_shape[0], 4, stride=2)  # (N, channels, 28, 28)
 
-    def forward(self, z: Tensor) -> Tensor:
-        _check_input(z, self.latent_shape)
-        return self.out(self.layers(z.flatten(1)))
-
-    def set_output_bias(self, raw: Tensor) -> None:
-        """Starts each channel at the mean of `raw` (`out_shape`) over its pixels."""
-        _set_channel_bias(self.out, raw)
-
 
 WIDTHS = (32, 64, 128, 256, 512)
 
@@ -290,20 +285,12 @@ def _check_widths(widths: Sequence[int]) -> None:
         raise ValueError(f"widths must be channels of at least 1, one a layer, not {tuple(widths)}")
 
 
-def _halvings(shape: Sequence[int], times: int) -> list[tuple[int, int]]:
-    """The height and width of an image, and of what each halving of it leaves."""
-    sizes = [(shape[1], shape[2])]
-    for _ in range(times):
-        sizes.append((_halved(sizes[-1][0]), _halved(sizes[-1][1])))
-    return sizes
-
-
-class DeepEncoder(nn.Module):
+class DeepEncoder(_Encoder):
     """The deep "vanilla VAE": a Conv 3x3 s2, BatchNorm and LeakyReLU for each width, the output.
 
     Every layer halves height and width, rounding up. In train mode BatchNorm normalizes by the
-    batch, so that an output depends on the images beside it, and every call moves the running
-    statistics that it normalizes by in eval mode: SVI's step calls the encoder once, in the guide.
+    batch: an output depends on the images beside it, and every call updates the running statistics
+    that eval mode normalizes by. (SVI's step calls the encoder once, in the guide.)
     Source: the "vanilla VAE" of github.com/AntixK/PyTorch-VAE (2020); Batch Normalization (2015),
     arXiv:1502.03167.
 
@@ -314,8 +301,9 @@ class DeepEncoder(nn.Module):
         activation: makes the activations (LeakyReLU as published).
 
     Raises:
-        ValueError: `image_shape` is not three sizes, `widths` are not sizes, the input is not
-            `(N, C, H, W)`, or a single image is left with one pixel in train mode (torch's error).
+        ValueError: `image_shape` is not three sizes; `widths` are not sizes; the input is not
+            `(N, C, H, W)`; in train mode, one image alone whose halvings end at one pixel, of
+            which BatchNorm has no variance (torch's error).
 
     >>> DeepEncoder((3, 64, 48), (256,), widths=(8, 16))(torch.zeros(5, 3, 64, 48)).shape
     torch.Size([5, 256])
@@ -323,15 +311,13 @@ class DeepEncoder(nn.Module):
 
     def __init__(
         self,
-        image_shape: Sequence[int],
-        out_shape: Sequence[int],
+        image_shape: Shape,
+        out_shape: Shape,
         widths: Sequence[int] = WIDTHS,
         activation: Activation = nn.LeakyReLU,
     ) -> None:
-        super().__init__()
-        _check_image_shape("image_shape", image_shape)
+        super().__init__(image_shape, out_shape)
         _check_widths(widths)
-        self.image_shape, self.out_shape = torch.Size(image_shape), torch.Size(out_shape)
         layers: list[nn.Module] = []
         for channels, next_channels in pairwise([image_shape[0], *widths]):
             layers += [
@@ -343,17 +329,13 @@ class DeepEncoder(nn.Module):
         layers += [nn.Flatten(), nn.Linear(flat, math.prod(out_shape))]
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        _check_input(x, self.image_shape)
-        return self.layers(x).reshape(-1, *self.out_shape)
 
-
-class DeepDecoder(nn.Module):
+class DeepDecoder(_Decoder):
     """The mirror of `DeepEncoder`: Linear, a ConvTranspose 3x3 s2, BatchNorm and LeakyReLU for each
     width, and a Conv 3x3 to the likelihood's parameters, which are any real numbers.
 
     The published form, for images in [-1, 1], ends in a tanh: `nn.Sequential(DeepDecoder(...),
-    nn.Tanh())`. Of BatchNorm, and the source, see `DeepEncoder`.
+    nn.Tanh())`. `DeepEncoder` says what BatchNorm does, and names the source.
 
     Args:
         latent_shape: shape of one latent, `(D,)`.
@@ -371,15 +353,13 @@ class DeepDecoder(nn.Module):
 
     def __init__(
         self,
-        latent_shape: Sequence[int],
-        out_shape: Sequence[int],
+        latent_shape: Shape,
+        out_shape: Shape,
         widths: Sequence[int] = WIDTHS,
         activation: Activation = nn.LeakyReLU,
     ) -> None:
-        super().__init__()
-        _check_image_shape("out_shape", out_shape)
+        super().__init__(latent_shape, out_shape)
         _check_widths(widths)
-        self.latent_shape, self.out_shape = torch.Size(latent_shape), torch.Size(out_shape)
         *larger, smallest = _halvings(out_shape, len(widths))
         deepest = (widths[-1], *smallest)
         layers: list[nn.Module] = [
@@ -391,14 +371,6 @@ class DeepDecoder(nn.Module):
             layers += [_doubling(wide, narrow, size), nn.BatchNorm2d(narrow), activation()]
         self.layers = nn.Sequential(*layers)
         self.out = nn.Conv2d(widths[0], out_shape[0], 3, padding=1)
-
-    def forward(self, z: Tensor) -> Tensor:
-        _check_input(z, self.latent_shape)
-        return self.out(self.layers(z.flatten(1)))
-
-    def set_output_bias(self, raw: Tensor) -> None:
-        """Starts each channel at the mean of `raw` (`out_shape`) over its pixels."""
-        _set_channel_bias(self.out, raw)
 
 
 class Affine(nn.Module):

@@ -17,23 +17,12 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
 from torch import Tensor
 
 from pvae.files import write_atomically
-
-__all__ = [
-    "curves",
-    "grid",
-    "interpolations",
-    "latents",
-    "manifold",
-    "posterior",
-    "reconstructions",
-    "samples",
-    "save",
-    "traversals",
-]
 
 _DPI = 150
 _CELL = 120  # small images are enlarged to this many pixels on their longer side, room permitting
@@ -49,12 +38,8 @@ _COLOURS = (
 _MARKERS = ("o", "^")
 
 _HISTORY = (
-    "epoch",
-    "train_elbo",
-    "validation_elbo",
-    "validation_reconstruction",
-    "validation_kl",
-    "beta",
+    *("epoch", "train_objective", "validation_elbo"),
+    *("validation_reconstruction", "validation_kl", "beta"),
 )
 
 
@@ -76,7 +61,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     suffix, allowed = path.suffix.lower().lstrip("."), figure.canvas.get_supported_filetypes()
     if suffix not in allowed:
-        raise ValueError(f"path must end in one of {', '.join(sorted(allowed))}, got {str(path)!r}")
+        raise ValueError(f"path must end in one of {', '.join(sorted(allowed))}, not {str(path)!r}")
     write_atomically(path, lambda file: figure.savefig(file, format=suffix, dpi="figure"))
 
 
@@ -103,7 +88,7 @@ def grid(
     """
     images = _checked("images", images, "(N, C, H, W)")
     if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
+        raise ValueError(f"columns must be at least 1, not {columns}")
     rows = math.ceil(len(images) / columns)
     if row_labels:
         _check_count("row_labels", row_labels, rows)
@@ -150,10 +135,7 @@ def reconstructions(originals: Tensor, reconstructed: Tensor, *, title: str = ""
         ['x', 'reconstruction']
     """
     if originals.shape != reconstructed.shape:
-        raise ValueError(
-            "originals and reconstructed must have one shape, "
-            f"got {tuple(originals.shape)} and {tuple(reconstructed.shape)}"
-        )
+        raise _misfit("originals and reconstructed must have one shape", originals, reconstructed)
     originals = _checked("originals", originals, "(N, C, H, W)")
     reconstructed = _checked("reconstructed", reconstructed, "(N, C, H, W)")
     blocks = math.ceil(len(originals) / 16)
@@ -205,10 +187,7 @@ def manifold(images: Tensor, axis: Tensor, *, title: str = "") -> Figure:
     images = _checked("images", images, "(S, S, C, H, W)")
     side = len(images)
     if images.shape[1] != side or axis.shape != (side,):
-        raise ValueError(
-            "images must have shape (S, S, C, H, W) and axis shape (S,), "
-            f"got {tuple(images.shape)} and {tuple(axis.shape)}"
-        )
+        raise _misfit("images must have shape (S, S, C, H, W) and axis shape (S,)", images, axis)
     _check_finite("axis", axis)
     every = math.ceil(side / 16)  # more labels than that run into one another
     labels = [text if i % every == 0 else "" for i, text in enumerate(_numbers(axis))]
@@ -245,18 +224,13 @@ def traversals(images: Tensor, values: Tensor, labels: Sequence[str], *, title: 
     images = _checked("images", images, "(U, T, C, H, W)")
     units, steps = images.shape[:2]
     if values.shape != (steps,):
-        raise ValueError(
-            "images must have shape (U, T, C, H, W) and values shape (T,), "
-            f"got {tuple(images.shape)} and {tuple(values.shape)}"
+        raise _misfit(
+            "images must have shape (U, T, C, H, W) and values shape (T,)", images, values
         )
     _check_finite("values", values)
     _check_count("labels", labels, units)
     return grid(
-        images.flatten(0, 1),
-        steps,
-        title=title,
-        row_labels=labels,
-        column_labels=_numbers(values),
+        images.flatten(0, 1), steps, title=title, row_labels=labels, column_labels=_numbers(values)
     )
 
 
@@ -276,10 +250,7 @@ def interpolations(images: Tensor, *, title: str = "") -> Figure:
     images = _checked("images", images, "(P, T, C, H, W)")
     steps = images.shape[1]
     if steps < 2:
-        raise ValueError(
-            "images must have T >= 2 in (P, T, C, H, W), since both ends are drawn, "
-            f"got {tuple(images.shape)}"
-        )
+        raise _misfit("images must have T >= 2 in (P, T, C, H, W), for the two ends", images)
     labels = _numbers(torch.linspace(0, 1, steps))
     return grid(images.flatten(0, 1), steps, title=title, column_labels=labels)
 
@@ -288,16 +259,20 @@ def latents(
     means: Tensor,
     labels: Tensor | None,
     *,
+    names: Sequence[str] | None = None,
     title: str = "",
     axis_labels: tuple[str, str] = ("z1", "z2"),
 ) -> Figure:
     """Scatter posterior means `(N, 2)`, coloured by their labels `(N,)` if there are any.
 
-    Up to 20 classes of integer labels get a colour, a marker and their name each; more of them, or
-    labels that are not integers, get a colour bar.
+    Up to 20 classes of integer labels get a colour, a marker and a place in the legend each. A
+    class is also named at its median, unless that name would lie on another one. `names[k]` is the
+    name of class `k`; without `names` it is its number. More classes, or labels that are not
+    integers, get a colour bar.
 
     Raises:
-        ValueError: if the shapes do not fit, or if a mean or label is not finite.
+        ValueError: if the shapes do not fit, if a mean or label is not finite, or if a class has no
+            place in `names`.
 
     Example:
         >>> import torch
@@ -308,10 +283,7 @@ def latents(
     """
     means = means.detach().cpu().float()
     if means.dim() != 2 or means.shape[1] != 2 or len(means) == 0:
-        raise ValueError(
-            f"means must have shape (N, 2) with N >= 1, got {tuple(means.shape)}; "
-            "project more latents to two first"
-        )
+        raise _misfit("means must have shape (N, 2) with N >= 1 (project more latents)", means)
     _check_finite("means", means)
     figure = Figure((6, 5.4), dpi=_DPI, layout="constrained")
     axes = figure.add_subplot()
@@ -319,23 +291,20 @@ def latents(
     axes.set_xlabel(axis_labels[0])
     axes.set_ylabel(axis_labels[1])
     axes.set_aspect("equal", adjustable="datalim")
-    axes.grid(color="0.92", linewidth=0.6)
-    axes.set_axisbelow(True)
+    _background(axes)
     if labels is None:
-        _scatter(axes, means, _COLOURS[0], "o")
+        _scatter(axes, means, _COLOURS[0], "o", _size(means))
         return figure
 
     labels = labels.detach().cpu()
     if labels.shape != means.shape[:1]:
-        raise ValueError(
-            "means must have shape (N, 2) and labels shape (N,), "
-            f"got {tuple(means.shape)} and {tuple(labels.shape)}"
-        )
+        raise _misfit("means must have shape (N, 2) and labels shape (N,)", means, labels)
     _check_finite("labels", labels)
     if labels.is_floating_point() or len(labels.unique()) > len(_COLOURS) * len(_MARKERS):
-        figure.colorbar(_scatter(axes, means, labels.tolist(), "o"), ax=axes, label="label")
+        points = _scatter(axes, means, labels.tolist(), "o", _size(means))
+        figure.colorbar(points, ax=axes, label="label")
     else:
-        _scatter_classes(axes, means, labels)
+        _remove_overlapping(figure, _scatter_classes(axes, means, labels, names))
     return figure
 
 
@@ -359,21 +328,21 @@ def posterior(exact: Tensor, guide: Tensor, units: tuple[int, int], *, title: st
     clouds = {"NUTS": exact.detach().cpu().float(), "guide": guide.detach().cpu().float()}
     for name, z in clouds.items():
         if z.dim() != 2 or len(z) < 2 or z.shape[1] != exact.shape[1]:
-            raise ValueError(
-                f"exact and guide must have shapes (S, D) and (S', D) with S, S' >= 2, got "
-                f"{tuple(exact.shape)} and {tuple(guide.shape)}"
-            )
+            wanted = "exact and guide must have shapes (S, D) and (S', D) with S, S' >= 2"
+            raise _misfit(wanted, exact, guide)
         _check_finite(name, z)
     if not all(0 <= unit < exact.shape[1] for unit in units):
-        raise ValueError(f"units must lie in 0..{exact.shape[1] - 1}, got {units}")
+        raise ValueError(f"units must be from 0 to {exact.shape[1] - 1}, not {units}")
     figure = Figure((9.5, 4.2), dpi=_DPI, layout="constrained")
     figure.suptitle(title, fontsize=11)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
     shown = clouds["NUTS"].std(0).argsort()[:20].sort().values
     for shift, colour, (name, z) in zip((-0.17, 0.17), _COLOURS[::2], clouds.items(), strict=False):
-        _scatter(left, z[:, units], colour, "o")
+        _scatter(left, z[:, units], colour, "o", 6)
         left.plot(*_ellipse(z[:, units]).numpy(), color=colour, linewidth=1.6, label=name)
-        left.plot(*z[:, units].mean(0).tolist(), "+", color=colour, markersize=12)
+        left.plot(
+            *z[:, units].mean(0).tolist(), "+", color=colour, markersize=14, markeredgewidth=2
+        )
         right.errorbar(
             torch.arange(len(shown)).numpy() + shift,
             z.mean(0)[shown].numpy(),
@@ -390,8 +359,7 @@ def posterior(exact: Tensor, guide: Tensor, units: tuple[int, int], *, title: st
     right.set_xticks(range(len(shown)), [str(unit) for unit in shown.tolist()], fontsize=7)
     right.set(xlabel="unit", ylabel="z")
     for axes in (left, right):
-        axes.grid(color="0.92", linewidth=0.6)
-        axes.set_axisbelow(True)
+        _background(axes)
         axes.spines[["top", "right"]].set_visible(False)
     left.legend(fontsize=8)
     return figure
@@ -405,19 +373,24 @@ def _ellipse(z: Tensor) -> Tensor:
     return z.mean(0)[:, None] + 2 * vectors @ (values.clamp(min=0).sqrt()[:, None] * circle)
 
 
-def curves(history: Sequence[Mapping[str, float]], *, title: str = "") -> Figure:
+def curves(
+    history: Sequence[Mapping[str, float]], *, title: str = "", objective: str = "ELBO"
+) -> Figure:
     """Draw the learning curves of a run: the ELBO, and the two terms that it is made of.
 
-    Each epoch is one mapping with the keys `epoch`, `train_elbo`, `validation_elbo`,
+    Each epoch is one mapping with the keys `epoch`, `train_objective`, `validation_elbo`,
     `validation_reconstruction`, `validation_kl` and `beta`, in nats per image; further keys are
     ignored. Early epochs far off the rest are left out of view, and the panel then says so.
+
+    `objective` names what was trained. Where it is the ELBO, at beta = 1 in every epoch, it shares
+    the panel of the validation ELBO. Any other objective has another scale, and its own panel.
 
     Raises:
         ValueError: if there are no epochs, or if a key is missing or not finite in one of them.
 
     Example:
         >>> from pvae import plots
-        >>> epoch = {"epoch": 1, "train_elbo": -150.0, "validation_elbo": -140.0, "beta": 1.0}
+        >>> epoch = {"epoch": 1, "train_objective": -150.0, "validation_elbo": -140.0, "beta": 1.0}
         >>> epoch |= {"validation_reconstruction": -120.0, "validation_kl": 20.0}
         >>> figure = plots.curves([epoch])
         >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
@@ -425,59 +398,68 @@ def curves(history: Sequence[Mapping[str, float]], *, title: str = "") -> Figure
     """
     epochs, train, validation, reconstruction, kl, beta = _columns(history)
     best = validation.index(max(validation))
-    figure = Figure((9, 4), dpi=_DPI, layout="constrained")
+    together = objective == "ELBO" and set(beta) == {1}
+    left = ["elbo", "elbo"] if together else ["elbo", "objective"]
+    figure = Figure((9, 4 if together else 5), dpi=_DPI, layout="constrained")
     figure.suptitle(title, fontsize=11)
     panels = figure.subplot_mosaic(
-        [["elbo", "reconstruction"], ["elbo", "kl"]], sharex=True, width_ratios=[3, 2]
+        [[left[0], "reconstruction"], [left[1], "kl"]], sharex=True, width_ratios=[3, 2]
     )
 
     elbo = panels["elbo"]
     elbo.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)  # shared by all
-    _line(elbo, epochs, train, _COLOURS[0], "train")
+    _line(panels[left[1]], epochs, train, _COLOURS[0], "train")
     _line(elbo, epochs, validation, _COLOURS[6], "validation")
     best_label = f"best: {validation[best]:.2f}, epoch {epochs[best]:g}"
     elbo.plot(epochs[best], validation[best], "k*", markersize=9, label=best_label)
-    _finish_panel(elbo, "ELBO", train, validation)
+    if together:
+        _finish_panel(elbo, "ELBO", train, validation)
+    else:
+        _finish_panel(elbo, "ELBO (beta = 1)", validation)
+        name = "ELBO at the beta of each epoch" if objective == "ELBO" else objective
+        _finish_panel(panels["objective"], f"train: {name}", train)
     elbo.legend(fontsize=8)
 
-    for name, series in (("reconstruction", reconstruction), ("kl", kl)):
-        _line(panels[name], epochs, series, _COLOURS[6], "validation")
-        panels[name].axvline(epochs[best], color="0.6", linewidth=0.8, linestyle=":")
     at_best = f"at epoch {epochs[best]:g}"
-    _finish_panel(
-        panels["reconstruction"],
-        f"validation reconstruction: {reconstruction[best]:.2f} {at_best}",
-        reconstruction,
-    )
-    _finish_panel(panels["kl"], f"validation KL: {kl[best]:.2f} {at_best}", kl)
+    for name, series in (("reconstruction", reconstruction), ("kl", kl)):
+        panel = panels[name]
+        _line(panel, epochs, series, _COLOURS[6], "validation")
+        panel.axvline(epochs[best], color="0.6", linewidth=0.8, linestyle=":")
+        text = "KL" if name == "kl" else name
+        _finish_panel(panel, f"validation {text}: {series[best]:.2f} {at_best}", series)
     _shade(panels["kl"], epochs, beta)
-    for name in ("elbo", "kl"):
+    for name in (left[1], "kl"):
         panels[name].set_xlabel("epoch", fontsize=8)
     return figure
+
+
+def _misfit(wanted: str, *tensors: Tensor) -> ValueError:
+    """The error that tensors have other shapes than those wanted."""
+    return ValueError(f"{wanted}, not {' and '.join(str(tuple(t.shape)) for t in tensors)}")
 
 
 def _checked(name: str, images: Tensor, sizes: str) -> Tensor:
     """The images on the CPU, clamped to [0, 1], if they are that but for rounding."""
     images = images.detach().cpu().float()
-    shape = tuple(images.shape)
+    shape = images.shape
     if len(shape) != len(sizes.split(",")) or 0 in shape or shape[-3] not in (1, 3):
-        raise ValueError(f"{name} must have shape {sizes}, C = 1 or 3, none empty, got {shape}")
+        raise _misfit(f"{name} must have shape {sizes}, C = 1 or 3, every size at least 1", images)
     inside = (images >= -_TOLERANCE) & (images <= 1 + _TOLERANCE)  # False for NaN
     if not inside.all():
         where = tuple((~inside).nonzero()[0].tolist())
-        raise ValueError(f"{name} must lie in [0, 1], got {images[where].item():.6g} at {where}")
+        raise ValueError(f"{name} must lie in [0, 1], not {images[where].item():.6g} at {where}")
     return images.clamp(0, 1)
 
 
 def _check_finite(name: str, values: Tensor) -> None:
     if not values.isfinite().all():
         where = tuple((~values.isfinite()).nonzero()[0].tolist())
-        raise ValueError(f"{name} must be finite, got {values[where].item()} at {where}")
+        raise ValueError(f"{name} must be finite, not {values[where].item()} at {where}")
 
 
 def _check_count(name: str, labels: Sequence[str], count: int) -> None:
     if len(labels) != count:
-        raise ValueError(f"{name} must hold {count} labels, got {len(labels)}: {list(labels)}")
+        raise ValueError(f"{name} must hold {count} labels, not {len(labels)}: {list(labels)}")
 
 
 def _numbers(values: Tensor) -> list[str]:
@@ -529,46 +511,81 @@ def _fit(figure: Figure) -> None:
 
 
 def _scatter(
-    axes: Axes, points: Tensor, colours: str | list[float] | list[str], marker: str
+    axes: Axes, points: Tensor, colours: str | list[float] | list[str], marker: str, size: float
 ) -> PathCollection:
     x, y = points.numpy().T
     # Without smooth edges the file of ten thousand points is a third as large.
     return axes.scatter(
-        x, y, c=colours, marker=marker, s=3, alpha=0.6, linewidths=0, antialiased=False
+        x, y, c=colours, marker=marker, s=size, alpha=0.8, linewidths=0, antialiased=False
     )
 
 
-def _scatter_classes(axes: Axes, means: Tensor, labels: Tensor) -> None:
+def _size(means: Tensor) -> float:
+    """Few points are drawn large, many small."""
+    return min(30, max(5, 15_000 / len(means)))
+
+
+def _scatter_classes(
+    axes: Axes, means: Tensor, labels: Tensor, names: Sequence[str] | None
+) -> list[Text]:
     """Scatter all classes together, or the last one would lie on top; name each at its median."""
     classes, index = labels.unique(return_inverse=True)
+    low, high = int(classes[0]), int(classes[-1])
+    if names is not None and not 0 <= low <= high < len(names):
+        raise ValueError(
+            f"labels must be from 0 to {len(names) - 1}, a class for each of the names, not from "
+            f"{low} to {high}"
+        )
     colours = [_COLOURS[i % len(_COLOURS)] for i in range(len(classes))]
     markers = [_MARKERS[i // len(_COLOURS)] for i in range(len(classes))]
     for marker in sorted(set(markers)):
         chosen = torch.tensor([m == marker for m in markers])[index]
-        _scatter(axes, means[chosen], [colours[i] for i in index[chosen].tolist()], marker)
-    handles = []
-    for i, name in enumerate(map(str, classes.tolist())):
+        drawn = [colours[i] for i in index[chosen].tolist()]
+        _scatter(axes, means[chosen], drawn, marker, _size(means))
+    handles, texts = [], []
+    for i, label in enumerate(classes.tolist()):
+        name = str(label) if names is None else names[int(label)]
         handles.append(
             Line2D([], [], color=colours[i], marker=markers[i], linestyle="", label=name)
         )
         x, y = means[index == i].median(dim=0).values.tolist()
         halo = [withStroke(linewidth=2.5, foreground="white")]
-        axes.text(x, y, name, ha="center", va="center", weight="bold", path_effects=halo)
+        texts.append(
+            axes.text(x, y, name, ha="center", va="center", weight="bold", path_effects=halo)
+        )
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
+    return texts
+
+
+def _remove_overlapping(figure: Figure, texts: Sequence[Text]) -> None:
+    """Remove each text that lies on one before it."""
+    figure.draw_without_rendering()  # only the layout tells where they lie
+    kept: list[Bbox] = []
+    for text in texts:
+        box = text.get_window_extent()
+        if box.count_overlaps(kept):
+            text.remove()
+        else:
+            kept.append(box)
 
 
 def _columns(history: Sequence[Mapping[str, float]]) -> list[list[float]]:
     """The history by key, in the order of `_HISTORY`, once it is known to be whole."""
     if not history:
-        raise ValueError("history must hold at least one epoch, got none")
+        raise ValueError("history must hold at least one epoch, not none")
     for i, epoch in enumerate(history):
         missing = [key for key in _HISTORY if key not in epoch]
         if missing:
-            raise ValueError(f"history[{i}] must have the keys {_HISTORY}, lacks {missing}")
+            raise ValueError(f"history[{i}] must have the keys {_HISTORY}, but lacks {missing}")
         for key in _HISTORY:
             if not math.isfinite(epoch[key]):
-                raise ValueError(f"history[{i}][{key!r}] must be finite, got {epoch[key]}")
+                raise ValueError(f"history[{i}][{key!r}] must be finite, not {epoch[key]}")
     return [[epoch[key] for epoch in history] for key in _HISTORY]
+
+
+def _background(axes: Axes) -> None:
+    axes.grid(color="0.92", linewidth=0.6)
+    axes.set_axisbelow(True)
 
 
 def _line(axes: Axes, epochs: list[float], values: list[float], colour: str, label: str) -> None:

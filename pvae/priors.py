@@ -1,14 +1,23 @@
-"""Priors p(z): modules that return a distribution over the latent."""
+"""Priors p(z): modules that return a distribution over the latent.
 
-from collections.abc import Sequence
+The priors here are called with the labels of a conditional pair too, and say which use they make of
+them. A prior `p(z | y)` written by hand sets `takes_y = True`.
+"""
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pvae.kinds import Shape
+
+
+def _check_count(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, not {value}")
+
 
 class StandardNormal(nn.Module):
-    r"""The standard normal prior `p(z) = N(0, I)` over `(D,)` latents; takes no notice of labels.
+    r"""The standard normal prior `p(z) = N(0, I)` over `(D,)` latents; labels are ignored.
 
     Raises:
         ValueError: `latent_dim` is below 1.
@@ -22,8 +31,7 @@ class StandardNormal(nn.Module):
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim must be at least 1, not {latent_dim}")
+        _check_count("latent_dim", latent_dim)
         # buffers, so that they follow .to(device) and .double(); constant, so they are not saved
         self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
         self.register_buffer("scale", torch.ones(latent_dim), persistent=False)
@@ -32,15 +40,9 @@ class StandardNormal(nn.Module):
         return dist.Normal(self.loc, self.scale).to_event(1)
 
 
-def _check_components(components: int) -> int:
-    if components < 1:
-        raise ValueError(f"components must be at least 1, not {components}")
-    return components
-
-
 class MixtureOfNormals(nn.Module):
-    r"""A learned mixture of `K` diagonal normals, `p(z) = sum_k w_k N(z; loc_k, scale_k)`; takes no
-    notice of labels.
+    r"""A learned mixture of `K` diagonal normals, `p(z) = sum_k w_k N(z; loc_k, scale_k)`; labels
+    are ignored.
 
     Raises:
         ValueError: `latent_dim` or `components` is below 1.
@@ -51,11 +53,10 @@ class MixtureOfNormals(nn.Module):
 
     def __init__(self, latent_dim: int, *, components: int = 10) -> None:
         super().__init__()
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim must be at least 1, not {latent_dim}")
-        _check_components(components)
+        _check_count("latent_dim", latent_dim)
+        _check_count("components", components)
         self.logits = nn.Parameter(torch.zeros(components))
-        self.loc = nn.Parameter(torch.randn(components, latent_dim))  # apart, or they stay the same
+        self.loc = nn.Parameter(torch.randn(components, latent_dim))  # equal ones would stay equal
         self.log_scale = nn.Parameter(torch.zeros(components, latent_dim))
 
     def forward(self, y: Tensor | None = None) -> dist.Distribution:
@@ -67,8 +68,8 @@ class VampPrior(nn.Module):
     r"""The mixture of posteriors at `K` learned pseudo-inputs, `p(z | y) = sum_k w_k q(z | u_k,
     y)`.
 
-    It is the guide's own posterior module, so that what q learns the prior follows, and the optimum
-    over free weights and inputs is the aggregate posterior. `u_k = sigmoid(v_k)` are images in
+    `posterior` is the guide's own module, so the prior follows what q learns. The best such prior,
+    with free weights and inputs, is the aggregate posterior. `u_k = sigmoid(v_k)` are images in
     [0, 1].
     Source: VAE with a VampPrior (2017), arXiv:1705.07120.
 
@@ -76,7 +77,8 @@ class VampPrior(nn.Module):
         posterior: a module with `posterior(x)` or `posterior(x, y)`, shared with the guide.
         image_shape: `(C, H, W)`.
         components: `K`.
-        mean_image: `(C, H, W)` in [0, 1]: the pseudo-inputs start around it, else around 1/2.
+        mean_image: `(C, H, W)` in [0, 1]: the pseudo-inputs start around it; without it, around
+            1/2.
         label_dim: dimensions of one `y`: 0 for a label, 1 for a side vector.
 
     Raises:
@@ -92,14 +94,14 @@ class VampPrior(nn.Module):
     def __init__(
         self,
         posterior: nn.Module,
-        image_shape: Sequence[int],
+        image_shape: Shape,
         *,
         components: int = 100,
         mean_image: Tensor | None = None,
         label_dim: int = 0,
     ) -> None:
         super().__init__()
-        _check_components(components)
+        _check_count("components", components)
         if any(hasattr(module, "running_mean") for module in posterior.modules()):
             raise ValueError(
                 "posterior has BatchNorm: a VampPrior puts its pseudo-inputs through it, and their "
@@ -113,7 +115,7 @@ class VampPrior(nn.Module):
 
     def forward(self, y: Tensor | None = None) -> dist.Distribution:
         u = self.pseudo_inputs.sigmoid()  # (K, C, H, W)
-        # a label (*) stands beside the components: (*, 1) with (K,) gives batch shape (*, K)
+        # labels (*) become (*, 1); with the components (K,) the batch shape is (*, K)
         given = () if y is None else (y.unsqueeze(-1 - self.label_dim),)
         components = self.posterior(u, *given)
         logits = self.logits.expand(components.batch_shape)

@@ -10,6 +10,7 @@ from torch.distributions import constraints
 
 from pvae import Conditional, heads, ignore_label
 from pvae.builder import GUIDES, LIKELIHOODS
+from pvae.conditional import Masked
 from pvae.priors import StandardNormal
 from pvae.programs import mean_of
 
@@ -83,6 +84,21 @@ def test_normals_against_torch(head, h, scale):
     torch.testing.assert_close(head(h).log_prob(x), truth)
 
 
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_a_head_says_of_itself_whether_it_is_normalized(name):
+    """One pixel's density integrates to 1, or its probabilities sum to 1, exactly where it says."""
+    head = LIKELIHOODS[name].head((1,))
+    p = head(head.raw_mean(torch.tensor([0.3])))
+    if LIKELIHOODS[name].data == "continuous":
+        ends = (0, 1) if isinstance(head, (heads.ContinuousBernoulli, heads.Bernoulli)) else (-9, 9)
+        x = torch.linspace(*ends, 100_001)
+        total = torch.trapezoid(p.log_prob(x[:, None]).exp(), x)
+    else:
+        x = torch.linspace(0, 1, 2 if LIKELIHOODS[name].data == "binary" else heads.LEVELS)
+        total = p.log_prob(x[:, None]).exp().sum()
+    assert head.normalized is (abs(total.item() - 1) < 1e-3)
+
+
 def test_bernoulli_sums_to_one():
     head = heads.Bernoulli((3,))
     corners = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3)
@@ -114,7 +130,10 @@ def test_values_outside_the_support_are_refused(name):
         (lambda: heads.Bernoulli((1, 0, 3)), r"event_shape .* not \(1, 0, 3\)"),
         (lambda: heads.Normal((2,), min_scale=-1.0), r"min_scale must be at least 0, not -1"),
         (lambda: heads.NormalFixedScale((2,), scale=0.0), r"scale must be above 0, not 0"),
-        (lambda: heads.NormalSharedScale((2,), scale=0.1, min_scale=0.2), "0.2 and 0.1"),
+        (
+            lambda: heads.NormalSharedScale((2,), scale=0.1, min_scale=0.2),
+            r"below the scale 0\.1, not 0\.2",
+        ),
         (lambda: StandardNormal(0), "latent_dim must be at least 1, not 0"),
     ],
 )
@@ -159,6 +178,12 @@ def test_labels_are_never_dropped_or_missed_silently():
     torch.testing.assert_close(joined.raw(v, y), net(v + 1))
     ignoring = Conditional(net, head, event_dim=1, join=ignore_label)
     torch.testing.assert_close(ignoring.raw(v, y), net(v))
+
+
+def test_modules_say_of_themselves_whether_they_take_y():
+    plain = Conditional(nn.Linear(2, 4), heads.Bernoulli((4,)), event_dim=1)
+    joined = Conditional(nn.Linear(2, 4), heads.Bernoulli((4,)), event_dim=1, join=ignore_label)
+    assert (plain.takes_y, joined.takes_y, Masked(plain).takes_y) == (False, True, True)
 
 
 def test_a_net_of_the_wrong_width_is_refused_with_both_sizes():

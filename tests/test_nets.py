@@ -5,7 +5,15 @@ import torch
 from torch import nn
 
 from pvae import build
-from pvae.nets import MLP, ConvDecoder, ConvEncoder
+from pvae.nets import (
+    MLP,
+    ConvDecoder,
+    ConvEncoder,
+    CourseDecoder,
+    CourseEncoder,
+    DeepDecoder,
+    DeepEncoder,
+)
 
 SIZES = [(1, 28, 28), (3, 32, 32), (3, 28, 20), (1, 1, 1), (2, 5, 7), (1, 9, 64)]
 
@@ -61,3 +69,34 @@ def test_wrong_input_is_refused_with_both_sizes(net):
 def test_wrong_image_shapes_are_refused(make, shape):
     with pytest.raises(ValueError, match=r"must be \(channels, height, width\)"):
         make(shape)
+
+
+def weights(prefix, *layers):
+    return [f"{prefix}{i}.{kind}" for i in layers for kind in ("weight", "bias")]
+
+
+def batch_norm(i):
+    running = [f"layers.{i}.{kind}" for kind in ("running_mean", "running_var")]
+    return [*weights("layers.", i), *running, f"layers.{i}.num_batches_tracked"]
+
+
+@pytest.mark.parametrize(
+    ("net", "keys"),
+    [
+        (MLP((4,), (2,), (3, 3)), weights("hidden.", 0, 2) + weights("", "out")),
+        (ConvEncoder((1, 28, 28), (4,)), weights("layers.", 0, 2, 5, 7)),
+        (ConvDecoder((2,), (1, 28, 28)), weights("layers.", 0, 3, 5) + weights("", "out")),
+        (CourseEncoder((1, 28, 28), (4,)), weights("layers.", 0, 2, 4, 7)),
+        (CourseDecoder((2,), (1, 28, 28)), weights("layers.", 0, 3, 5) + weights("", "out")),
+        (
+            DeepEncoder((1, 28, 28), (4,), (8,)),
+            weights("layers.", 0) + batch_norm(1) + weights("layers.", 4),
+        ),
+        (
+            DeepDecoder((2,), (1, 28, 28), (8,)),
+            weights("layers.", 0, 2) + batch_norm(3) + weights("", "out"),
+        ),
+    ],
+)
+def test_the_names_of_parameters_stay_so_that_checkpoints_load(net, keys):
+    assert list(net.state_dict()) == keys

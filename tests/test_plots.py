@@ -57,7 +57,7 @@ def assert_nothing_cut(figure):
 
 
 def epoch(number, elbo, **others):
-    values = {"epoch": number, "train_elbo": elbo + 1, "validation_elbo": elbo, "beta": 1.0}
+    values = {"epoch": number, "train_objective": elbo + 1, "validation_elbo": elbo, "beta": 1.0}
     return values | {"validation_reconstruction": elbo + 25, "validation_kl": 25.0} | others
 
 
@@ -281,6 +281,36 @@ def test_every_class_has_its_own_colour_and_marker_and_its_name_in_the_legend(cl
     assert_nothing_cut(figure)
 
 
+def test_classes_go_by_their_names():
+    labels = torch.tensor([2, 0, 2, 0])
+    means = torch.tensor([[0.0, 0.0], [5.0, 5.0], [0.0, 0.0], [5.0, 5.0]])
+    figure = plots.latents(means, labels, names=["Shirt", "Bag", "Coat"])
+    axes = figure.axes[0]
+    assert texts(axes.get_legend().get_texts()) == ["Shirt", "Coat"]
+    assert {t.get_text(): t.get_position() for t in axes.texts} == {"Shirt": (5, 5), "Coat": (0, 0)}
+
+
+def test_a_name_that_would_lie_on_another_is_in_the_legend_alone():
+    torch.manual_seed(0)
+    labels = torch.arange(300) % 3
+    means = torch.randn(300, 2) + torch.tensor([0.0, 20.0, 0.1])[labels, None]
+    figure = plots.latents(means, labels, names=["Sandal", "Bag", "Sneaker"])
+    axes = figure.axes[0]
+    assert texts(axes.texts) == ["Sandal", "Bag"]
+    assert texts(axes.get_legend().get_texts()) == ["Sandal", "Bag", "Sneaker"]
+    render(figure)
+    first, second = (text.get_window_extent() for text in axes.texts)
+    assert not first.overlaps(second)
+
+
+def test_few_points_are_larger_than_many():
+    sizes = []
+    for count in (1, 1500, 100_000):
+        (scatter,) = plots.latents(torch.randn(count, 2), None).axes[0].collections
+        sizes.append(scatter.get_sizes().item())
+    assert sizes == [30, 10, 5]
+
+
 @pytest.mark.parametrize("labels", [torch.arange(84) % 21, torch.linspace(0, 20, 84)])
 def test_more_classes_or_real_labels_get_a_colour_bar(labels):
     means = torch.randn(84, 2)
@@ -327,8 +357,7 @@ def notes(figure):
 def test_curves_draw_every_series_and_mark_the_best_validation_epoch():
     elbos = [-120.0, -105.0, -101.5, -103.0]
     history = [
-        epoch(e, v, validation_kl=20.0 + e, beta=e / 4, seconds=3.0)
-        for e, v in enumerate(elbos, start=1)
+        epoch(e, v, validation_kl=20.0 + e, seconds=3.0) for e, v in enumerate(elbos, start=1)
     ]
     figure = plots.curves(history, title="MNIST")
     elbo = panel(figure, "ELBO")
@@ -341,11 +370,32 @@ def test_curves_draw_every_series_and_mark_the_best_validation_epoch():
     kl = panel(figure, "validation KL: 23.00 at epoch 3")
     assert line(kl, "validation")[:, 1].tolist() == [21, 22, 23, 24]
     (beta,) = [axes for axes in figure.axes if axes.get_ylabel() == "beta"]
-    assert beta.lines[0].get_ydata().tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert beta.lines[0].get_ydata().tolist() == [1, 1, 1, 1]
     assert beta.get_ylim()[1] > 1
     assert all(a.get_ylabel() == "nats per image" for a in (elbo, reconstruction, kl))
     assert elbo.get_xlabel() == kl.get_xlabel() == "epoch"
     assert texts(figure.texts) == ["MNIST"]
+    assert_nothing_cut(figure)
+
+
+@pytest.mark.parametrize(
+    ("objective", "betas", "title"),
+    [
+        ("IWAE, 5 particles", [1.0, 1.0, 1.0], "train: IWAE, 5 particles"),
+        ("free bits", [0.5, 1.0, 1.0], "train: free bits"),
+        ("ELBO", [0.5, 0.75, 1.0], "train: ELBO at the beta of each epoch"),
+        ("ELBO", [2.0, 2.0, 2.0], "train: ELBO at the beta of each epoch"),
+    ],
+)
+def test_what_is_not_the_elbo_is_never_drawn_on_its_panel(objective, betas, title):
+    history = [epoch(e, -100.0 + e, beta=beta) for e, beta in enumerate(betas, 1)]
+    figure = plots.curves(history, objective=objective)
+    elbo, own = panel(figure, "ELBO (beta = 1)"), panel(figure, title)
+    assert {drawn.get_label() for drawn in elbo.lines} == {"validation", "best: -97.00, epoch 3"}
+    assert line(own, "train").tolist() == [[1, -98], [2, -97], [3, -96]]
+    assert [drawn.get_label() for drawn in own.lines] == ["train"]
+    (shade,) = [axes for axes in figure.axes if axes.get_ylabel() == "beta"]
+    assert shade.lines[0].get_ydata().tolist() == betas
     assert_nothing_cut(figure)
 
 
@@ -450,6 +500,35 @@ def test_it_imports_only_torch_and_matplotlib_and_never_pyplot():
     assert not any("pyplot" in name for name in names)
 
 
+# --- the smallest input, and none ---
+
+
+ONE = torch.rand(1, 1, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("call", "smallest"),
+    [
+        (lambda x: plots.grid(x, 3), ONE),
+        (lambda x: plots.reconstructions(x, x), ONE),
+        (plots.samples, ONE),
+        (lambda x: plots.manifold(x, torch.zeros(len(x))), ONE[None]),
+        (lambda x: plots.traversals(x, torch.zeros(1), ["z0"] * len(x)), ONE[None]),
+        (plots.interpolations, torch.cat([ONE, ONE])[None]),
+        (lambda x: plots.latents(x, None), torch.zeros(1, 2)),
+        (lambda x: plots.latents(x, torch.zeros(len(x)).long()), torch.zeros(1, 2)),
+        (lambda x: plots.latents(x, torch.zeros(len(x))), torch.zeros(1, 2)),
+        (lambda x: plots.posterior(x, x, (0, 0)), torch.randn(2, 1)),
+        (lambda x: plots.posterior(x, torch.zeros(2, 1), (0, 0)), torch.zeros(2, 1)),
+        (plots.curves, [epoch(1, -100.0)]),
+    ],
+)
+def test_one_image_or_pair_is_enough_and_none_is_refused(call, smallest):
+    assert_nothing_cut(call(smallest))
+    with pytest.raises(ValueError, match=r"must (have|hold) .*, not (none|\(0, )"):
+        call(smallest[:0])
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 IMAGES = torch.rand(6, 1, 4, 5)
@@ -461,55 +540,71 @@ GOOD = epoch(1, -100.0)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: plots.samples(torch.rand(1, 4, 5)), r"images .*\(N, C, H, W\).*got \(1, 4, 5\)"),
-        (lambda: plots.samples(torch.rand(())), r"images .*\(N, C, H, W\).*got \(\)"),
-        (lambda: plots.samples(torch.rand(6, 2, 4, 5)), r"C = 1 or 3.*got \(6, 2, 4, 5\)"),
-        (lambda: plots.samples(torch.rand(0, 1, 4, 5)), r"none empty.*got \(0, 1, 4, 5\)"),
-        (lambda: plots.samples(NAN), r"images must lie in \[0, 1\], got nan at \(1, 0, 0, 0\)"),
-        (lambda: plots.samples(IMAGES * 0 + 1.001), r"\[0, 1\], got 1.001 at \(0, 0, 0, 0\)"),
-        (lambda: plots.samples(IMAGES * 0 - 0.5), r"\[0, 1\], got -0.5 at"),
-        (lambda: plots.grid(IMAGES, 0), "columns must be at least 1, got 0"),
-        (lambda: plots.grid(IMAGES, 3, row_labels="abc"), "row_labels must hold 2 labels, got 3"),
-        (lambda: plots.grid(IMAGES, 3, column_labels="ab"), "column_labels must hold 3 .*got 2"),
+        (lambda: plots.samples(torch.rand(1, 4, 5)), r"images .*\(N, C, H, W\).*not \(1, 4, 5\)"),
+        (lambda: plots.samples(torch.rand(())), r"images .*\(N, C, H, W\).*not \(\)"),
+        (lambda: plots.samples(torch.rand(6, 2, 4, 5)), r"C = 1 or 3.*not \(6, 2, 4, 5\)"),
+        (lambda: plots.samples(torch.rand(0, 1, 4, 5)), r"size at least 1, not \(0, 1, 4, 5\)"),
+        (lambda: plots.samples(NAN), r"images must lie in \[0, 1\], not nan at \(1, 0, 0, 0\)"),
+        (lambda: plots.samples(IMAGES * 0 + 1.001), r"\[0, 1\], not 1.001 at \(0, 0, 0, 0\)"),
+        (lambda: plots.samples(IMAGES * 0 - 0.5), r"\[0, 1\], not -0.5 at"),
+        (lambda: plots.grid(IMAGES, 0), "columns must be at least 1, not 0"),
+        (lambda: plots.grid(IMAGES, 3, row_labels="abc"), "row_labels must hold 2 labels, not 3"),
+        (lambda: plots.grid(IMAGES, 3, column_labels="ab"), "column_labels must hold 3 .*not 2"),
         (lambda: plots.reconstructions(IMAGES, IMAGES[:4]), r"\(6, 1, 4, 5\) and \(4, 1, 4, 5\)"),
         (lambda: plots.reconstructions(IMAGES, IMAGES + 2), r"reconstructed must lie in \[0, 1\]"),
         (lambda: plots.reconstructions(IMAGES + 2, IMAGES), r"originals must lie in \[0, 1\]"),
         (
             lambda: plots.manifold(IMAGES.unflatten(0, (2, 3)), torch.zeros(2)),
-            r"got \(2, 3, 1, 4, 5\) and \(2,\)",
+            r"not \(2, 3, 1, 4, 5\) and \(2,\)",
         ),
         (
             lambda: plots.manifold(IMAGES[:4].unflatten(0, (2, 2)), torch.zeros(3)),
-            r"got \(2, 2, 1, 4, 5\) and \(3,\)",
+            r"not \(2, 2, 1, 4, 5\) and \(3,\)",
         ),
         (
             lambda: plots.manifold(IMAGES[:4].unflatten(0, (2, 2)), torch.tensor([0.0, math.inf])),
-            r"axis must be finite, got inf at \(1,\)",
+            r"axis must be finite, not inf at \(1,\)",
         ),
         (
             lambda: plots.traversals(IMAGES.unflatten(0, (2, 3)), torch.zeros(2), "ab"),
-            r"got \(2, 3, 1, 4, 5\) and \(2,\)",
+            r"not \(2, 3, 1, 4, 5\) and \(2,\)",
         ),
         (
             lambda: plots.traversals(IMAGES.unflatten(0, (2, 3)), torch.zeros(3), "abc"),
-            r"labels must hold 2 labels, got 3: \['a', 'b', 'c'\]",
+            r"labels must hold 2 labels, not 3: \['a', 'b', 'c'\]",
         ),
-        (lambda: plots.interpolations(IMAGES[:, None]), r"T >= 2 .*got \(6, 1, 1, 4, 5\)"),
-        (lambda: plots.latents(torch.rand(5, 3), None), r"means must have .*got \(5, 3\)"),
-        (lambda: plots.latents(torch.rand(0, 2), None), r"means must have .*got \(0, 2\)"),
-        (lambda: plots.latents(torch.rand(5, 2), torch.zeros(4)), r"got \(5, 2\) and \(4,\)"),
+        (lambda: plots.interpolations(IMAGES[:, None]), r"T >= 2 .*not \(6, 1, 1, 4, 5\)"),
+        (lambda: plots.latents(torch.rand(5, 3), None), r"means must have .*not \(5, 3\)"),
+        (lambda: plots.latents(torch.rand(0, 2), None), r"means must have .*not \(0, 2\)"),
+        (lambda: plots.latents(torch.rand(5, 2), torch.zeros(4)), r"not \(5, 2\) and \(4,\)"),
         (
             lambda: plots.latents(torch.tensor([[0, 1], [2, math.nan]]), None),
-            r"means must be finite, got nan at \(1, 1\)",
+            r"means must be finite, not nan at \(1, 1\)",
+        ),
+        (
+            lambda: plots.latents(torch.rand(3, 2), torch.tensor([0, 2, 1]), names=["a", "b"]),
+            r"labels must be from 0 to 1, .* not from 0 to 2",
+        ),
+        (
+            lambda: plots.latents(torch.rand(2, 2), torch.tensor([-1, 1]), names=["a", "b"]),
+            r"not from -1 to 1",
+        ),
+        (
+            lambda: plots.posterior(torch.rand(5, 3), torch.rand(5, 3), (0, 3)),
+            r"units must be from 0 to 2, not \(0, 3\)",
+        ),
+        (
+            lambda: plots.posterior(torch.rand(5, 3), torch.rand(5, 2), (0, 1)),
+            r"not \(5, 3\) and \(5, 2\)",
         ),
         (lambda: plots.curves([]), "at least one epoch"),
-        (lambda: plots.curves([GOOD, {"epoch": 2}]), r"history\[1\] .*lacks \['train_elbo'"),
+        (lambda: plots.curves([GOOD, {"epoch": 2}]), r"history\[1\] .*lacks \['train_objective'"),
         (
             lambda: plots.curves([epoch(1, -100.0, validation_kl=math.nan)]),
-            r"history\[0\]\['validation_kl'\] must be finite, got nan",
+            r"history\[0\]\['validation_kl'\] must be finite, not nan",
         ),
-        (lambda: plots.save(Figure(), "figure.txt"), "path must end in .*png.*got 'figure.txt'"),
-        (lambda: plots.save(Figure(), "figure"), "path must end in .*got 'figure'"),
+        (lambda: plots.save(Figure(), "figure.txt"), "path must end in .*png.*not 'figure.txt'"),
+        (lambda: plots.save(Figure(), "figure"), "path must end in .*not 'figure'"),
     ],
 )
 def test_bad_input_is_refused_with_what_was_given(call, message):

@@ -10,9 +10,9 @@ log-mean is a lower bound on `log p(x)` in expectation. Run backwards from an *e
 posterior, `E[1/w] = 1/p(x)`: an upper bound. Such a draw is there for simulated data only, as
 `z ~ p(z)`, `x ~ p(x|z)` is also `x ~ p(x)`, `z ~ p(z|x)`.
 
-What it is not: the step sizes are adapted on the way, which the two equalities do not allow for;
-it is usual, and its effect vanishes as the temperatures become many. And the sandwich on simulated
-data says how far off the sampler is *there*; on real data there is only the lower bound.
+Two limits. The step sizes are adapted on the way, and the two equalities hold exactly for fixed
+ones only; this is usual, and the effect vanishes as the temperatures become many. And the sandwich
+says how far off the sampler is on *simulated* data; on real data there is only the lower bound.
 
 Sources: Annealed importance sampling (1998), arXiv:physics/9803008; Sandwiching the marginal
 likelihood using bidirectional Monte Carlo (2015), arXiv:1511.02543; On the quantitative analysis of
@@ -20,6 +20,7 @@ decoder-based generative models (2016), arXiv:1611.04273.
 """
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -30,20 +31,28 @@ from pyro.distributions import constraints
 from torch import Tensor
 from tqdm import tqdm
 
-from pvae.evaluate.bounds import Program, latents, sum_sites
+from pvae.evaluate.bounds import sum_sites
+from pvae.kinds import Fn, Trace
+from pvae.objectives import latent_names
 from pvae.programs import evaluating
 
-_ACCEPTED = 0.65  # the acceptance that the step sizes aim at
-_RATE = 0.05  # how fast they do, in their logarithm
+_ACCEPTED = 0.65  # the acceptance probability that the step sizes are adapted to
+_RATE = 0.05  # how fast the logarithm of a step size is adapted
 _FIRST_STEP = 0.1
 _SIGMOID = 4.0  # temperatures are a sigmoid's values from -4 to 4: dense at both ends
 
 
 class Annealed(NamedTuple):
-    """`log_evidence` of each image `(B,)`, nats, and the mean `acceptance` of its HMC moves."""
+    """What annealing says of each image, `(B,)` each.
+
+    `log_evidence` is the bound, in nats; `acceptance` the mean acceptance probability of the HMC
+    moves; `diverged` the share of them whose trajectory left the finite numbers. After such a move
+    the chain stays where it was: the bound holds, but it is looser the more moves diverge.
+    """
 
     log_evidence: Tensor
     acceptance: Tensor
+    diverged: Tensor
 
 
 class Simulated(NamedTuple):
@@ -55,10 +64,12 @@ class Simulated(NamedTuple):
 
 class Sandwich(NamedTuple):
     """Bounds on `log p(x)` of the same simulated images, `(B,)` each, nats; in expectation
-    `lower <= log p(x) <= upper`, so their mean difference bounds what the sampler lacks there."""
+    `lower <= log p(x) <= upper`, so their mean difference bounds the sampler's error there.
+    `diverged` is the share of HMC moves, of both directions, as in `Annealed`."""
 
     lower: Tensor
     upper: Tensor
+    diverged: Tensor
 
 
 def temperatures(count: int) -> Tensor:
@@ -77,13 +88,14 @@ class _Path:
     """`log q0(z)` and `log p(x, z)` of a batch, as functions of all latents packed, `(K, B, D)`."""
 
     def __init__(
-        self, model: Program, initial: Program | None, x: Tensor, y: Tensor | None, chains: int
+        self, model: Fn, initial: Fn | None, x: Tensor, y: Tensor | None, chains: int
     ) -> None:
         self.model, self.initial, self.x, self.y = model, initial, x, y
         self.shape = (chains, len(x))
         trace = self._trace(model if initial is None else initial, {})
-        self.names = latents(trace)
-        self.first: Any = {name: trace.nodes[name]["value"] for name in self.names}  # a draw of q0
+        self.names = latent_names(trace)
+        # a draw of q0
+        self.first: dict[str, Tensor] = {name: trace.nodes[name]["value"] for name in self.names}
         for name in self.names:
             _check_unbounded(name, trace.nodes[name]["fn"].support)
 
@@ -110,10 +122,10 @@ class _Path:
             return log_prior, log_joint
         return sum_sites(self._trace(self.initial, values), self.names, self.shape), log_joint
 
-    def _trace(self, program: Program, values: dict[str, Tensor]) -> Any:
+    def _trace(self, program: Fn, values: dict[str, Tensor]) -> Any:
         with pyro.plate("particles", self.shape[0], dim=-2):
             conditioned = poutine.condition(program, data=values)
-            trace: Any = poutine.trace(conditioned).get_trace(self.x, self.y)
+            trace: Trace = poutine.trace(conditioned).get_trace(self.x, self.y)
         trace.compute_log_prob()
         return trace
 
@@ -134,7 +146,8 @@ class _Chains:
         self.path, self.z, self.leapfrogs = path, z, leapfrogs
         self.log_q0, self.log_joint = path(z)
         self.step = torch.full_like(self.log_q0, _FIRST_STEP)  # one for each chain
-        self.accepted = torch.zeros_like(self.log_q0)
+        self.accepted = torch.zeros_like(self.log_q0)  # sums over the moves so far
+        self.diverged = torch.zeros_like(self.log_q0)
 
     def _at(self, z: Tensor, b: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`log f_b`, its gradient, and the two log densities that it is made of."""
@@ -146,23 +159,31 @@ class _Chains:
         return log_f.detach(), gradient, log_q0.detach(), log_joint.detach()
 
     def move(self, b: float) -> None:
-        """One HMC move that leaves f_b invariant; each chain accepts or stays for itself."""
-        momentum = torch.randn_like(self.z)
-        start, gradient, _, _ = self._at(self.z, b)
-        step = self.step[..., None]
-        z, p = self.z, momentum + step / 2 * gradient
-        for i in range(self.leapfrogs):
-            z = z + step * p
-            end, gradient, log_q0, log_joint = self._at(z, b)
-            p = p + (step if i < self.leapfrogs - 1 else step / 2) * gradient
-        gain = end - start + (momentum.square() - p.square()).sum(-1) / 2
-        probability = gain.exp().clamp(max=1).nan_to_num(0)  # a trajectory that left the floats
+        """One HMC move that leaves f_b invariant; each chain accepts or stays for itself.
+
+        A chain whose trajectory diverges, to an energy that is not finite, stays where it was.
+        """
+        momentum, half = torch.randn_like(self.z), self.step[..., None] / 2
+        # no validation: far out, latents and parameters of distributions may be NaN, for that chain
+        with pyro.validation_enabled(False):
+            start, gradient, log_q0, log_joint = self._at(self.z, b)
+            z, p, end = self.z, momentum, start
+            for _ in range(self.leapfrogs):
+                p = p + half * gradient
+                z = z + 2 * half * p
+                end, gradient, log_q0, log_joint = self._at(z, b)
+                p = p + half * gradient
+        energy = p.square().sum(-1) / 2
+        finite = end.isfinite() & energy.isfinite()
+        gain = end - start + momentum.square().sum(-1) / 2 - energy
+        probability = gain.exp().clamp(max=1).where(finite, 0)
         accept = torch.rand_like(probability) < probability
         self.z = torch.where(accept[..., None], z, self.z)
         self.log_q0 = torch.where(accept, log_q0, self.log_q0)
         self.log_joint = torch.where(accept, log_joint, self.log_joint)
         self.step = self.step * (_RATE * (probability - _ACCEPTED)).exp()
         self.accepted = self.accepted + probability
+        self.diverged = self.diverged + ~finite
 
 
 def _anneal(chains: _Chains, betas: list[float], title: str) -> Tensor:
@@ -178,93 +199,9 @@ def _anneal(chains: _Chains, betas: list[float], title: str) -> Tensor:
     return log_w
 
 
-def _check(num_chains: int, num_leapfrogs: int) -> None:
-    for name, value in (("num_chains", num_chains), ("num_leapfrogs", num_leapfrogs)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
-
-
-def annealed(
-    model: Program,
-    x: Tensor,
-    y: Tensor | None = None,
-    *,
-    initial: Program | None = None,
-    num_temperatures: int = 500,
-    num_chains: int = 4,
-    num_leapfrogs: int = 10,
-    title: str = "",
-) -> Annealed:
-    r"""A lower bound on `log p(x)` of each image of a batch by annealing, nats, in expectation.
-
-    Args:
-        model: a Pyro program `model(x, y)` whose sites all lie in one data plate.
-        initial: the program of q0, such as the guide; None is the model's own prior, for which the
-            guide plays no part at all.
-        num_temperatures: steps from q0 to the joint; the bound tightens with them.
-        num_chains: for each image; all run at once, so memory grows with them and with the batch.
-        num_leapfrogs: gradients for each HMC move.
-        title: of a progress bar; none without it.
-
-    Raises:
-        ValueError: a number below 1, or a latent that is not real-valued.
-
-    Source: as this module.
-
-    >>> import pvae
-    >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
-    >>> x = torch.ones(3, 1, 8, 8)
-    >>> annealed(vae.model, x, initial=vae.guide, num_temperatures=5).log_evidence.shape
-    torch.Size([3])
-    """
-    _check(num_chains, num_leapfrogs)
-    betas = temperatures(num_temperatures).tolist()
-    with evaluating(*_programs(model, initial)):
-        path = _Path(model, initial, x, y, num_chains)
-        chains = _Chains(path, path.pack(path.first), num_leapfrogs)
-        log_w = _anneal(chains, betas, title)
-    return _result(chains, log_w.logsumexp(0) - math.log(num_chains), num_temperatures)
-
-
-def annealed_back(
-    model: Program,
-    simulated: Simulated,
-    y: Tensor | None = None,
-    *,
-    initial: Program | None = None,
-    num_temperatures: int = 500,
-    num_chains: int = 4,
-    num_leapfrogs: int = 10,
-    title: str = "",
-) -> Annealed:
-    r"""An upper bound on `log p(x)` of simulated images, in expectation: annealing run backwards
-    from the latents that made them. Arguments and errors as `annealed`.
-
-    >>> import pvae
-    >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
-    >>> made = simulate(vae.model, torch.ones(3, 1, 8, 8))
-    >>> annealed_back(vae.model, made, num_temperatures=5).log_evidence.shape
-    torch.Size([3])
-    """
-    _check(num_chains, num_leapfrogs)
-    betas = temperatures(num_temperatures).flip(0).tolist()
-    with evaluating(*_programs(model, initial)):
-        path = _Path(model, initial, simulated.x, y, num_chains)
-        chains = _Chains(path, path.pack(simulated.latents), num_leapfrogs)
-        log_w = -_anneal(chains, betas, title)
-    return _result(chains, math.log(num_chains) - (-log_w).logsumexp(0), num_temperatures)
-
-
-def _programs(model: Program, initial: Program | None) -> list[Program]:
-    return [model] if initial is None else [model, initial]
-
-
-def _result(chains: _Chains, log_evidence: Tensor, num_temperatures: int) -> Annealed:
-    return Annealed(log_evidence, chains.accepted.mean(0) / max(1, num_temperatures - 1))
-
-
-def simulate(model: Program, x: Tensor, y: Tensor | None = None) -> Simulated:
-    """As many images as `x` holds, drawn from the model with its labels `y`; `x` is not used else.
+def simulate(model: Fn, x: Tensor, y: Tensor | None = None) -> Simulated:
+    """Draws as many images as `x` holds from the model, given the labels `y`; what the images `x`
+    show plays no part.
 
     Raises:
         ValueError: the model has not exactly one observed site.
@@ -276,8 +213,8 @@ def simulate(model: Program, x: Tensor, y: Tensor | None = None) -> Simulated:
     (torch.Size([3, 1, 8, 8]), torch.Size([3, 2]))
     """
     with evaluating(model):
-        trace: Any = poutine.trace(poutine.uncondition(model)).get_trace(x, y)
-    drawn = latents(trace)
+        trace: Trace = poutine.trace(poutine.uncondition(model)).get_trace(x, y)
+    drawn = latent_names(trace)
     observed = [name for name in drawn if trace.nodes[name]["infer"].get("was_observed")]
     if len(observed) != 1:
         raise ValueError(f"the model must have one observed site, not {observed}")
@@ -285,33 +222,86 @@ def simulate(model: Program, x: Tensor, y: Tensor | None = None) -> Simulated:
     return Simulated(values.pop(observed[0]), values)
 
 
-def bidirectional(
-    model: Program,
-    x: Tensor,
-    y: Tensor | None = None,
-    *,
-    initial: Program | None = None,
-    num_temperatures: int = 500,
-    num_chains: int = 4,
-    num_leapfrogs: int = 10,
-    title: str = "",
-) -> Sandwich:
-    """Bidirectional Monte Carlo: both bounds on as many simulated images as `x` holds, with its
-    labels. Arguments and errors as `annealed` and `simulate`.
+@dataclass(frozen=True)
+class Annealer:
+    r"""Annealing of a batch of images: called with `x` `(B, C, H, W)` (and `y`), it gives a lower
+    bound on `log p(x)` of each image, in nats, in expectation.
+
+    Args:
+        model: a Pyro program `model(x, y)` whose sites all lie in one data plate.
+        initial: the program of q0, such as the guide. None is the model's own prior: then the guide
+            plays no part.
+        num_temperatures: steps from q0 to the joint; the bound tightens with them.
+        num_chains: chains for each image. All run at once, so memory grows with their number and
+            with the batch.
+        num_leapfrogs: gradients for each HMC move.
+        title: of the progress bar; without a title there is no bar.
+
+    Raises:
+        ValueError: a number is below 1, or a latent is not real-valued.
+
+    Source: as this module.
 
     >>> import pvae
     >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
-    >>> found = bidirectional(vae.model, torch.ones(3, 1, 8, 8), num_temperatures=50)
-    >>> bool(found.lower.mean() < found.upper.mean() + 1)
-    True
+    >>> anneal = Annealer(vae.model, vae.guide, num_temperatures=50)
+    >>> anneal(torch.ones(3, 1, 8, 8)).log_evidence.shape
+    torch.Size([3])
     """
-    made = simulate(model, x, y)
-    settings: Any = {
-        "initial": initial,
-        "num_temperatures": num_temperatures,
-        "num_chains": num_chains,
-        "num_leapfrogs": num_leapfrogs,
-    }
-    forward = annealed(model, made.x, y, **settings, title=title and f"{title}, forward")
-    back = annealed_back(model, made, y, **settings, title=title and f"{title}, backward")
-    return Sandwich(forward.log_evidence, back.log_evidence)
+
+    model: Fn
+    initial: Fn | None = None
+    num_temperatures: int = 500
+    num_chains: int = 4
+    num_leapfrogs: int = 10
+    title: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("num_chains", "num_leapfrogs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Annealed:
+        return self._run(x, y, None, self.title)
+
+    def back(self, simulated: Simulated, y: Tensor | None = None) -> Annealed:
+        """An upper bound on `log p(x)` of simulated images, in expectation: annealing run backwards
+        from the latents that made them.
+
+        >>> import pvae
+        >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
+        >>> made = simulate(vae.model, torch.ones(3, 1, 8, 8))
+        >>> Annealer(vae.model, num_temperatures=5).back(made).log_evidence.shape
+        torch.Size([3])
+        """
+        return self._run(simulated.x, y, simulated.latents, self.title)
+
+    def sandwich(self, x: Tensor, y: Tensor | None = None) -> Sandwich:
+        """Bidirectional Monte Carlo: both bounds on as many simulated images as `x` holds, with its
+        labels. Errors as `simulate`.
+
+        >>> import pvae
+        >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
+        >>> found = Annealer(vae.model, num_temperatures=50).sandwich(torch.ones(3, 1, 8, 8))
+        >>> bool(found.lower.mean() < found.upper.mean() + 1)
+        True
+        """
+        made = simulate(self.model, x, y)
+        forward = self._run(made.x, y, None, self.title and f"{self.title}, forward")
+        back = self._run(made.x, y, made.latents, self.title and f"{self.title}, backward")
+        diverged = (forward.diverged + back.diverged) / 2
+        return Sandwich(forward.log_evidence, back.log_evidence, diverged)
+
+    def _run(
+        self, x: Tensor, y: Tensor | None, exact: dict[str, Tensor] | None, title: str
+    ) -> Annealed:
+        """From draws of q0 or, given `exact` draws of the posterior, backwards from them."""
+        betas = temperatures(self.num_temperatures).tolist()
+        with evaluating(self.model, self.model if self.initial is None else self.initial):
+            path = _Path(self.model, self.initial, x, y, self.num_chains)
+            start = path.pack(path.first if exact is None else exact)
+            chains = _Chains(path, start, self.num_leapfrogs)
+            log_w = _anneal(chains, betas if exact is None else betas[::-1], title)
+        log_mean = log_w.logsumexp(0) - math.log(self.num_chains)
+        shares = torch.stack([chains.accepted, chains.diverged]).mean(1) / max(1, len(betas) - 2)
+        return Annealed(log_mean if exact is None else -log_mean, *shares)
