@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import pyro
@@ -22,12 +23,14 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import nn
 
 import pvae
-from pvae import captured, temper
-from pvae.builder import GUIDES, OBJECTIVES, PRIORS
+from pvae import captured, results, temper
+from pvae.builder import GUIDES, PRIORS
 from pvae.captured import NotCaptured, as_traced
 from pvae.crosscheck import _Draws
 from pvae.data import load, observe
 from pvae.heads import Normal
+from pvae.objectives import OBJECTIVES
+from pvae.schedule import Schedule
 from pvae.train import Trainer
 
 
@@ -112,7 +115,7 @@ def test_every_objective(objective, x):
     assert_same(*pair(vae.model, vae.guide, OBJECTIVES[objective].elbo(3)), (x,))
 
 
-NOT_CAPTURED = ("spline", "score_function_baseline")  # the second by TraceGraph_ELBO
+NOT_CAPTURED = ("spline",)
 
 
 def check_combination(number, likelihood, guide, prior, conditional):
@@ -144,7 +147,7 @@ def test_a_spline_flow_is_not_captured(x):
     vae = tiny(guide="spline", net="mlp")
     svi = captured.SVI(vae.model, vae.guide, Still(), Trace_ELBO(), compiler=as_traced)
     svi.step(x)
-    with pytest.warns(UserWarning, match="DynamicOutputShape"):
+    with pytest.warns(UserWarning, match="decide the shape of another, in `_monotonic"):
         svi.step(x)
     assert svi.engine == "eager"
 
@@ -221,6 +224,26 @@ def test_compiled(net, elbo, dtype, tolerance):
     assert_same(stock, ours, (x.to(dtype),), tolerance)
 
 
+@pytest.mark.parametrize("net", ["conv", "deep", "mlp"])
+def test_the_main_examples_layout(net):
+    """At its size, in channels_last: what lies behind a convolution has the layout of the run."""
+    vae = pvae.build((1, 28, 28), 3, net).to(memory_format=torch.channels_last)
+    x = (torch.rand(8, 1, 28, 28) > 0.5).float()
+    assert_same(*pair(vae.model, vae.guide, Trace_ELBO()), (x,))
+
+
+def meaningful(vae):
+    """The state without what only rounding moves: BatchNorm takes the bias before it away again,
+    whose gradient is then rounding alone, and Adam makes whole steps of it."""
+    left_out = set()
+    for path, module in vae.named_modules():
+        layers = list(module.children()) if isinstance(module, nn.Sequential) else []
+        for i, (_, after) in enumerate(pairwise(layers)):
+            if isinstance(after, nn.modules.batchnorm._BatchNorm):
+                left_out |= {f"{path}.{i}.bias", f"{path}.{i + 1}.running_mean"}
+    return {name: t for name, t in vae.state_dict().items() if name not in left_out}
+
+
 def test_training_is_that_of_stock_svi():
     """Adam, a beta that rises, BatchNorm's statistics: the same state after ten steps."""
     vae, x = tiny(net="deep", shape=(1, 16, 16)), images("bernoulli", (1, 16, 16)).float()
@@ -235,10 +258,11 @@ def test_training_is_that_of_stock_svi():
                 trainer.step(x)
     assert trainer.engine == "captured"
     assert trainer.captures == 1
-    state = other.state_dict()
-    for name, value in vae.state_dict().items():
+    state = meaningful(other)
+    for name, value in meaningful(vae).items():
         torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-6)
     assert any("running_var" in name for name in state)
+    assert len(state) < len(other.state_dict())
 
 
 # ---- any Pyro program ----
@@ -493,15 +517,17 @@ def test_a_number_that_a_module_holds_is_no_constant():
 
     guide = CoinGuide()
     stock, ours = pair(coin, guide, Trace_ELBO(), max_graphs=2)
-    for temperature in (1.0, 0.5):
+    for temperature in (1.0, 0.5, 0.1):
         guide.temperature = temperature
         for _ in range(3):
             (loss, *_), (expected, *_) = step(ours, (FLIPS,)), step(stock, (FLIPS,))
             assert loss == pytest.approx(expected, rel=1e-5)
         assert ours.engine == "captured"
-    guide.temperature = 0.1
-    with pytest.raises(NotCaptured, match="2 graphs"):
-        ours.step(FLIPS)
+    assert ours.captures == 2  # the second takes any number
+    for temperature in (2, 3):  # whole numbers make graphs of their own
+        guide.temperature = temperature
+        with pytest.raises(NotCaptured, match=r"2 graphs .* such as `guide\.temperature`"):
+            ours.step(FLIPS)
 
 
 def test_rare_signatures_may_stay_eager(x):
@@ -548,8 +574,8 @@ def numpy_inside(flips):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (branches, "DataDependent"),
-        (rows_of_a_draw, "DataDependent"),
+        (branches, "ask for the value of a tensor, in `branches`"),
+        (rows_of_a_draw, "ask for the value of a tensor, in `rows_of_a_draw`"),
         (other_random_numbers, "random numbers of Python"),
         (numpy_inside, ""),
     ],
@@ -577,7 +603,7 @@ def test_falls_back_with_one_warning(model, reason):
 def test_strict_raises():
     svi = captured.SVI(branches, coin_guide, Still(), Trace_ELBO(), strict=True, compiler=as_traced)
     svi.step(FLIPS)
-    with pytest.raises(NotCaptured, match="DataDependent"):
+    with pytest.raises(NotCaptured, match="ask for the value of a tensor, in `branches`"):
         svi.step(FLIPS)
 
 
@@ -602,7 +628,9 @@ def test_a_wrong_compiler_is_found_out(x):
     vae = tiny()
     svi = captured.SVI(vae.model, vae.guide, Still(), Trace_ELBO(), compiler=off_by_a_little)
     svi.step(x)
-    with pytest.warns(UserWarning, match="are not those of the programs"):
+    with pytest.warns(
+        UserWarning, match="by the graph the gradient of .* is not that of the programs"
+    ):
         svi.step(x)
     assert svi.engine == "eager"
 
@@ -745,7 +773,7 @@ def test_a_recorded_step_trains_as_stock_svi(net):
         assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
     def assert_same():
-        for a, b in zip(vae.state_dict().values(), other.state_dict().values(), strict=True):
+        for a, b in zip(meaningful(vae).values(), meaningful(other).values(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
     for i in range(9):
@@ -824,7 +852,7 @@ def test_a_setting_that_always_changes_ends_recording(x):
     assert record.made == 4
     assert svi.engine == "captured"
     assert not any(isinstance(g["lr"], torch.Tensor) for g in adam.param_groups)
-    assert all(p.grad is None for p in vae.parameters())
+    assert not any(p.grad.any() for p in vae.parameters())  # as stock SVI leaves them
 
 
 def test_a_cuda_graph_of_a_pair_on_the_cpu_is_captured_without_it(x):
@@ -907,7 +935,7 @@ def test_a_function_with_noise_gradients_and_a_module():
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
-        (lambda x: x if x.sum() > 0 else -x, "DataDependent"),
+        (lambda x: x if x.sum() > 0 else -x, "ask for the value of a tensor"),
         (lambda x: (x, 1.0), "returns a float, not a tensor"),
         (lambda x: x * random.random(), "random numbers of Python"),
     ],
@@ -934,7 +962,7 @@ def test_a_wrong_compiler_of_a_function_is_found_out():
 
     ours = captured.Function(lambda x: x.sum(), compiler=off_by_a_little)
     ours(torch.ones(3))
-    with pytest.warns(UserWarning, match="results are not those of the function"):
+    with pytest.warns(UserWarning, match="by the graph a result is not that of the function"):
         assert ours(torch.ones(3)) == 3
     assert ours(torch.ones(3)) == 3
     assert ours.engine == "eager"
@@ -947,25 +975,20 @@ def trainer(folder, precision="fp32"):
     torch.manual_seed(0)
     vae = pvae.build((1, 28, 28), 2, "mlp", hidden=16)
     adam = pvae.SingleOptimizer(torch.optim.Adam(vae.parameters(), lr=1e-2))
-    objective = OBJECTIVES["trace_elbo"]
-    svi = captured.SVI(
-        vae.model, vae.guide, adam, objective.elbo(1), strict=True, compiler=as_traced
-    )
+    svi = captured.SVI(vae.model, vae.guide, adam, Trace_ELBO(), strict=True, compiler=as_traced)
     return Trainer(
         vae,
         svi,
-        objective,
         observe(load("digits"), "dynamic"),
         epochs=4,
         batch_size=512,
-        kl_warmup=0.5,
+        schedule=Schedule(kl_warmup=0.5),
         precision=precision,
         folder=folder,
         quiet=True,
     )
 
 
-@pytest.mark.slow
 def test_a_captured_run_is_resumed(tmp_path):
     """Nearly as if uninterrupted: its first steps run eager again."""
     whole = trainer(tmp_path)
@@ -982,7 +1005,6 @@ def test_a_captured_run_is_resumed(tmp_path):
     )
 
 
-@pytest.mark.slow
 def test_training_in_bfloat16(tmp_path):
     coarse, exact = trainer(None, "bf16"), trainer(None)
     coarse.fit()
@@ -1019,8 +1041,7 @@ def test_the_example_captured(tmp_path):
     for engine in ("eager", "captured"):
         said = run([example, *small, "--engine", engine, "--out", engine], tmp_path)
         assert f"engine: {engine}" in said
-        results = json.loads((tmp_path / engine / "results.json").read_text())
-        elbos[engine] = results["test_elbo"]
+        elbos[engine] = results.read(tmp_path / engine / "results.json")["elbo"].mean
     assert elbos["captured"] == pytest.approx(elbos["eager"], rel=1e-4)
 
 

@@ -5,10 +5,10 @@ of tensors, such as the importance weights of a batch.
 """
 
 from pvae.captured.capturing import submodules
+from pvae.captured.compiling import Compiler, NotCaptured, as_traced, inductor
 from pvae.captured.function import Function
 from pvae.captured.recording import cuda_graph
 from pvae.captured.svi import SVI
-from pvae.captured.tracing import Compiler, NotCaptured, as_traced, inductor
 
 __all__ = [
     "SVI",

@@ -1,35 +1,56 @@
-"""What a captured call depends on, and when it is captured: one graph for each signature."""
+"""When a call is captured, what its graph depends on, and when it is held against the programs."""
 
 import contextlib
+import operator
 import warnings
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import pyro
 import torch
-from pyro.poutine import runtime
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from pvae.captured.tracing import Compiler, NotCaptured, layout
+from pvae.captured import private
+from pvae.captured.compiling import Compiler, NotCaptured
+from pvae.captured.moment import Moment, keeping_random_state, other_random_state, position, strided
+from pvae.captured.private import pytree
+from pvae.captured.reasons import in_words
+from pvae.captured.seen import Seen, Spot, layout
+from pvae.captured.tracing import parameters
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
-_KINDS = frozenset(_PLAIN)
 _SIGNATURES = 100  # that are told apart; beyond it a call with a new one runs eager
+_IN_A_ROW = 4  # new signatures of the same arguments
+_SOMETIMES = 1000  # captured calls between two that are held against the programs
 
 
 class Signature(NamedTuple):
-    """What tells one graph from another, and the tensors that change from step to step."""
+    """What tells one graph from another before the programs are looked at, and what changes."""
 
     key: Hashable
     tensors: list[Tensor]  # of the arguments, then of the handlers around the step
-    numbers: list[tuple[Any, str, Tensor]]  # handler, attribute, the number as a tensor
+    numbers: list[tuple[Spot, Tensor]]  # where a handler holds one, and the number as a tensor
+    leaves: list[Any]  # of the arguments
+    structure: Any
+    floats: list[tuple[int, float]]  # which of the leaves are one, and its value
+
+    def arguments(self, tensors: dict[int, Tensor]) -> tuple[Any, Any]:
+        """The arguments, with tensors in place of some numbers."""
+        leaves = [tensors.get(i, leaf) for i, leaf in enumerate(self.leaves)]
+        return pytree.tree_unflatten(leaves, self.structure)  # in lists and so on of their own
+
+    def is_of(self, args: Any, kwargs: Any) -> bool:
+        """Whether the arguments are what they were."""
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        same = len(leaves) == len(self.leaves) and all(map(operator.is_, leaves, self.leaves))
+        return bool(same and structure == self.structure)
 
 
-def signature_of(args: Any, kwargs: Any, modules: Sequence[nn.Module]) -> Signature:
+def signature_of(args: Any, kwargs: Any) -> Signature:
     leaves, structure = pytree.tree_flatten((args, kwargs))
-    key: list[Hashable] = [structure, torch.get_default_dtype()]
+    key: list[Hashable] = [structure, torch.get_default_dtype(), torch.get_default_device()]
+    key += [torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()]
     key.append(torch.get_float32_matmul_precision())
     for device in ("cpu", "cuda"):
         key += [torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)]
@@ -50,58 +71,49 @@ def signature_of(args: Any, kwargs: Any, modules: Sequence[nn.Module]) -> Signat
                 "can be told apart, alone or in lists, tuples and dictionaries"
             )
 
+    if torch.is_inference_mode_enabled():
+        raise NotCaptured("the call is in torch.inference_mode, where nothing is traced")
+    floats = [(i, leaf) for i, leaf in enumerate(leaves) if type(leaf) is float]
+    key.append(tuple(i for i, _ in floats))
     for leaf in leaves:
-        add(leaf, "an argument")
+        if type(leaf) is not float:
+            add(leaf, "an argument")
     numbers = []
-    for handler in runtime._PYRO_STACK:
+    for handler in private.runtime._PYRO_STACK:
         key.append(str(type(handler)))
         for name, value in vars(handler).items():
             where = f"{name} of the handler {type(handler).__name__} around the step"
             if type(value) is float:
-                # filled there: a copy from the host would wait for the GPU
-                beside = _accelerator(tensors, modules)
-                number = torch.full((), value, dtype=torch.float64, device=beside)
-                numbers.append((handler, name, number))
+                number = as_tensor(value, torch.float64, tensors)
+                numbers.append((Spot(vars(handler), name, where), number))
                 add(number, where)
             else:
                 add(value, where)
-    key += _state(modules)
-    return Signature(tuple(key), tensors, numbers)
+    try:
+        hash(tuple(key))
+    except TypeError as error:  # of a class that pytree knows and that cannot be hashed
+        raise NotCaptured(f"the arguments cannot be told apart: {error}") from error
+    return Signature(tuple(key), tensors, numbers, leaves, structure, floats)
 
 
-def _accelerator(tensors: Sequence[Tensor], modules: Sequence[nn.Module]) -> torch.device:
-    """Where the call runs: a CUDA graph would keep the value of a number on the host."""
-    held = (p for module in modules for p in module._parameters.values() if p is not None)
-    return next((t.device for t in (*tensors, *held) if t.is_cuda), torch.device("cpu"))
-
-
-def _state(modules: Sequence[nn.Module]) -> list[Hashable]:
-    """Plain attributes, and which tensors and submodules there are; looked up at every step."""
-    state: list[Hashable] = []
-    for module in modules:
-        attributes = vars(module)
-        for value in attributes.values():
-            if (kind := type(value)) in _KINDS:
-                state.append(value)
-            elif kind is Tensor:
-                state.append(id(value))
-        for held in (attributes["_parameters"], attributes["_buffers"], attributes["_modules"]):
-            if held:
-                state += map(id, held.values())
-    return state
+def as_tensor(value: float, dtype: torch.dtype, beside: Sequence[Tensor]) -> Tensor:
+    """Filled where the call runs: a copy from the host would wait for the GPU, and a CUDA graph
+    would keep its value."""
+    held = (*beside, *parameters().values())
+    device = next((t.device for t in held if t.is_cuda), torch.device("cpu"))
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 @contextlib.contextmanager
-def as_tensors(numbers: Sequence[tuple[Any, str, Tensor]]) -> Iterator[None]:
-    """The handlers' numbers are tensors inside."""
-    before = [getattr(handler, name) for handler, name, _ in numbers]
-    for handler, name, number in numbers:
-        setattr(handler, name, number)
+def as_tensors(numbers: Sequence[tuple[Spot, Tensor]], before: Sequence[float]) -> Iterator[None]:
+    """The numbers are tensors inside."""
+    for spot, number in numbers:
+        spot.put(number)
     try:
         yield
     finally:
-        for (handler, name, _), value in zip(numbers, before, strict=True):
-            setattr(handler, name, value)
+        for (spot, _), value in zip(numbers, before, strict=True):
+            spot.put(value)
 
 
 def submodules(program: Any) -> list[nn.Module]:
@@ -122,57 +134,54 @@ def called(modules: dict[nn.Module, None]) -> Iterator[None]:
         hook.remove()
 
 
-def random_state() -> tuple[Tensor, list[Tensor]]:
-    on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return torch.get_rng_state(), on_cuda
+@dataclass
+class Entry:
+    """One signature: what is seen with it, how often it ran, and its graph."""
+
+    seen: Seen
+    among: list[int | None]  # at which places of `seen` the arguments lie as well
+    floats: list[tuple[int, float]]  # among the arguments
+    free: list[int] = field(default_factory=list)  # which of them may change
+    runs: int = 0  # eager
+    graph: Any = None
+    refused: bool = False
+    replays: int = 0
+    dtype: torch.dtype = torch.float64  # of numbers that may change
+    trusted: int = 0  # replays up to the last one that was held against the programs
+
+    def fits(self, signature: Signature) -> bool:
+        return (
+            self.seen.holds()
+            and places(self.seen, signature) == self.among
+            and all(
+                i in self.free or now == then
+                for (i, now), (_, then) in zip(signature.floats, self.floats, strict=True)
+            )
+        )
+
+    def inputs(self, signature: Signature) -> list[Tensor]:
+        """All that changes from call to call."""
+        beside = signature.tensors
+        numbers = [value for i, value in signature.floats if i in self.free]
+        numbers += [value for _, value in self.seen.numbers()]
+        return [*beside, *(as_tensor(value, self.dtype, beside) for value in numbers)]
 
 
-def set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1]:
-        torch.cuda.set_rng_state_all(state[1])
-
-
-def other_random_state() -> Hashable:
-    """Of Python's and NumPy's generators, whose draws a graph would freeze."""
-    state = pyro.util.get_rng_state()
-    return state["random"], state["numpy"][1].tobytes(), state["numpy"][2]
-
-
-def resolution(tensors: Sequence[Tensor]) -> float:
-    """Half of the digits of the arithmetic that is asked for: what two ways may differ by."""
-    dtypes = [t.dtype for t in tensors if t.is_floating_point()]
-    for device in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(device):
-            dtypes.append(torch.get_autocast_dtype(device))
-    tf32 = torch.get_float32_matmul_precision() != "highest"
-    return max([2.0**-10] * tf32 + [torch.finfo(dtype).eps for dtype in dtypes]) ** 0.5
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-def tried(call: Callable[[], Any], tensors: Sequence[Tensor]) -> Any:
-    """What `call` returns; what it writes into the `tensors` in place is written back."""
-    before = [t.detach().clone() for t in tensors]
-    try:
-        return call()
-    finally:
-        with torch.no_grad():
-            for t, value in zip(tensors, before, strict=True):
-                if not torch.equal(t, value):
-                    t.copy_(value)
+def places(seen: Seen, signature: Signature) -> list[int | None]:
+    return [seen.place_of(t) for t in signature.tensors]
 
 
 class Capturing:
     """Calls that run eager, are captured once for each signature, and are a graph's from then on.
 
-    A subclass says how: `_eager` and `_captured`, a call without and by a graph; and for the call
-    that captures, `_graph` (makes one), `_try` (what it returns), `_as_it_is` (what is held against
-    that), `_agree`, and `_after` (the rest of the call, and what it returns).
+    A subclass says how: `_eager`, a call without a graph; `_reference`, the same up to where it
+    changes more than what the programs write themselves, and `_finish`, the rest; `_make`, a graph;
+    `_try`, what it returns, and `_accept`, the rest of a call by a graph; `_difference`, what tells
+    the two ways apart; `_replay`, a whole call by a graph. A graph has `tensors`, which it takes
+    besides its inputs; `bind_to` notes where they are seen, and `bind` takes what is there now.
     """
 
+    _programs: Sequence[str]  # which attributes they are
     _captures_of: str  # what is captured, in messages
 
     def __init__(
@@ -193,87 +202,302 @@ class Capturing:
         self.reason: str | None = None
         self.captures = 0  # how often a graph was made
         self._modules = dict.fromkeys(modules)
-        self._graphs: dict[Hashable, Any] = {}
-        self._seen: Counter[Hashable] = Counter()
-        self._refused: set[Hashable] = set()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is captured, and nothing known of the programs."""
+        self._entries: dict[Hashable, list[Entry]] = {}
+        self._signatures = 0
+        # numbers of which it was tried in vain to make inputs, and why they are none
+        self._frozen: list[tuple[Spot, str]] = []
+        self._frozen_floats: set[int] = set()  # of the arguments, the same
+        self._distrusted: str | None = None
         self._warned = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without graphs: a copy, or what is read from a file, captures anew."""
+        other = Capturing.__new__(type(self))
+        other.__dict__.update(vars(self))
+        other._begin()
+        return vars(other)
 
     def _eager(self, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError
 
-    def _graph(self, arguments: list[Tensor], args: Any, kwargs: Any) -> Any:
+    def _reference(self, leaves: list[Tensor], args: Any, kwargs: Any) -> Any:
         raise NotImplementedError
 
-    def _try(self, graph: Any, arguments: list[Tensor]) -> Any:
+    def _finish(self, outcome: Any) -> Any:
         raise NotImplementedError
 
-    def _as_it_is(self, args: Any, kwargs: Any) -> Any:
+    def _make(self, inputs: list[Tensor], args: Any, kwargs: Any) -> Any:
         raise NotImplementedError
 
-    def _agree(self, graph: Any, by_graph: Any, outcome: Any) -> bool:
+    def _try(self, graph: Any, inputs: list[Tensor]) -> Any:
         raise NotImplementedError
 
-    def _after(self, outcome: Any) -> Any:
+    def _accept(self, graph: Any, by_graph: Any) -> Any:
         raise NotImplementedError
 
-    def _captured(self, graph: Any, signature: Signature, args: Any, kwargs: Any) -> Any:
+    def _difference(self, graph: Any, by_graph: Any, outcome: Any) -> str | None:
         raise NotImplementedError
+
+    def _replay(self, entry: Entry, inputs: list[Tensor]) -> Any:
+        raise NotImplementedError
+
+    # ---- one call ----
 
     def _call(self, args: Any, kwargs: Any) -> Any:
         self.engine = "eager"
         try:
-            signature = signature_of(args, kwargs, list(self._modules))
+            if self._distrusted:
+                raise NotCaptured(self._distrusted)
+            private.check()
+            signature = signature_of(args, kwargs)
         except NotCaptured as error:
             self._refuse(str(error))
             return self._eager(args, kwargs)
-        key = signature.key
-        graph = self._graphs.get(key)
-        if graph is not None:
-            return self._captured(graph, signature, args, kwargs)
-        if key in self._refused:
+        entries = self._entries.setdefault(signature.key, [])
+        entry = next((e for e in entries if e.fits(signature)), None)
+        if entry is not None and entry.graph is not None:
+            if entry is not entries[0]:
+                entries.remove(entry)
+                entries.insert(0, entry)
+            return self._by_graph(entry, signature, args, kwargs)
+        if entry is not None and entry.refused:
             return self._eager(args, kwargs)
-        if self.captures >= self.max_graphs or len(self._seen) >= _SIGNATURES:
-            self._refuse(
-                f"{self.captures} graphs for {len(self._seen)} signatures (shapes, numbers among "
-                "the arguments, plain attributes of modules) were made; what changes from step to "
-                "step should be a tensor"
-            )
+        if self.captures >= self.max_graphs or self._signatures >= _SIGNATURES:
+            self._refuse(self._too_many(entries))
             return self._eager(args, kwargs)
-        if self._seen[key] < self.after:
+        if entry is None and (always := self._always_new(entries)):
+            self._refuse(always)
+        if entry is None or entry.runs < self.after:
             with called(self._modules):
                 result = self._eager(args, kwargs)
-            # with all modules known, and as they are after a call
-            self._seen[signature_of(args, kwargs, list(self._modules)).key] += 1
+            try:
+                self._count(entries, signature)
+            except Exception as error:  # whatever an object says to being looked at
+                self._distrusted = f"what the programs see cannot be looked up: {in_words(error)}"
+                self._refuse(self._distrusted)
             return result
-        self.captures += 1
-        return self._capture(signature, args, kwargs)
+        return self._capture(entry, signature, args, kwargs)
 
-    def _capture(self, signature: Signature, args: Any, kwargs: Any) -> Any:
+    def _count(self, entries: list[Entry], signature: Signature) -> None:
+        """One more eager call, with all modules known, and as they are after it."""
+        entry = next((e for e in entries if e.fits(signature)), None)
+        if entry is None:
+            entry = self._entry(signature)
+            self._signatures += 1
+            self._let_vary(entry, entries)
+            entries.append(entry)
+        entry.runs += 1
+
+    def _entry(self, signature: Signature) -> Entry:
+        seen = self._look()
+        seen.forget()
+        return Entry(seen, places(seen, signature), signature.floats)
+
+    def _look(self) -> Seen:
+        return Seen(vars(self), self._programs, list(self._modules))
+
+    def _let_vary(self, entry: Entry, others: list[Entry]) -> None:
+        """Numbers that alone tell it from another entry are to be inputs of its graph."""
+        for other in others:
+            varying = entry.seen.vary_from(other.seen)
+            if varying is None or entry.among != other.among:
+                continue
+            spots = [entry.seen.spot(place) for place in varying]
+            pairs = zip(entry.floats, other.floats, strict=True)
+            free = [i for (i, now), (_, then) in pairs if now != then]
+            frozen = any(spot.is_at(f) for spot in spots for f, _ in self._frozen)
+            if (varying or free) and not frozen and not self._frozen_floats.intersection(free):
+                entry.seen.varying = [*{*varying, *other.seen.varying}]
+                entry.free = [*{*free, *other.free}]
+                if other.graph is None:
+                    others.remove(other)
+                return
+
+    def _always_new(self, entries: Sequence[Entry]) -> str | None:
+        """What is another at every call, if the last of them all were new."""
+        last = entries[-_IN_A_ROW:]
+        if len(last) < _IN_A_ROW or any(e.runs > 1 or e.refused or e.graph for e in last):
+            return None
+        names = dict.fromkeys(last[-1].seen.first_change_from(e.seen) for e in last[:-1])
+        named = ", ".join("a number among the arguments" if n is None else f"`{n}`" for n in names)
+        why = self._frozen[-1][1] if self._frozen else ""
+        return f"{named} is another at every call, and not a tensor{why}"
+
+    def _too_many(self, entries: Sequence[Entry]) -> str:
+        names = [
+            name
+            for entry in entries[-1:]
+            if (name := self._look().first_change_from(entry.seen)) is not None
+        ]
+        return (
+            f"{self.captures} graphs for {self._signatures} signatures (shapes, numbers among "
+            "the arguments, and what the programs see besides them) were made; what changes from "
+            "step to step should be a tensor" + "".join(f", such as `{name}`" for name in names)
+        )
+
+    def _by_graph(self, entry: Entry, signature: Signature, args: Any, kwargs: Any) -> Any:
+        inputs = entry.inputs(signature)
+        graph = entry.graph
+        if not graph.bind(entry.seen):  # as after `clear_param_store`: the programs have to run
+            entry.graph = None
+            return self._eager(args, kwargs)
+        self.engine, self.reason = "captured", None
+        done = entry.replays
+        entry.replays += 1
+        if is_due(done):
+            return self._checked(entry, inputs, args, kwargs)
+        return self._replay(entry, inputs)
+
+    # ---- capturing ----
+
+    def _capture(self, entry: Entry, signature: Signature, args: Any, kwargs: Any) -> Any:
         """The call as it is, against which a new graph of it is held at the same noise."""
-        start, reason = random_state(), ""
-        graph = by_graph = None
-        try:
-            with as_tensors(signature.numbers):
-                graph = self._graph(signature.tensors, args, kwargs)
-            by_graph = self._try(graph, signature.tensors)
-        except NotCaptured as error:
-            reason = str(error)
-        except Exception as error:  # whatever the tracer or the compiler says
-            reason = first_line(error)
-        set_random_state(start)
-
-        elsewhere = other_random_state()
-        outcome = self._as_it_is(args, kwargs)
-        if not reason and other_random_state() != elsewhere:
-            reason = "random numbers of Python or NumPy are drawn"
-        if not reason and not self._agree(graph, by_graph, outcome):
-            reason = f"the graph's results are not those of the {self._captures_of}"
+        outcome, end, reason = self._captured(entry, signature, args, kwargs)
+        end.put_back()
         if reason:
-            self._refused.add(signature.key)
+            entry.refused = True
             self._refuse(reason)
+        return self._finish(outcome)
+
+    def _captured(
+        self, entry: Entry, signature: Signature, args: Any, kwargs: Any
+    ) -> tuple[Any, Moment, str | None]:
+        """The call as it is but not finished, what was when it ended, and why there is no graph."""
+        self.captures += 1
+        seen = self._look()
+        seen.vary_as(entry.seen)
+        entry.seen, entry.among = seen, places(seen, signature)
+        start = self._moment([*signature.tensors, *seen.tensors])
+        store = _store()
+        elsewhere = other_random_state(seen.generators)
+        positions = [position(iterator) for _, iterator in seen.iterators]
+        outcome = self._reference(leaves_of(start), args, kwargs)
+        end = Moment(start.tensors)
+        changes = seen.changes()
+        drawn_from = [
+            n for (n, i), at in zip(seen.iterators, positions, strict=True) if position(i) != at
+        ]
+        if seen.clocks:
+            reason: str | None = f"the programs ask for the time, by `{seen.clocks[0]}`"
+        elif drawn_from:
+            reason = f"the programs can draw from the iterator `{drawn_from[0]}`"
+        elif changes:
+            reason = f"the programs change `{changes[0]}` at every call"
+        elif not signature.is_of(args, kwargs):
+            reason = "the programs change the lists or dictionaries that are their arguments"
+        elif other_random_state(seen.generators) != elsewhere:
+            reason = "random numbers of Python or NumPy, or of a generator of one's own, are drawn"
+        elif _store() != store:
+            reason = "the programs change Pyro's store at this call"
         else:
-            self._graphs[signature.key] = graph
-        return self._after(outcome)
+            reason = self._try_to_capture(entry, signature, start, end, outcome)
+        seen.forget()
+        return outcome, end, reason
+
+    def _try_to_capture(
+        self,
+        entry: Entry,
+        signature: Signature,
+        start: Moment,
+        end: Moment,
+        outcome: Any,
+    ) -> str | None:
+        """Makes the entry's graph, and holds it against the outcome; why there is none."""
+        varying = entry.seen.numbers()
+        either = varying or entry.free
+        for dtype in [torch.float64, torch.get_default_dtype()] if either else [torch.float64]:
+            entry.dtype = dtype
+            reason = self._attempt(entry, signature, start, end, outcome)
+            if not reason:
+                return None
+        if either:  # as numbers that stay
+            nowhere = Spot(None, None, "an argument")
+            for spot in [spot for spot, _ in varying] or [nowhere]:
+                self._frozen.append((spot, f"; with a tensor in its place {reason}"))
+            self._frozen_floats.update(entry.free)
+            entry.seen.varying, entry.free = [], []
+            reason = self._attempt(entry, signature, start, end, outcome)
+        return reason
+
+    def _attempt(
+        self,
+        entry: Entry,
+        signature: Signature,
+        start: Moment,
+        end: Moment,
+        outcome: Any,
+    ) -> str | None:
+        seen, inputs = entry.seen, entry.inputs(signature)
+        varying = seen.numbers()
+        before = [*(spot_value(spot) for spot, _ in signature.numbers), *(v for _, v in varying)]
+        numbers = iter(inputs[len(signature.tensors) :])
+        free = {i: next(numbers) for i, _ in signature.floats if i in entry.free}
+        args, kwargs = signature.arguments(free)
+        own = [(spot, next(numbers)) for spot, _ in varying]
+        try:
+            start.put_back()
+            with keeping_random_state(seen.generators):
+                try:
+                    with as_tensors([*signature.numbers, *own], before):
+                        graph = self._make(inputs, args, kwargs)
+                finally:
+                    seen.put_back()
+                graph.bind_to(seen)
+                start.put_back()
+                by_graph = self._try(graph, inputs)
+            difference = self._difference(graph, by_graph, outcome)
+            difference = difference or Moment(end.tensors).difference(end)
+        except Exception as error:  # whatever the tracer or the compiler says
+            return in_words(error)
+        if difference:
+            return f"by the graph {difference} is not that of the {self._captures_of}"
+        entry.graph = graph
+        return None
+
+    def _moment(self, tensors: Sequence[Tensor]) -> Moment:
+        return Moment(strided([*tensors, *parameters().values()]))
+
+    def _checked(self, entry: Entry, inputs: list[Tensor], args: Any, kwargs: Any) -> Any:
+        """A call by a graph that is held against the programs; theirs, and the last by this graph,
+        where they differ."""
+        graph = entry.graph
+        start = self._moment([*inputs, *graph.tensors])
+        elsewhere = other_random_state(entry.seen.generators)
+        with pyro.validation_enabled(False):  # as all captured calls
+            outcome = self._reference(leaves_of(start), args, kwargs)
+        end = Moment(start.tensors)
+        changes = entry.seen.changes()
+        start.put_back()
+        by_graph = self._try(graph, inputs)
+        difference = self._difference(graph, by_graph, outcome)
+        difference = difference or Moment(start.tensors).difference(end)
+        if changes:
+            difference = f"`{changes[0]}`, which the programs change,"
+        elif other_random_state(entry.seen.generators) != elsewhere:
+            difference = "what is drawn by Python or NumPy"
+        if difference is None:
+            entry.trusted = entry.replays
+            return self._accept(graph, by_graph)
+        end.put_back()
+        self.engine = "eager"
+        self._distrust(entry, difference)
+        return self._finish(outcome)
+
+    def _distrust(self, entry: Entry, difference: str) -> None:
+        """No graph is used any more: what has changed may be seen by all of them."""
+        wrong = entry.replays - 1 - entry.trusted
+        self._distrusted = (
+            f"{difference} is by the graph not what it is by the {self._captures_of}, which depend "
+            "on something that is not looked up at every call (see captured.SVI); the last "
+            f"{wrong} calls by this graph may be wrong"
+        )
+        self._entries.clear()
+        self._warned = False
+        self._refuse(self._distrusted)
 
     def _refuse(self, reason: str) -> None:
         self.reason = reason
@@ -282,4 +506,21 @@ class Capturing:
         if not self._warned:
             self._warned = True
             name = type(self).__name__
-            warnings.warn(f"captured.{name} runs eager: {reason}", UserWarning, stacklevel=5)
+            warnings.warn(f"captured.{name} runs eager: {reason}", UserWarning, stacklevel=6)
+
+
+def is_due(done: int) -> bool:
+    """Whether a call is held against the programs, after so many that are a graph's."""
+    return done > 0 and (done & (done - 1) == 0 or done % _SOMETIMES == 0)
+
+
+def spot_value(spot: Spot) -> float:
+    return spot.holder[spot.key]
+
+
+def leaves_of(moment: Moment) -> list[Tensor]:
+    return [t for t in moment.tensors if t.requires_grad and t.is_leaf]
+
+
+def _store() -> dict[str, int]:
+    return {name: id(t) for name, t in parameters().items()}

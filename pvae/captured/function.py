@@ -1,48 +1,59 @@
 """A function of tensors, traced once and compiled: for evaluation, which has no optimizer."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from pvae.captured.capturing import Capturing, Signature, resolution, tried
-from pvae.captured.tracing import (
-    Compiler,
-    Leaves,
-    NotCaptured,
-    Run,
-    compiled,
-    inductor,
-    layout,
-    touched,
-)
+from pvae.captured.capturing import Capturing, Entry
+from pvae.captured.compiling import Compiler, NotCaptured, Run, inductor
+from pvae.captured.moment import resolution
+from pvae.captured.private import pytree
+from pvae.captured.seen import Seen, layout
+from pvae.captured.tracing import Leaves, compiled, touched
 
 
-class _Graph(NamedTuple):
+@dataclasses.dataclass
+class _Graph:
     """One captured call, what else it is called with, and how its results are put together."""
 
     run: Run
     rest: list[Tensor]
     layouts: list[Any]  # of rest
-    structure: pytree.TreeSpec
+    structure: Any
+    places: list[int | None] = dataclasses.field(default_factory=list)  # of rest
 
-    def fits(self) -> bool:
+    @property
+    def tensors(self) -> list[Tensor]:
+        return self.rest
+
+    def bind_to(self, seen: Seen) -> None:
+        """From now on the rest is what `seen` has at the places where it is now."""
+        self.places = [seen.place_of(t) for t in self.rest]
+
+    def bind(self, seen: Seen) -> bool:
+        """Takes the rest as it is now; whether the graph fits it."""
+        self.rest = [
+            t if place is None else seen.tensors[place]
+            for t, place in zip(self.rest, self.places, strict=True)
+        ]
         return [layout(t) for t in self.rest] == self.layouts
 
-    def __call__(self, arguments: list[Tensor]) -> Any:
-        return pytree.tree_unflatten(list(self.run(*arguments, *self.rest)), self.structure)
+    def __call__(self, inputs: list[Tensor]) -> Any:
+        return pytree.tree_unflatten(list(self.run(*inputs, *self.rest)), self.structure)
 
 
 class Function(Capturing):
     r"""A function of tensors, captured once for each signature and then compiled code.
 
-    The first call with a new signature (shapes, dtypes, modes, numbers among the arguments) runs
-    the function as it is; the next captures, and holds every result against the function's own at
-    the same noise before the graph is used. Results have no history of gradients; the function may
-    take gradients inside (`torch.autograd.grad`), but must not leave any on a parameter. What
-    cannot be captured runs as it is, with one warning that says why (`engine`, `reason`).
+    The first call with a new signature (shapes, dtypes, modes, and what else the function sees)
+    runs it as it is; the next captures, and holds every result against the function's own at the
+    same noise before the graph is used, and now and then later, as `captured.SVI`. Results have no
+    history of gradients; the function may take gradients inside (`torch.autograd.grad`), but must
+    not leave any on a parameter. What cannot be captured runs as it is, with one warning that says
+    why (`engine`, `reason`).
 
     Args:
         function: takes tensors, numbers and strings; returns tensors, alone or in tuples, lists,
@@ -63,6 +74,7 @@ class Function(Capturing):
     4.0 captured
     """
 
+    _programs = ("function",)
     _captures_of = "function"
 
     def __init__(
@@ -86,39 +98,39 @@ class Function(Capturing):
     def _eager(self, args: Any, kwargs: Any) -> Any:
         return pytree.tree_map_only(Tensor, Tensor.detach, self.function(*args, **kwargs))
 
-    def _captured(self, graph: _Graph, signature: Signature, args: Any, kwargs: Any) -> Any:
-        if not graph.fits():
-            del self._graphs[signature.key]
-            return self._eager(args, kwargs)
-        self.engine, self.reason = "captured", None
-        return graph(signature.tensors)
+    def _replay(self, entry: Entry, inputs: list[Tensor]) -> Any:
+        return entry.graph(inputs)
 
-    def _as_it_is(self, args: Any, kwargs: Any) -> Any:
+    def _reference(self, leaves: list[Tensor], args: Any, kwargs: Any) -> Any:
         return self._eager(args, kwargs)
 
-    def _after(self, outcome: Any) -> Any:
+    def _finish(self, outcome: Any) -> Any:
         return outcome
 
-    def _try(self, graph: _Graph, arguments: list[Tensor]) -> Any:
-        return tried(lambda: graph(arguments), (*arguments, *graph.rest))
+    def _try(self, graph: _Graph, inputs: list[Tensor]) -> Any:
+        return graph(inputs)
 
-    def _agree(self, graph: _Graph, by_graph: Any, outcome: Any) -> bool:
-        return _same(pytree.tree_leaves(by_graph), pytree.tree_leaves(outcome))
+    def _accept(self, graph: _Graph, by_graph: Any) -> Any:
+        return by_graph
 
-    def _graph(self, arguments: list[Tensor], args: Any, kwargs: Any) -> _Graph:
+    def _difference(self, graph: _Graph, by_graph: Any, outcome: Any) -> str | None:
+        same = _same(pytree.tree_leaves(by_graph), pytree.tree_leaves(outcome))
+        return None if same else "a result"
+
+    def _make(self, inputs: list[Tensor], args: Any, kwargs: Any) -> _Graph:
         results, found = touched(lambda: self.function(*args, **kwargs))
         leaves, structure = pytree.tree_flatten(results)
         others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
         if others:
             raise NotCaptured(f"the function returns a {type(others[0]).__name__}, not a tensor")
-        known = {id(t) for t in arguments}
+        known = {id(t) for t in inputs}
         rest = [t for t in found if id(t) not in known]
 
         def flat(leaves: Leaves) -> list[Tensor]:
             results = self.function(*args, **kwargs)
             return [t.detach().clone() for t in pytree.tree_leaves(results)]
 
-        run = compiled(flat, [*arguments, *rest], self.compiler)
+        run = compiled(flat, [*inputs, *rest], self.compiler)
         return _Graph(run, rest, [layout(t) for t in rest], structure)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.captured.tracing import NotCaptured
+from pvae.captured.compiling import NotCaptured
 
 Group = dict[str, Any]  # of a torch optimizer
 Step = Callable[[], list[Tensor]]

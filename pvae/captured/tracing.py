@@ -3,73 +3,28 @@
 How a tensor gets in. Whatever tensor the function touches and did not make itself (an argument, a
 parameter, a buffer, a tensor in a closure) is an input of the graph, so that a change of its values
 is seen by the next call; a number read from it stays a tensor (`.item()` returns it as it is), and
-to branch on it, or to make a shape of it, cannot be traced. The numbers of handlers around the call
-(`pvae.temper`, `poutine.scale`) are inputs too. All else that a call may depend on and that can be
-looked up cheaply makes a graph of its own: shapes, numbers among the arguments, and the plain
-attributes (`training` is one) and the tensors of every module that is called.
-
-What a graph cannot see is a Python variable outside of that, such as a global number: as in any
-traced program it keeps the value that it had.
+to branch on it, or to make a shape of it, cannot be traced. What else a call depends on is looked
+up before it (`seen`).
 """
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import pyro
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributions import Distribution
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
-Run = Callable[..., Sequence[Any]]
-Compiler = Callable[[GraphModule, list[Tensor]], Run]
+from pvae.captured import private, provenance
+from pvae.captured.compiling import Compiler, NotCaptured, Run
+from pvae.captured.private import pytree
+from pvae.captured.reasons import is_of_tracing
+
 Leaves = dict[int, Tensor]  # by the id of the tensor that each stands for
-
-
-class NotCaptured(RuntimeError):
-    """The call cannot be captured; the message says why."""
-
-
-# ---- compilers ----
-
-
-def inductor(graph: GraphModule, inputs: list[Tensor]) -> Run:
-    """Compiles a traced step by torch's inductor, with torch's own random numbers."""
-    _sum_for_biases(graph)
-    options = {"fallback_random": True}  # inductor's own generators give other noise
-    return torch._inductor.compile(graph, [*inputs], options=options)
-
-
-def as_traced(graph: GraphModule, inputs: list[Tensor]) -> Run:
-    """Leaves a traced step as it is: the same operators one by one, nothing to wait for."""
-    return graph
-
-
-def _sum_for_biases(graph: GraphModule) -> None:
-    """The gradient of a convolution's bias is the sum of the output's gradient over all but its
-    channels. oneDNN is up to a third slower where its backward is to return that as well."""
-    aten = torch.ops.aten
-    for node in [n for n in graph.graph.nodes if n.target is aten.convolution_backward.default]:
-        *given, (for_input, for_weight, for_bias) = node.args
-        if not for_bias:
-            continue
-        node.args = (*given, [for_input, for_weight, False])
-        for user in [u for u in node.users if u.args[1] == 2]:  # getitem(node, 2)
-            gradient = given[0]  # (B, C, ...)
-            dims = [0, *range(2, gradient.meta["val"].dim())]
-            with graph.graph.inserting_before(user):
-                total = graph.graph.call_function(aten.sum.dim_IntList, (gradient, dims))
-            total.meta["val"] = user.meta["val"]
-            user.replace_all_uses_with(total)
-            graph.graph.erase_node(user)
-    graph.recompile()
-
-
-# ---- tracing ----
 
 
 class _Outside(TorchFunctionMode):
@@ -82,10 +37,15 @@ class _Outside(TorchFunctionMode):
         super().__init__()
         self.stand_ins, self.make = stand_ins, make
         self.found: list[Tensor] = []  # keeps them alive, and so their ids unique
+        self.error: Exception | None = None  # that the programs may have caught
+        self.in_backward = False  # where torch works with tensors of its own as well
 
     def _stand_in(self, t: Tensor) -> Tensor:
-        if isinstance(t, FakeTensor) or t.is_meta:  # a fake tensor is made around a meta tensor
+        # a fake tensor is made around a meta tensor
+        if isinstance(t, private.FakeTensor) or t.is_meta:
             return t
+        if private.functorch.is_batchedtensor(t):
+            return private.batched(t, self._stand_in)
         if id(t) not in self.stand_ins:
             self.stand_ins[id(t)] = self.make(t)
             self.found.append(t)
@@ -97,23 +57,79 @@ class _Outside(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.__hash__:  # Pyro's store looks parameters up
             return func(*args)
-        args, kwargs = pytree.tree_map_only(Tensor, self._stand_in, (args, kwargs))
-        # a number that the program reads stays in the graph
-        return args[0].detach() if func is Tensor.item else func(*args, **kwargs)
+        given = pytree.tree_leaves((args, kwargs))
+        if self.in_backward and not any(id(t) in self.stand_ins for t in given):
+            return func(*args, **kwargs)
+        args, kwargs = pytree.tree_map_only(
+            Tensor, self._stand_in, (args, kwargs), is_leaf=lambda v: isinstance(v, torch.Size)
+        )
+        if func is Tensor.item:  # a number that the program reads stays in the graph
+            return args[0].detach()
+        if func is Tensor.all and private.asks_for_dice():
+            return True
+        if func is Tensor.backward:  # the programs run again inside, where they are checkpointed
+            self.in_backward = True
+            try:
+                with self:
+                    return private.backward(*args, **kwargs)
+            finally:
+                self.in_backward = False
+        try:
+            with _without_onednn() if func is torch.lstm else contextlib.nullcontext():
+                result = provenance.noted((args, kwargs), func(*args, **kwargs))
+        except Exception as error:
+            if is_of_tracing(error):
+                self.error = error
+            raise
+        if isinstance(result, Tensor):  # written in place: it is kept as what it is outside
+            for t in given:
+                if isinstance(t, Tensor) and self.stand_ins.get(id(t)) is result:
+                    return t
+        return result
 
 
 @contextlib.contextmanager
 def _without_looking() -> Iterator[None]:
     """Nothing inside looks at the values of tensors, which are not there while tracing."""
-    compiling, isnan = torch.compiler._is_compiling_flag, pyro.util.torch_isnan
-    torch.compiler._is_compiling_flag = True  # what torch.compiler.is_compiling says
-    pyro.util.torch_isnan = lambda value: False  # type: ignore[assignment]  # what `warn_if_nan` asks
+    with contextlib.ExitStack() as patches:
+        for owner, name, value in (
+            (private.compiler, "_is_compiling_flag", True),
+            (private.pyro_util, "torch_isnan", lambda value: False),
+            (private.infer_util, "_fulldot", _without_zeros),
+            (Distribution, "_validate_sample", lambda self, value: None),
+            (Distribution, "__init__", _without_validation(Distribution.__init__)),
+        ):
+            patches.enter_context(mock.patch.object(owner, name, value))
+        patches.enter_context(pyro.validation_enabled(False))
+        yield
+
+
+@contextlib.contextmanager
+def _without_onednn() -> Iterator[None]:
+    """An LSTM inside is torch's own: oneDNN's cannot be called from a graph. Of a convolution it
+    would be another layout than at run time, so oneDNN is off for an LSTM alone."""
+    before = private.c._get_mkldnn_enabled()
+    private.c._set_mkldnn_enabled(False)
     try:
-        with pyro.validation_enabled(False):
-            yield
+        yield
     finally:
-        torch.compiler._is_compiling_flag = compiling
-        pyro.util.torch_isnan = isnan
+        private.c._set_mkldnn_enabled(before)
+
+
+def _without_validation(init: Callable[..., None]) -> Callable[..., None]:
+    """A law's `__init__` that does not look at its parameters."""
+
+    def unvalidated(
+        self: Any, batch_shape: Any = (), event_shape: Any = (), validate_args: Any = None
+    ) -> None:
+        init(self, torch.Size(batch_shape), torch.Size(event_shape), False)
+
+    return unvalidated
+
+
+def _without_zeros(prob: Tensor, cost: Tensor) -> Tensor:
+    """The sum of `prob * cost` where `prob` is not 0, as `Dice` takes it."""
+    return (prob * torch.where(prob > 0, cost, torch.zeros_like(cost))).sum()
 
 
 @contextlib.contextmanager
@@ -131,10 +147,6 @@ def _held(tensors: Sequence[Tensor]) -> Iterator[None]:
             t.grad = gradient
 
 
-def layout(t: Tensor) -> tuple[Hashable, ...]:
-    return t.shape, t.stride(), t.dtype, t.device, t.requires_grad
-
-
 def parameters() -> dict[str, Tensor]:
     """Pyro's store: the unconstrained tensors by name."""
     return dict(pyro.get_param_store().named_parameters())
@@ -142,10 +154,11 @@ def parameters() -> dict[str, Tensor]:
 
 def _leaf(stand_in: Tensor, t: Tensor) -> Tensor:
     """A leaf with the values of `stand_in`, for which a gradient is kept where one is for `t`."""
-    return stand_in.detach().requires_grad_(t.requires_grad)
+    leaf = stand_in.detach()
+    return leaf.requires_grad_() if t.requires_grad else leaf
 
 
-def _leaf_in(mode: FakeTensorMode) -> Callable[[Tensor], Tensor]:
+def _leaf_in(mode: Any) -> Callable[[Tensor], Tensor]:
     return lambda t: _leaf(mode.from_tensor(t), t)
 
 
@@ -173,10 +186,13 @@ def touched(function: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
     with (
         _without_looking(),
         _keeping_store(),
-        FakeTensorMode() as fake,
+        private.FakeTensorMode() as fake,
         _Outside({}, _leaf_in(fake)) as outside,
     ):
-        return function(), outside.found
+        result = function()
+        if outside.error is not None:
+            raise outside.error
+        return result, outside.found
 
 
 def compiled(
@@ -194,14 +210,30 @@ def compiled(
 
     values = [t.detach() for t in inputs]
     with _without_looking(), _keeping_store():
-        traced = make_fx(of_inputs, tracing_mode="fake")(*values)
+        traced = private.make_fx(of_inputs, tracing_mode="fake")(*values)
 
+    results = _keep_draws(traced)
     # the graph says itself where it casts
-    with torch.no_grad(), torch._C._DisableAutocast():
+    with torch.no_grad(), private.DisableAutocast():
         code = compiler(traced, values)
 
     def run(*now: Tensor) -> Sequence[Any]:
-        with torch.no_grad(), torch._C._DisableAutocast():
-            return code(*now)
+        with torch.no_grad(), private.DisableAutocast():
+            return code(*now)[:results]
 
     return run
+
+
+def _keep_draws(graph: GraphModule) -> int:
+    """Makes results of the draws that nothing depends on, lest a compiler leave them out and the
+    noise after them be another; how many results there were."""
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    results = list(output.args[0])
+    draws = [
+        node
+        for node in graph.graph.nodes
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not node.users
+    ]
+    output.args = ([*results, *draws],)
+    graph.recompile()
+    return len(results)

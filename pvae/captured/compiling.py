@@ -1,0 +1,104 @@
+"""Compilers: from a traced graph to code that is called in its place."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+Run = Callable[..., Sequence[Any]]
+Compiler = Callable[[GraphModule, list[Tensor]], Run]
+
+
+class NotCaptured(RuntimeError):
+    """The call cannot be captured; the message says why."""
+
+
+def inductor(graph: GraphModule, inputs: list[Tensor]) -> Run:
+    """Compiles a traced step by torch's inductor, with torch's own random numbers.
+
+    Inductor keeps what it compiled in a folder (`TORCHINDUCTOR_CACHE_DIR`), so that the next
+    process with the same graph, torch and machine loads the code in about two seconds.
+
+    Raises:
+        NotCaptured: there is no C++ compiler.
+    """
+    _sum_for_biases(graph)
+    # Inductor looks into its folder only where the shapes come from tensors without data. The graph
+    # was traced on such; where a version of torch keeps none of its graphs, it compiles each anew.
+    fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    options = {"fallback_random": True}  # inductor's own generators give other noise
+    try:
+        with _without_cuda_home():
+            return torch._inductor.compile(graph, fakes, options=options)
+    except Exception as error:
+        if _has_cpp_compiler():
+            raise
+        raise NotCaptured(
+            "a C++ compiler (g++) is needed to compile a step, and none was found"
+        ) from error
+
+
+def as_traced(graph: GraphModule, inputs: list[Tensor]) -> Run:
+    """Leaves a traced step as it is: the same operators one by one, nothing to wait for."""
+    return graph
+
+
+def _has_cpp_compiler() -> bool:
+    """Whether inductor finds the compiler that its settings and the variable CXX name.
+
+    Private doors of torch, tried with 2.14.1: its search, and the error that ends it. Where one is
+    missing the answer is yes, and the message is torch's own.
+    """
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+    except ImportError:
+        return True
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _without_cuda_home() -> Iterator[None]:
+    """Torch does not say inside which CUDA it would use where there is no GPU to use it with.
+
+    A private door of torch, tried with 2.14.1: the name of the logger. Where it is another, the
+    line is seen.
+    """
+    logger = logging.getLogger("torch.utils.cpp_extension")
+
+    def other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("No CUDA runtime is found")
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
+
+
+def _sum_for_biases(graph: GraphModule) -> None:
+    """The gradient of a convolution's bias is the sum of the output's gradient over all but its
+    channels. oneDNN is up to a third slower where its backward is to return that as well."""
+    aten = torch.ops.aten
+    for node in [n for n in graph.graph.nodes if n.target is aten.convolution_backward.default]:
+        *given, (for_input, for_weight, for_bias) = node.args
+        if not for_bias:
+            continue
+        node.args = (*given, [for_input, for_weight, False])
+        for user in [u for u in node.users if u.args[1] == 2]:  # getitem(node, 2)
+            gradient = given[0]  # (B, C, ...)
+            dims = [0, *range(2, gradient.meta["val"].dim())]
+            with graph.graph.inserting_before(user):
+                total = graph.graph.call_function(aten.sum.dim_IntList, (gradient, dims))
+            total.meta["val"] = user.meta["val"]
+            user.replace_all_uses_with(total)
+            graph.graph.erase_node(user)
+    graph.recompile()

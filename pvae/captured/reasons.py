@@ -1,0 +1,41 @@
+"""Why a program could not be traced, in a person's words."""
+
+import traceback
+
+from pvae.captured import private
+from pvae.captured.compiling import NotCaptured
+
+_OF_PYTHON = "tensor subclass"  # torch's words where values are handed to Python or NumPy
+
+
+def is_of_tracing(error: Exception) -> bool:
+    """Whether the programs would not have met it with tensors that have data."""
+    return isinstance(error, (*private.NEEDS_VALUE, private.NEEDS_SHAPE)) or (
+        _OF_PYTHON in str(error)
+    )
+
+
+def in_words(error: Exception) -> str:
+    if isinstance(error, NotCaptured):
+        return str(error)
+    if isinstance(error, private.NEEDS_VALUE):
+        return f"the programs ask for the value of a tensor, in `{_where(error)}`"
+    if isinstance(error, private.NEEDS_SHAPE):
+        return f"the values of a tensor decide the shape of another, in `{_where(error)}`"
+    text = str(error).strip().partition("\n")[0]
+    if _OF_PYTHON in text:
+        return f"the programs hand the values of a tensor to Python or NumPy, in `{_where(error)}`"
+    return f"{type(error).__name__}: {text}"
+
+
+def _where(error: Exception) -> str:
+    """The innermost function of the programs, or of Pyro."""
+    name = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_globals.get("__name__", "")
+        if module.partition(".")[0] not in ("torch", "contextlib") and not module.startswith(
+            "pvae.captured"
+        ):
+            code = frame.f_code
+            name = getattr(code, "co_qualname", code.co_name)  # from Python 3.11 on
+    return name

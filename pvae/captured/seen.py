@@ -1,0 +1,647 @@
+"""What programs can see besides their arguments: found once, and looked up at every call.
+
+The code of a program names globals, cells and attributes. Each that it names is looked at, and so
+is what lies behind it: functions that it calls, objects and the attributes that are named, modules
+and their tensors, lists, tuples and dictionaries. A shelf is one holder of such values.
+
+A tensor may be another one at every call, as long as its layout stays: the graph takes what lies
+there now. So may a number of which that is asked (`varying`). All else has to stay what it was.
+
+Not looked at: what is reached by a name that is put together at run time, what a file or the
+environment says, containers of more than 256 elements (only which one it is, and how long), all but
+1,024 numbers of a NumPy array, and the insides of libraries.
+"""
+
+import contextvars
+import dataclasses
+import datetime
+import dis
+import functools
+import operator
+import random
+import sys
+import time
+import types
+from collections import deque
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyro
+import torch
+from pyro.nn import PyroModule
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+
+from pvae.captured import private
+
+_LONG = 256  # elements of a container
+_MANY = 1024  # numbers of an array that are compared
+_MOST = 20_000  # objects that are looked at
+_LIBRARIES = frozenset(
+    {"torch", "torchvision", "pyro", "numpy", "opt_einsum", *sys.stdlib_module_names}
+)
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, np.generic)
+_OF_PYRO = (
+    torch.distributions.Distribution,
+    torch.distributions.Transform,
+    Messenger,
+    pyro.infer.ELBO,
+)
+_GENERATORS = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)
+_CONTAINERS = (list, tuple, dict, deque)
+_CLOCKS = (time, datetime, datetime.datetime)
+_FLOATS = (float, np.floating)
+_NOTHING = object()
+
+
+class Spot(NamedTuple):
+    """One place where a value is held."""
+
+    holder: Any  # a dictionary, a list, a cell, a class or an object; None: it cannot be put
+    key: Any
+    name: str
+
+    @property
+    def is_open(self) -> bool:
+        return self.holder is not None
+
+    def put(self, value: Any) -> None:
+        if isinstance(self.holder, types.CellType):
+            self.holder.cell_contents = value
+        elif isinstance(self.holder, (dict, list, deque)):
+            self.holder[self.key] = value
+        else:
+            setattr(self.holder, self.key, value)
+
+    def is_at(self, other: "Spot") -> bool:
+        return self.holder is other.holder and bool(self.key == other.key)
+
+
+def layout(t: Tensor) -> tuple[Hashable, ...]:
+    return t.shape, t.stride(), t.dtype, t.device, t.requires_grad
+
+
+def _is_input(t: Any) -> bool:
+    """Whether another tensor may take the place of this one."""
+    return type(t) is Tensor and not t.requires_grad
+
+
+def _is_value(value: Any) -> bool:
+    """Whether it is told from others by `==`, and never changes."""
+    return isinstance(value, (*_PLAIN, frozenset)) or (
+        isinstance(value, tuple) and len(value) <= _LONG and all(map(_is_value, value))
+    )
+
+
+def _same(now: Any, then: Any) -> bool:
+    if now is then:
+        return True
+    if type(now) is not type(then):
+        return False
+    if _is_value(now) and _is_value(then):
+        return bool(now == then) or bool(now != now and then != then)
+    return _is_input(now) and _is_input(then) and layout(now) == layout(then)
+
+
+def _is_record(value: Any) -> bool:
+    """Whether another object with the same in it may take its place: as a batch does."""
+    parameters = getattr(type(value), "__dataclass_params__", None)
+    return parameters is not None and (
+        parameters.frozen or any(isinstance(v, Tensor) for v in _attributes(value).values())
+    )
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether what is in it is to be looked at."""
+    if isinstance(value, (*_CONTAINERS, set, np.ndarray)):
+        return not _is_value(value)
+    return _is_record(value)
+
+
+def _parts(value: Any) -> tuple[list[Any], list[Any]]:
+    """The keys and the values that are in something deep."""
+    if isinstance(value, dict):
+        return list(value), list(value.values())
+    if isinstance(value, np.ndarray):
+        some = value.reshape(-1)[:: 1 + value.size // _MANY]
+        given = (value.shape, value.dtype.str)
+        return [], [*given, value if value.dtype == object else some.tobytes()]
+    if _is_record(value):
+        names = [f.name for f in dataclasses.fields(value)]
+        return names, [getattr(value, name) for name in names]
+    if isinstance(value, set):
+        return [], [frozenset(value)]
+    return list(range(len(value))), list(value)
+
+
+def _flat(values: Sequence[Any], leaves: list[Any]) -> list[Any]:
+    """All values, in place of those that are deep what is in them."""
+    for value in values:
+        if not _is_deep(value):
+            leaves.append(value)
+        elif isinstance(value, (*_CONTAINERS, set)) and len(value) > _LONG:
+            leaves += (value, len(value))
+        else:
+            keys, inner = _parts(value)
+            leaves += (type(value), len(inner))
+            if isinstance(value, dict):
+                leaves += keys
+            _flat(inner, leaves)
+    return leaves
+
+
+def _places(spots: Sequence[Spot], values: Sequence[Any]) -> list[Spot]:
+    """The spot of every leaf of `_flat(values)`."""
+    found: list[Spot] = []
+    for spot, value in zip(spots, values, strict=True):
+        if _is_deep(value) and not (isinstance(value, (*_CONTAINERS, set)) and len(value) > _LONG):
+            keys, inner = _parts(value)
+            held = value if isinstance(value, (list, dict, deque)) else None
+            inside = [Spot(held, key, f"{spot.name}[{key!r}]") for key in keys]
+            found += [spot] * (2 + len(keys) * isinstance(value, dict))
+            found += _places(inside or [spot] * len(inner), inner)
+        else:
+            found += [spot] * len(_flat([value], []))
+    return found
+
+
+class _Shelf:
+    """Some values that are looked up together."""
+
+    def __init__(self, spots: Sequence[Spot], read: Callable[[], Sequence[Any]]) -> None:
+        self._read = read
+        values = read()
+        self.deep = any(map(_is_deep, values))
+        self.then = _flat(values, [])
+        self.spots = _places(spots, values)
+
+    def now(self) -> Sequence[Any]:
+        values = self._read()
+        return _flat(values, []) if self.deep else values
+
+    def is_as_it_was(self, now: Sequence[Any]) -> bool:
+        return len(now) == len(self.then) and all(map(operator.is_, now, self.then))
+
+
+def _at(pairs: Sequence[tuple[Mapping[str, Any], str]]) -> Callable[[], Sequence[Any]]:
+    """What reads these variables, each of a dictionary."""
+    gets = [(holder.get, key) for holder, key in pairs]
+    return lambda: [get(key, _NOTHING) for get, key in gets]
+
+
+def _refill(holder: Any, content: Any) -> None:
+    if not isinstance(holder, dict):
+        if len(holder) != len(content) or not all(map(operator.is_, holder, content)):
+            holder.clear()
+            holder.extend(content)
+    elif list(holder) != list(content) or not all(
+        map(operator.is_, holder.values(), content.values())
+    ):
+        holder.clear()
+        holder.update(content)
+
+
+def _put(holder: dict[Any, Any], content: dict[Any, Any]) -> None:
+    for key, value in content.items():
+        if holder.get(key, _NOTHING) is not value:
+            holder[key] = value
+
+
+def is_library(module: str | None) -> bool:
+    return (module or "").partition(".")[0] in _LIBRARIES
+
+
+@functools.lru_cache(maxsize=10_000)
+def _asked(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """The globals that a piece of code names, and all else that it names."""
+    variables: set[str] = set()
+    others: set[str] = set()
+    for inner in _codes(code):
+        for instruction in dis.get_instructions(inner):
+            if instruction.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "LOAD_NAME"):
+                variables.add(instruction.argval)
+        others.update(inner.co_names)
+        others.update(c for c in inner.co_consts if isinstance(c, str))
+    return frozenset(variables), frozenset(others - variables)
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    found = getattr(value, "__dict__", None)
+    return found if isinstance(found, dict) else {}
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_TENSORS = ("_parameters", "_buffers", "_modules")
+_OF_MODULES = frozenset(vars(nn.Module()))
+
+
+class Seen:
+    """All that programs can see, as it is now.
+
+    Args:
+        holder: variables by name.
+        names: those of them that are the programs.
+        modules: more of them, such as were seen to be called.
+    """
+
+    def __init__(
+        self, holder: dict[str, Any], names: Sequence[str], modules: Sequence[nn.Module] = ()
+    ) -> None:
+        self._names: set[str] = set()  # that the code asks for
+        known = -1
+        while known != len(self._names):  # a name may be found after an object that has it
+            known = len(self._names)
+            self._shelves: list[_Shelf] = []
+            self._simple: list[tuple[Spot, Mapping[str, Any], str]] = []  # for one shelf
+            self.iterators: list[tuple[str, Any]] = []
+            self.generators: list[Any] = []  # of random numbers
+            self.clocks: list[str] = []  # that tell the time
+            self._visited: dict[Any, Any] = {}  # keeps them alive, and so their ids unique
+            self._back: list[Callable[[], None]] = []
+            self._named(holder, "", names)
+            for module in modules:
+                self._visit(module, type(module).__name__)
+        pairs = [(holder, key) for _, holder, key in self._simple]
+        self._shelf([spot for spot, _, _ in self._simple], _at(pairs))
+        hooks = [Spot(None, None, "a hook of all modules")] * len(private.global_hooks())
+        self._shelves.append(_Shelf(hooks, private.global_hooks))
+        self._visited.clear()
+        self._simple.clear()
+        self.varying: list[tuple[int, int]] = []  # shelf and leaf of numbers that may change
+        self.moved: set[int] = set()  # which of the tensors have been another one
+        self._note()
+
+    # ---- looking up ----
+
+    def holds(self) -> bool:
+        """Whether all is as it was, up to tensors and the numbers that may be others."""
+        moved: list[tuple[_Shelf, Sequence[Any]]] = []
+        for i, shelf in enumerate(self._shelves):
+            now = shelf.now()
+            if shelf.is_as_it_was(now):
+                continue
+            if len(now) != len(shelf.then):
+                return False
+            for leaf, (value, then) in enumerate(zip(now, shelf.then, strict=True)):
+                if not _same(value, then) and not (
+                    isinstance(value, _FLOATS) and (i, leaf) in self.varying
+                ):
+                    return False
+            moved.append((shelf, now))
+        if moved:
+            pattern, before, tensors = self._pattern, [s.then for s, _ in moved], self.tensors
+            for shelf, now in moved:
+                shelf.then = list(now)
+            self._note()
+            if self._pattern != pattern:  # tensors that were one are two, or the other way round
+                for (shelf, _), then in zip(moved, before, strict=True):
+                    shelf.then = then
+                self._note()
+                return False
+            pairs = enumerate(zip(self.tensors, tensors, strict=True))
+            self.moved.update(i for i, (now, then) in pairs if now is not then)
+        return True
+
+    def _note(self) -> None:
+        leaves = (leaf for shelf in self._shelves for leaf in shelf.then)
+        self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self._where: dict[int, int] = {}  # the first place of each
+        self._pattern = [self._where.setdefault(id(t), i) for i, t in enumerate(self.tensors)]
+
+    def place_of(self, t: Tensor) -> int | None:
+        """Which of the `tensors` it is, if any."""
+        return self._where.get(id(t))
+
+    def changes(self) -> list[str]:
+        """The names of what is not what it was; another tensor is a change."""
+        found = []
+        for shelf in self._shelves:
+            now = shelf.now()
+            if len(now) != len(shelf.then):
+                found.append(shelf.spots[0].name if shelf.spots else "a hook of all modules")
+                continue
+            for value, then, spot in zip(now, shelf.then, shelf.spots, strict=True):
+                if value is not then and (isinstance(value, Tensor) or not _same(value, then)):
+                    found.append(spot.name)
+        return found
+
+    def vary_from(self, other: "Seen") -> list[tuple[int, int]] | None:
+        """The numbers that alone tell this from `other`; None if more does."""
+        differ = []
+        if len(self._shelves) != len(other._shelves):
+            return None
+        for i, (ours, theirs) in enumerate(zip(self._shelves, other._shelves, strict=True)):
+            if len(ours.then) != len(theirs.then):
+                return None
+            for leaf, (a, b) in enumerate(zip(ours.then, theirs.then, strict=True)):
+                if _same(a, b):
+                    continue
+                if not (
+                    isinstance(a, _FLOATS) and isinstance(b, _FLOATS) and ours.spots[leaf].is_open
+                ):
+                    return None
+                differ.append((i, leaf))
+        return differ
+
+    def vary_as(self, other: "Seen") -> None:
+        """The numbers that may change in `other` may change here."""
+        spots = [spot for spot, _ in other.numbers()]
+        self.varying = [
+            (i, leaf)
+            for i, shelf in enumerate(self._shelves)
+            for leaf, spot in enumerate(shelf.spots)
+            if any(map(spot.is_at, spots)) and isinstance(shelf.then[leaf], _FLOATS)
+        ]
+
+    def first_change_from(self, other: "Seen") -> str | None:
+        for ours, theirs in zip(self._shelves, other._shelves, strict=False):
+            for a, b, spot in zip(ours.then, theirs.then, ours.spots, strict=False):
+                if not _same(a, b):
+                    return spot.name
+        return None
+
+    def spot(self, place: tuple[int, int]) -> Spot:
+        shelf, leaf = place
+        return self._shelves[shelf].spots[leaf]
+
+    def numbers(self) -> list[tuple[Spot, float]]:
+        """The numbers that may change, as they are."""
+        return [(self.spot((i, leaf)), self._shelves[i].then[leaf]) for i, leaf in self.varying]
+
+    def put_back(self) -> None:
+        """Undoes what was done to all that is seen since it was found; not to tensors' values."""
+        for back in self._back:
+            back()
+
+    def forget(self) -> None:
+        """Lets go of what `put_back` needs."""
+        self._back.clear()
+
+    # ---- finding ----
+
+    def _shelf(self, spots: Sequence[Spot], read: Callable[[], Sequence[Any]]) -> None:
+        if spots:
+            self._shelves.append(_Shelf(spots, read))
+
+    def _look_at(
+        self, spots: Sequence[Spot], holder: Mapping[str, Any], keys: Sequence[str]
+    ) -> None:
+        """Variables, of which all that are not deep are looked up together."""
+        for spot, key in zip(spots, keys, strict=True):
+            if _is_deep(holder.get(key)):
+                self._shelf([spot], _at([(holder, key)]))
+            else:
+                self._simple.append((spot, holder, key))
+
+    def _visit(self, value: Any, name: str) -> None:
+        if isinstance(value, (*_PLAIN, Tensor, np.ndarray)) or value is _NOTHING:
+            return
+        if id(value) in self._visited or len(self._visited) >= _MOST:
+            return
+        self._visited[id(value)] = value
+        if isinstance(value, (*_CONTAINERS, set)):
+            self._container(value, name)
+        elif isinstance(value, types.FunctionType):
+            self._function(value, name)
+        elif isinstance(value, types.MethodType):
+            self._visit(value.__func__, name)
+            if _is_record(value.__self__):
+                self._shelf([Spot(None, None, name)], lambda: [value.__self__])
+            self._visit(value.__self__, name)
+        elif isinstance(value, functools.partial):
+            self._partial(value, name)
+        elif any(value is clock for clock in _CLOCKS) or (
+            isinstance(value, types.BuiltinFunctionType) and value.__module__ == "time"
+        ):
+            self.clocks.append(name)
+        elif isinstance(value, types.ModuleType):
+            if not is_library(value.__name__):
+                self._named(vars(value), f"{value.__name__}.", self._names)
+        elif isinstance(value, type):
+            self._class(value, made=True)
+        elif isinstance(value, nn.Module):
+            self._module(value, name)
+        elif isinstance(value, contextvars.ContextVar):
+            self._shelf([Spot(None, None, name)], lambda: [value.get(_NOTHING)])
+            self._visit(value.get(None), name)
+        elif isinstance(value, _GENERATORS):
+            self.generators.append(value)
+        elif hasattr(type(value), "__next__"):
+            self.iterators.append((name, value))
+        else:
+            self._object(value, name)
+
+    def _container(self, value: Any, name: str) -> None:
+        if len(value) > _LONG:
+            return
+        if isinstance(value, (list, dict, deque)):
+            self._back.append(functools.partial(_refill, value, value.copy()))
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in list(pairs):
+            self._visit(inner, f"{name}[{key!r}]")
+
+    def _partial(self, value: Any, name: str) -> None:
+        self._visit(value.func, name)
+        if value.args:
+            self._shelf([Spot(None, None, f"an argument of {name}")], lambda: [value.args])
+        for inner in (*value.args, value.keywords):
+            self._visit(inner, name)
+        if value.keywords:
+            self._named(value.keywords, f"{name}, ", list(value.keywords))
+
+    def _function(self, function: types.FunctionType, name: str) -> None:
+        cells = [
+            (Spot(cell, None, variable), cell)
+            for variable, cell in zip(
+                function.__code__.co_freevars, function.__closure__ or (), strict=True
+            )
+        ]
+        cells = [(spot, cell) for spot, cell in cells if _content(cell) is not _NOTHING]
+        if cells:
+            inside = [cell for _, cell in cells]
+            self._shelf([spot for spot, _ in cells], lambda: list(map(_content, inside)))
+            for spot, cell in cells:
+                content = cell.cell_contents
+                self._back.append(functools.partial(_keep_cell, cell, content))
+                self._visit(content, spot.name)
+        if function.__defaults__:
+            spots = [Spot(function, "__defaults__", f"the defaults of {name}")]
+            self._shelf(spots, lambda: [function.__defaults__])
+        self._visit(function.__defaults__, name)
+        if function.__kwdefaults__:
+            self._named(function.__kwdefaults__, f"{name}, ", list(function.__kwdefaults__))
+        if hasattr(function, "__wrapped__"):
+            self._visit(function.__wrapped__, name)
+        if is_library(function.__module__):
+            return
+        variables, others = _asked(function.__code__)
+        self._names |= others
+        if vars(function):
+            self._named(vars(function), f"{name}.", self._names)
+        self._named(function.__globals__, "", variables)
+
+    def _named(self, holder: dict[str, Any], prefix: str, names: Collection[str]) -> None:
+        """What there is of these variables."""
+        keys = [key for key in list(holder) if key in names]
+        content = {key: holder[key] for key in keys}
+        self._back.append(functools.partial(_put, holder, content))
+        spots = [Spot(holder, key, f"{prefix}{key}") for key in keys]
+        self._look_at(spots, holder, keys)
+        for key, value in content.items():
+            self._visit(value, f"{prefix}{key}")
+
+    def _class(self, kind: type, *, made: bool) -> None:
+        """Attributes that are asked for, and the code of its methods that can be reached.
+
+        That of `__init__` only where the programs make an object of it.
+        """
+        if (kind, made) in self._visited:
+            return
+        self._visited[kind, made] = kind
+        by_library = _has_library_base(kind)  # which calls methods that no code here names
+        for base in kind.__mro__:
+            if is_library(base.__module__):
+                continue
+            held = {
+                key: value
+                for key, value in vars(base).items()
+                if key in self._names
+                or (isinstance(value, _METHODS) and (key in _CALLED or by_library))
+                or (made and key == "__init__")
+            }
+            if not made:
+                held.pop("__init__", None)
+            spots = [Spot(base, key, f"{base.__name__}.{key}") for key in held]
+            self._look_at(spots, vars(base), list(held))
+            for key, value in held.items():
+                if isinstance(value, property):
+                    value = value.fget
+                elif isinstance(value, (staticmethod, classmethod)):
+                    value = value.__func__
+                if not isinstance(value, type):
+                    self._visit(value, f"{base.__name__}.{key}")
+
+    def _module(self, module: nn.Module, name: str) -> None:
+        attributes = vars(module)
+        held = [attributes[part] for part in (*_TENSORS, *_HOOKS)]
+
+        def read() -> Sequence[Any]:
+            found: list[Any] = [attributes["training"]]
+            for part in held:
+                if part:
+                    found += part.values()
+            return found
+
+        spots = [Spot(attributes, "training", f"{name}.training")]
+        spots += [Spot(part, key, f"{name}.{key}") for part in held for key in part]
+        self._shelf(spots, read)
+        self._back.append(functools.partial(_refill, attributes, attributes.copy()))
+        for part in held:
+            self._back.append(functools.partial(_refill, part, part.copy()))
+        self._class(type(module), made=False)
+        self._plain(module, name, _OF_MODULES)
+        for part in held:
+            for key, value in list(part.items()):
+                if isinstance(value, nn.Module):
+                    self._visit(value, f"{name}.{key}")
+                elif callable(value):
+                    self._visit(value, f"a hook of {name}")
+
+    def _plain(self, value: Any, name: str, skipped: Collection[str]) -> None:
+        """An object's own attributes: those that are asked for, and what a library reads there."""
+        attributes = _attributes(value)
+        of_library = _has_library_base(type(value))
+        keys = [
+            key
+            for key, inner in attributes.items()
+            if key not in skipped
+            and (key in self._names or key in _CALLED or of_library)
+            and not (of_library and (key.startswith("_cached") or not _is_simple(inner)))
+        ]
+        # an attribute of the class, in place of which the object may get its own
+        kinds = [kind for kind in type(value).__mro__ if not is_library(kind.__module__)]
+        of_class = {key for kind in kinds for key in vars(kind)}
+        own = (of_class & self._names) | ({"forward"} if isinstance(value, nn.Module) else set())
+        keys += [key for key in own if key not in attributes]
+        spots = [Spot(attributes, key, f"{name}.{key}") for key in keys]
+        self._look_at(spots, attributes, keys)
+        for key in keys:
+            self._visit(attributes.get(key), f"{name}.{key}")
+
+    def _object(self, value: Any, name: str) -> None:
+        kind = type(value)
+        self._class(kind, made=False)
+        if kind.__module__.partition(".")[0] in ("torch", "pyro", "numpy") and not isinstance(
+            value, _OF_PYRO
+        ):
+            return
+        attributes = _attributes(value)
+        if "__wrapped__" in attributes:
+            self._visit(attributes["__wrapped__"], name)
+        if attributes:
+            self._back.append(functools.partial(_refill, attributes, attributes.copy()))
+            if _is_record(value):  # looked at where it lies
+                for key, inner in list(attributes.items()):
+                    self._visit(inner, f"{name}.{key}")
+            else:
+                self._plain(value, name, ())
+        slots = [s for base in kind.__mro__ for s in _slots(base) if s in self._names]
+        if slots:
+            spots = [Spot(value, slot, f"{name}.{slot}") for slot in slots]
+            self._shelf(spots, lambda: [getattr(value, s, _NOTHING) for s in slots])
+            for slot in slots:
+                self._visit(getattr(value, slot, None), f"{name}.{slot}")
+
+
+# the methods that are called without their name
+_CALLED = ("forward", "__call__", "__getitem__", "__getattr__", "__iter__", "__len__", "__enter__")
+
+
+_METHODS = (types.FunctionType, property, staticmethod, classmethod)
+
+
+def _has_library_base(kind: type) -> bool:
+    """Whether torch or Pyro give it more than the bare frame of a module."""
+    bases = [base for base in kind.__mro__ if base not in (nn.Module, PyroModule)]
+    return any(base.__module__.partition(".")[0] in ("torch", "pyro") for base in bases)
+
+
+def _slots(kind: type) -> Sequence[str]:
+    slots = vars(kind).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _is_simple(value: Any) -> bool:
+    """Of a library's object: what can be told apart, or what its user gave."""
+    if isinstance(value, _CONTAINERS):
+        inner = value.values() if isinstance(value, dict) else value
+        return len(value) <= _LONG and all(map(_is_simple, inner))
+    if isinstance(value, Tensor):
+        return value.grad_fn is None  # else the object made it, as weight_norm does
+    given = (types.FunctionType, types.MethodType, functools.partial, nn.Module, *_OF_PYRO[:2])
+    return isinstance(value, (*_PLAIN, set, np.ndarray, *given))
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return _NOTHING
+
+
+def _keep_cell(cell: types.CellType, content: Any) -> None:
+    if _content(cell) is not content:
+        cell.cell_contents = content

@@ -1,0 +1,165 @@
+"""Inductor's folder of compiled graphs, and what is said where there is no compiler."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pvae import captured
+from pvae.captured.compiling import _without_cuda_home
+
+PROCESS = """
+import json, os, sys
+import torch, pvae
+from pathlib import Path
+from pvae import captured
+from pyro.infer import Trace_ELBO
+from torch._dynamo.utils import counters
+
+torch.manual_seed(0)
+vae = pvae.build((1, 8, 8), 2, sys.argv[1], hidden=16)
+x = (torch.rand(6, 1, 8, 8) > 0.5).float()
+optim = pvae.SingleOptimizer(torch.optim.Adam(vae.parameters()))
+svi = captured.SVI(vae.model, vae.guide, optim, Trace_ELBO(), strict=True)
+losses = [svi.step(x) for _ in range(4)]
+children = Path(f"/proc/self/task/{os.getpid()}/children")
+print(json.dumps({
+    "engine": svi.engine,
+    "losses": losses,
+    "hits": counters["inductor"]["fxgraph_cache_hit"],
+    "misses": counters["inductor"]["fxgraph_cache_miss"],
+    "children": children.read_text() if children.exists() else "",
+}))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A folder of inductor's own for this test, with nothing in it."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    counters.clear()
+    return tmp_path
+
+
+def process(folder: Path, net: str) -> tuple[dict, str]:
+    """What a process that trains four steps reports, and what it says on stderr."""
+    # a CUDA without a GPU, of which torch says a line
+    settings = {"TORCHINDUCTOR_CACHE_DIR": folder, "CUDA_HOME": folder, "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run(
+        [sys.executable, "-c", PROCESS, net],
+        env={**os.environ, **{name: str(value) for name, value in settings.items()}},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(ran.stdout), ran.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("net", ["mlp", "conv"])
+def test_a_second_process_compiles_nothing(net, tmp_path):
+    first, said = process(tmp_path, net)
+    assert (first["engine"], first["misses"], first["hits"]) == ("captured", 1, 0)
+    second, said_again = process(tmp_path, net)
+    assert (second["engine"], second["misses"], second["hits"]) == ("captured", 0, 1)
+    assert second["losses"] == first["losses"]
+    assert said == said_again == ""  # not which CUDA it would use
+    assert first["children"] == second["children"] == ""  # no pool of compilers waits
+
+
+def times(number):
+    return lambda x: (x.exp() * number,)
+
+
+def plus(*numbers):
+    return lambda x: (x.exp() + torch.tensor(numbers).squeeze(),)
+
+
+# each differs from the first in one thing
+GRAPHS = {
+    "first": (times(2.0), (4, 6), torch.float32, False),
+    "number": (times(3.0), (4, 6), torch.float32, False),
+    "shape": (times(2.0), (6, 4), torch.float32, False),
+    "size": (times(2.0), (4, 7), torch.float32, False),
+    "dtype": (times(2.0), (4, 6), torch.float64, False),
+    "stride": (times(2.0), (4, 6), torch.float32, True),
+    "constant": (plus(1.0, 2.0), (4, 2), torch.float32, False),
+    "other constant": (plus(1.0, 3.0), (4, 2), torch.float32, False),  # the same code
+    "single constant": (plus(2.0), (4, 6), torch.float32, False),
+    "other single constant": (plus(3.0), (4, 6), torch.float32, False),
+}
+
+
+@pytest.mark.slow
+def test_graphs_that_differ_are_not_mixed_up(folder):
+    compiled = []
+    for _ in range(2):
+        counters.clear()
+        for name, (function, shape, dtype, transposed) in GRAPHS.items():
+            x = torch.rand(shape[::-1] if transposed else shape, dtype=dtype)
+            x = x.t() if transposed else x
+            graph = make_fx(function, tracing_mode="fake")(x)
+            (ours,), (theirs,) = captured.inductor(graph, [x])(x), function(x)
+            assert (ours.dtype, ours.stride()) == (theirs.dtype, theirs.stride()), name
+            torch.testing.assert_close(ours, theirs)
+        compiled.append(counters["inductor"]["fxgraph_cache_miss"])
+        hits = counters["inductor"]["fxgraph_cache_hit"]
+        assert compiled[-1] + hits == len(GRAPHS)
+    assert compiled == [len(GRAPHS) - 2, 0]
+
+
+@pytest.mark.slow
+def test_what_a_graph_writes_in_place_is_written_by_one_that_is_loaded(folder):
+    for already in (False, True):
+        ours, theirs = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+        x = torch.rand(5, 3)
+
+        def function(mean, var, x):
+            return (nn.functional.batch_norm(x, mean, var, training=True),)
+
+        values = [ours.running_mean, ours.running_var, x]
+        graph = make_fx(function, tracing_mode="fake")(*values)
+        (by_graph,) = captured.inductor(graph, values)(*values)
+        torch.testing.assert_close(by_graph, theirs(x).detach())
+        torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+        torch.testing.assert_close(ours.running_var, theirs.running_var)
+        assert counters["inductor"]["fxgraph_cache_hit"] == already
+
+
+def test_without_a_cpp_compiler_the_reason_is_plain(folder):
+    # the one that the variable CXX names is looked up when inductor is imported
+    function = captured.Function(lambda x: x.exp() * 2)
+    x = torch.rand(3)
+    with torch._inductor.config.patch("cpp.cxx", ("no-such-compiler",)):
+        function(x)
+        with pytest.warns(
+            UserWarning,
+            match=r"^captured.Function runs eager: a C\+\+ compiler \(g\+\+\) is needed",
+        ):
+            torch.testing.assert_close(function(x), x.exp() * 2)
+    assert function.engine == "eager"
+    assert function.reason.endswith("and none was found")
+
+
+def test_the_line_about_cuda_is_the_only_one_that_is_not_said():
+    said: list[str] = []
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        with _without_cuda_home():
+            logger.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/cuda")
+            logger.warning("another line")
+        logger.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/cuda")
+    finally:
+        logger.removeHandler(handler)
+    assert said == ["another line", "No CUDA runtime is found, using CUDA_HOME='/cuda'"]

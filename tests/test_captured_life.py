@@ -1,0 +1,334 @@
+"""The captured SVI besides its steps: prepared, copied, checked, and refused with a reason."""
+
+import copy
+import gc
+import pickle
+import types
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+import pvae
+from pvae import captured, temper
+from pvae.captured import NotCaptured, as_traced, private
+from pvae.captured.seen import Seen
+
+DATA = torch.linspace(-1, 2, 5)
+
+
+@pytest.fixture(autouse=True)
+def _clear():
+    pyro.clear_param_store()
+
+
+def guide(data):
+    loc = pyro.param("loc", torch.tensor(0.3))
+    scale = pyro.param("scale", torch.tensor(0.7), constraint=constraints.positive)
+    pyro.sample("z", dist.Normal(loc, scale))
+
+
+def model(data):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(data)):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=data)
+
+
+def made(kind=captured.SVI, model=model, guide=guide, **options):
+    if kind is captured.SVI:
+        options = {"compiler": as_traced, "strict": True, **options}
+    return kind(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(), **options)
+
+
+def trained(svi, n=6, data=DATA):
+    torch.manual_seed(0)
+    return [svi.step(data) for _ in range(n)]
+
+
+# ---- prepared ----
+
+
+def test_every_step_of_a_prepared_run_is_captured():
+    stock = trained(made(SVI))
+    expected = {n: p.clone() for n, p in pyro.get_param_store().named_parameters()}
+    pyro.clear_param_store()
+    svi = made()
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    svi.prepare(DATA)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert pyro.param("loc") == 0.3
+    assert all(p.grad is None for _, p in pyro.get_param_store().named_parameters())
+    assert not svi.optim.optim_objs
+    losses = []
+    for _ in range(6):
+        losses.append(svi.step(DATA))
+        assert svi.engine == "captured"
+    assert losses == pytest.approx(stock, rel=1e-5)
+    for name, p in pyro.get_param_store().named_parameters():
+        torch.testing.assert_close(p, expected[name])
+
+
+def test_preparing_leaves_buffers_and_gradients():
+    vae = pvae.build((1, 16, 16), 3, "deep")
+    adam = pvae.SingleOptimizer(torch.optim.Adam(vae.parameters()))
+    svi = captured.SVI(vae.model, vae.guide, adam, Trace_ELBO(), compiler=as_traced, strict=True)
+    before = copy.deepcopy(vae.state_dict())
+    for p in vae.parameters():
+        p.grad = torch.ones_like(p)
+    images = torch.ones(4, 1, 16, 16)
+    with temper(0.5):
+        svi.prepare(images)
+        svi.prepare(images[:2])
+    assert all(torch.equal(before[name], t) for name, t in vae.state_dict().items())
+    assert all((p.grad == 1).all() for p in vae.parameters())
+    for batch in (images, images[:2]):
+        with temper(0.7):
+            svi.step(batch)
+        assert svi.engine == "captured"
+    assert svi.captures == 2
+
+
+def test_an_autoguide_is_prepared():
+    auto = AutoNormal(model)
+    svi = made(guide=auto)
+    svi.prepare(DATA)
+    svi.step(DATA)
+    assert svi.engine == "captured"
+
+
+def test_what_cannot_be_prepared_says_so_and_runs():
+    def branches(data):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(-z if z > 0 else z, 1.0).expand([5]).to_event(1), obs=data)
+
+    with pytest.raises(NotCaptured, match="ask for the value"):
+        made(model=branches).prepare(DATA)
+    svi = made(model=branches, strict=False)
+    with pytest.warns(UserWarning, match="ask for the value"):
+        svi.prepare(DATA)
+    assert svi.step(DATA) > 0
+    assert svi.engine == "eager"
+
+
+# ---- copied ----
+
+
+def double(x):
+    return 2 * x
+
+
+def test_what_is_pickled_and_copied_captures_anew():
+    """Stock SVI can be pickled before its first step, not after it."""
+    for copied in (lambda v: pickle.loads(pickle.dumps(v)), copy.deepcopy):
+        svi = copied(made())
+        trained(svi, 3)
+        assert svi.engine == "captured"
+        pyro.clear_param_store()
+        ours = captured.Function(double, compiler=as_traced)
+        for _ in range(3):
+            ours(DATA)
+        other = copied(ours)
+        assert ours.engine == "captured"
+        for engine in ("eager", "eager", "captured"):
+            assert torch.equal(other(DATA), 2 * DATA)
+            assert other.engine == engine
+
+
+def test_it_takes_the_place_of_stock_svi(monkeypatch):
+    monkeypatch.setattr(pyro.infer, "SVI", captured.SVI)
+    svi = pyro.infer.SVI(
+        model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(), compiler=as_traced
+    )
+    trained(svi)
+    assert svi.engine == "captured"
+    assert isinstance(svi, SVI)
+
+
+# ---- held against Pyro ----
+
+HIDDEN = 1.0
+
+
+def hidden(data):
+    z = pyro.sample("z", dist.Normal(0.0, globals()["HID" + "DEN"]))
+    with pyro.plate("data", len(data)):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=data)
+
+
+def test_a_change_that_is_not_looked_up_is_found(monkeypatch):
+    svi = made(model=hidden, strict=False)
+    trained(svi, 2 + 5)
+    assert svi.engine == "captured"
+    monkeypatch.setattr(f"{__name__}.HIDDEN", 3.0)
+    with pytest.warns(UserWarning, match="the loss is by the graph not .* last 3 calls") as noted:
+        losses = trained(svi, 5)
+    assert len(noted) == 1
+    assert svi.engine == "eager"
+    pyro.clear_param_store()
+    stock = made(SVI, model=hidden)
+    assert trained(svi, 3) == pytest.approx(trained_anew(stock, 3))
+    assert len(losses) == 5
+
+
+def trained_anew(svi, n):
+    pyro.clear_param_store()
+    return trained(svi, n)
+
+
+def test_a_change_that_is_not_looked_up_is_found_strictly(monkeypatch):
+    svi = made(model=hidden)
+    trained(svi, 2 + 5)
+    monkeypatch.setattr(f"{__name__}.HIDDEN", 3.0)
+    with pytest.raises(NotCaptured, match="the loss is by the graph not what it is by"):
+        trained(svi, 5)
+
+
+def test_checks_change_no_bit(monkeypatch):
+    runs = []
+    for _ in range(2):
+        pyro.clear_param_store()
+        runs.append(trained(made(), 40))
+        monkeypatch.setattr("pvae.captured.capturing.is_due", lambda done: False)
+    assert runs[0] == runs[1]
+
+
+def test_when_a_call_is_held_against_the_programs():
+    from pvae.captured.capturing import is_due
+
+    assert [n for n in range(40) if is_due(n)] == [1, 2, 4, 8, 16, 32]
+    assert is_due(1000)
+    assert is_due(3000)
+    assert not is_due(1001)
+
+
+def test_a_function_is_held_against_itself(monkeypatch):
+    ours = captured.Function(lambda x: x * globals()["HID" + "DEN"], compiler=as_traced)
+    for _ in range(2 + 5):
+        ours(DATA)
+    assert ours.engine == "captured"
+    monkeypatch.setattr(f"{__name__}.HIDDEN", 3.0)
+
+    def calls():
+        return [ours(DATA) for _ in range(5)]
+
+    with pytest.warns(UserWarning, match="a result is by the graph not what it is by the function"):
+        last = calls()[-1]
+    assert torch.equal(last, 3 * DATA)
+
+
+# ---- what is refused ----
+
+
+def test_a_door_that_is_missing(monkeypatch):
+    monkeypatch.setattr(private, "MISSING", ["torch.there.is.none"])
+    svi = made(strict=False)
+    with pytest.warns(UserWarning, match="has no torch.there.is.none, which captured needs"):
+        losses = trained(svi, 3)
+    pyro.clear_param_store()
+    assert losses == trained(made(SVI), 3)
+
+
+def test_arguments_that_cannot_be_told_apart(monkeypatch):
+    """The structure of arguments could not be hashed in torch 2.7 and before."""
+    unhashable = types.SimpleNamespace(tree_flatten=lambda tree: ([], []))
+    monkeypatch.setattr("pvae.captured.capturing.pytree", unhashable)
+    svi = made(strict=False)
+    with pytest.warns(UserWarning, match="the arguments cannot be told apart: unhashable"):
+        svi.step(DATA)
+
+
+def test_a_tensor_at_the_place_of_another_that_is_gone():
+    """An `id` that is used again is not the same tensor."""
+    layers = nn.ModuleList([nn.Linear(1, 1)])
+
+    def model(data):
+        pyro.module("net", layers)
+        z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+        with pyro.plate("data", 5):
+            pyro.sample("x", dist.Normal(layers[0](z), 1.0).to_event(1), obs=data[:, None])
+
+    def guide(data):
+        pyro.sample("z", dist.Normal(pyro.param("at", torch.zeros(1)), 1.0).to_event(1))
+
+    svi, stock = made(model=model, guide=guide), made(SVI, model=model, guide=guide)
+    for i in range(6):
+        pyro.clear_param_store()
+        layers[0] = nn.Linear(1, 1)
+        gc.collect()
+        for _ in range(2):
+            torch.manual_seed(i)
+            loss = svi.step(DATA)
+            torch.manual_seed(i)
+            assert loss == pytest.approx(stock.evaluate_loss(DATA), rel=0.2)
+
+
+# ---- nothing is left of tracing ----
+
+
+def test_no_tensor_without_data_is_left():
+    vae = pvae.build((1, 8, 8), 3, "mlp", "bernoulli", "iaf", hidden=16)
+    adam = pvae.SingleOptimizer(torch.optim.Adam(vae.parameters()))
+    svi = captured.SVI(vae.model, vae.guide, adam, Trace_ELBO(), compiler=as_traced, strict=True)
+    for _ in range(3):
+        svi.step(torch.ones(4, 1, 8, 8))
+    assert svi.engine == "captured"
+    seen = Seen(vars(svi), ("model", "guide", "loss", "loss_and_grads"), list(vae.modules()))
+    assert not any(isinstance(t, FakeTensor) for t in seen.tensors)
+    for module in vae.modules():
+        for value in vars(module).values():
+            held = value if isinstance(value, (tuple, list)) else [value]
+            assert not any(isinstance(t, FakeTensor) for t in held)
+
+
+def test_what_is_seen_is_put_back():
+    """Of an object, a list, a dictionary, a cell: what tracing would leave there."""
+
+    class Holder:
+        def __init__(self):
+            self.value, self.rows, self.named = 1.0, [1, 2], {"a": 1}
+
+    holder, cell = Holder(), 5
+
+    def program():
+        nonlocal cell
+        cell = 6
+        holder.value, holder.new = 2.0, torch.ones(1)
+        holder.rows.append(3)
+        holder.named["b"] = 2
+
+    seen = Seen({"program": program}, ["program"])
+    assert seen.holds()
+    program()
+    assert not seen.holds()
+    seen.put_back()
+    assert seen.holds()
+    assert vars(holder) == {"value": 1.0, "rows": [1, 2], "named": {"a": 1}}
+    assert cell == 5
+
+
+@pytest.mark.slow
+def test_compiled_code_draws_as_stock_svi():
+    """A draw that nothing depends on is left in by a compiler as well."""
+
+    def idle(data):
+        torch.randn(3)
+        model(data)
+        torch.rand(2)
+
+    losses = {}
+    for kind, options in ((SVI, {}), (captured.SVI, {"compiler": captured.inductor})):
+        pyro.clear_param_store()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            svi = made(kind, model=idle, **options)
+            losses[kind] = trained(svi, 6)
+    assert svi.engine == "captured"
+    assert losses[captured.SVI] == pytest.approx(losses[SVI], rel=1e-5)
