@@ -1,43 +1,25 @@
 """Variational autoencoders as probabilistic programs, trained by Pyro's SVI."""
 
-from pvae.builder import build
-from pvae.checkpoint import load
+from pvae.builder import build as build
+from pvae.checkpoint import load as load, save as save
 from pvae.conditional import (
-    ConcatLabel,
-    ConcatVector,
-    Conditional,
-    Masked,
-    concat_mask,
-    ignore_label,
+    ConcatLabel as ConcatLabel,
+    ConcatVector as ConcatVector,
+    Conditional as Conditional,
+    Masked as Masked,
+    concat_mask as concat_mask,
+    ignore_label as ignore_label,
 )
-from pvae.objectives import temper
-from pvae.optim import SingleOptimizer
+from pvae.objectives import temper as temper
+from pvae.optim import SingleOptimizer as SingleOptimizer
 from pvae.programs import (
-    Guide,
-    HierarchicalGuide,
-    HierarchicalModel,
-    LabelGuide,
-    LabelModel,
-    Model,
+    Guide as Guide,
+    HierarchicalGuide as HierarchicalGuide,
+    HierarchicalModel as HierarchicalModel,
+    LabelGuide as LabelGuide,
+    LabelModel as LabelModel,
+    Model as Model,
 )
-from pvae.vae import VAE
+from pvae.vae import VAE as VAE
 
-__all__ = [
-    "VAE",
-    "ConcatLabel",
-    "ConcatVector",
-    "Conditional",
-    "Guide",
-    "HierarchicalGuide",
-    "HierarchicalModel",
-    "LabelGuide",
-    "LabelModel",
-    "Masked",
-    "Model",
-    "SingleOptimizer",
-    "build",
-    "concat_mask",
-    "ignore_label",
-    "load",
-    "temper",
-]
+__version__ = "0.2.0"

@@ -2,28 +2,29 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from pyro.infer import ELBO, Trace_ELBO, TraceGraph_ELBO
 from torch import Tensor, nn
 
-from pvae import closed_form, flows, heads, nets, objectives, priors
-from pvae.closed_form import ClosedForm, Terms
+from pvae import closed_form, flows, heads, nets, priors
+from pvae.closed_form import ClosedForm
 from pvae.conditional import ConcatLabel, ConcatVector, Conditional, ignore_label
+from pvae.kinds import Shape
 from pvae.programs import Guide, HierarchicalGuide, HierarchicalModel, Model
 from pvae.vae import VAE
 
-HeadFactory = Callable[[Sequence[int]], nn.Module]
+HeadFactory = Callable[[Shape], nn.Module]
 
 
 class Likelihood(NamedTuple):
     """A named likelihood: its head, its hand-written log density, and the data it is for."""
 
-    head: Callable[[Sequence[int]], heads.Head]
+    head: Callable[[Shape], heads.Head]
     log_likelihood: Callable[[Any, Tensor, Tensor], Tensor]  # (head, x, raw) -> (*, B)
-    data: str  # "binary", "levels" (256 of grey) or "grey" (any number in [0, 1])
+    data: str  # "binary", "levels" (256 of grey) or "continuous" (any number in [0, 1])
     label: str
 
     @property
@@ -42,44 +43,44 @@ class Posterior(NamedTuple):
     baseline: bool = False
 
 
-class Given(NamedTuple):
-    """What a prior may be made of."""
-
-    latent_dim: int
-    posterior: nn.Module
-    image_shape: tuple[int, ...]
-    components: int
-    num_classes: int | None
-    side_dim: int | None
-    mean_image: Tensor | None
-
-
 class Prior(NamedTuple):
-    """A named prior; `standard` is the one that the closed form knows, `of_images` one that is made
-    of posteriors of images."""
+    """A named prior, made of the recipe, its own dimension, the posterior and the mean image.
 
-    make: Callable[[Given], nn.Module]
+    `components` is how many it has by default, None where it has none; `standard` is the prior
+    that the closed form knows; `of_images` one that is made of posteriors of images.
+    """
+
+    make: Callable[["Recipe", int, nn.Module, Tensor | None], nn.Module]
     label: str
+    components: int | None = None
     standard: bool = False
     of_images: bool = False
 
 
 class Net(NamedTuple):
-    """A named architecture: `encoder(image_shape, out_shape)`, `decoder(latent_shape, out_shape)`,
-    each with the hidden width and the activation; `flat` where a label is better appended to the
-    flattened image than given as planes."""
+    """A named architecture: `encoder(event_shape, out_shape)`, `decoder(latent_shape, out_shape)`,
+    each with the hidden width and the activation.
 
-    encoder: Callable[[Sequence[int], Sequence[int], int, nets.Activation], nn.Module]
-    decoder: Callable[[Sequence[int], Sequence[int], int, nets.Activation], nn.Module]
+    `activation` and `hidden` are its own (`hidden` is None where it has no hidden layer); `flat`
+    says that a label is better appended to the flattened image than given as planes.
+    """
+
+    encoder: Callable[[Shape, Shape, int, nets.Activation], nn.Module]
+    decoder: Callable[[Shape, Shape, int, nets.Activation], nn.Module]
     label: str
+    activation: str
+    hidden: int | None = None
     flat: bool = False
 
 
-def _bernoulli(head: heads.Head, x: Tensor, h: Tensor) -> Tensor:
+# the hand-written log densities of the likelihoods, from a head and its raw parameters
+
+
+def _bernoulli(head: Any, x: Tensor, h: Tensor) -> Tensor:
     return closed_form.bernoulli(x, h)
 
 
-def _continuous_bernoulli(head: heads.Head, x: Tensor, h: Tensor) -> Tensor:
+def _continuous_bernoulli(head: Any, x: Tensor, h: Tensor) -> Tensor:
     return closed_form.continuous_bernoulli(x, h)
 
 
@@ -122,25 +123,37 @@ LIKELIHOODS: Mapping[str, Likelihood] = {
         heads.Bernoulli, _bernoulli, "binary", "Bernoulli pixels from logits: binary data"
     ),
     "grey_bernoulli": Likelihood(
-        heads.GreyBernoulli, _bernoulli, "grey", "cross-entropy on grey pixels: not a likelihood"
+        heads.GreyBernoulli,
+        _bernoulli,
+        "continuous",
+        "cross-entropy on grey pixels: not a likelihood",
     ),
     "continuous_bernoulli": Likelihood(
-        heads.ContinuousBernoulli, _continuous_bernoulli, "grey", "continuous Bernoulli on [0, 1]"
+        heads.ContinuousBernoulli,
+        _continuous_bernoulli,
+        "continuous",
+        "continuous Bernoulli on [0, 1]",
     ),
     "gaussian": Likelihood(
-        heads.NormalFixedScale, _normal_fixed, "grey", "normal with fixed scale 1: squared error"
+        heads.NormalFixedScale,
+        _normal_fixed,
+        "continuous",
+        "normal with fixed scale 1: squared error",
     ),
     "gaussian_shared": Likelihood(
-        heads.NormalSharedScale, _normal_shared, "grey", "normal with one learned scale"
+        heads.NormalSharedScale, _normal_shared, "continuous", "normal with one learned scale"
     ),
     "gaussian_pixelwise": Likelihood(
         partial(heads.Normal, min_scale=0.01),
         _normal_pixelwise,
-        "grey",
+        "continuous",
         "normal with a scale for each pixel from the network",
     ),
     "laplace": Likelihood(
-        heads.Laplace, _laplace, "grey", "Laplace with a scale for each pixel from the network"
+        heads.Laplace,
+        _laplace,
+        "continuous",
+        "Laplace with a scale for each pixel from the network",
     ),
     "discretized_logistic": Likelihood(
         heads.DiscretizedLogistic,
@@ -196,60 +209,63 @@ GUIDES: Mapping[str, Posterior] = {
 }
 
 
-def _conditional_normal(given: Given) -> nn.Module:
+def _conditional_normal(
+    recipe: "Recipe", dim: int, posterior: nn.Module, mean_image: Tensor | None
+) -> nn.Module:
     """`p(z | y)`: a normal for each label, or from a small network of the side vector."""
-    head = heads.Normal((given.latent_dim,))
-    if given.num_classes is not None:
-        table = nn.Embedding(given.num_classes, head.param_shape[0])
+    head = heads.Normal((dim,))
+    if recipe.num_classes is not None:
+        table = nn.Embedding(recipe.num_classes, head.param_shape[0])
         nn.init.normal_(table.weight, std=0.1)  # near the standard normal, classes apart
         return Conditional(table, head, event_dim=0)
-    if given.side_dim is not None:
-        return Conditional(nets.MLP((given.side_dim,), head.param_shape, (32,)), head, event_dim=1)
+    if recipe.side_dim is not None:
+        return Conditional(nets.MLP((recipe.side_dim,), head.param_shape, (32,)), head, event_dim=1)
     raise ValueError(
         "prior 'conditional' is p(z | y): it needs num_classes (--conditional) or side_dim, for "
         "there is no y"
     )
 
 
-def _vamp(given: Given) -> nn.Module:
+def _vamp(recipe: "Recipe", dim: int, posterior: nn.Module, mean_image: Tensor | None) -> nn.Module:
     return priors.VampPrior(
-        given.posterior,
-        given.image_shape,
-        components=given.components,
-        mean_image=given.mean_image,
-        label_dim=0 if given.side_dim is None else 1,
+        posterior,
+        recipe.event_shape,
+        components=recipe.own_components,
+        mean_image=mean_image,
+        label_dim=0 if recipe.side_dim is None else 1,
     )
 
 
 PRIORS: Mapping[str, Prior] = {
-    "standard_normal": Prior(lambda g: priors.StandardNormal(g.latent_dim), "N(0, I)", True),
+    "standard_normal": Prior(
+        lambda recipe, dim, *_: priors.StandardNormal(dim), "N(0, I)", standard=True
+    ),
     "mixture": Prior(
-        lambda g: priors.MixtureOfNormals(g.latent_dim, components=g.components),
+        lambda recipe, dim, *_: priors.MixtureOfNormals(dim, components=recipe.own_components),
         "learned mixture of normals",
+        components=50,
     ),
     "vamp": Prior(
-        _vamp, "mixture of posteriors at learned pseudo-inputs (VampPrior)", of_images=True
+        _vamp,
+        "mixture of posteriors at learned pseudo-inputs (VampPrior)",
+        components=50,
+        of_images=True,
     ),
-    "flow": Prior(lambda g: flows.FlowPrior(g.latent_dim), "masked autoregressive flow"),
+    "flow": Prior(lambda recipe, dim, *_: flows.FlowPrior(dim), "masked autoregressive flow"),
     "conditional": Prior(_conditional_normal, "p(z | y), a normal for each label"),
 }
 
 
-def _mlp(
-    in_shape: Sequence[int], out_shape: Sequence[int], hidden: int, activation: nets.Activation
-) -> nn.Module:
+def _mlp(in_shape: Shape, out_shape: Shape, hidden: int, activation: nets.Activation) -> nn.Module:
     return nets.MLP(in_shape, out_shape, (hidden,), activation)
 
 
 def _without_hidden(net: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """For a net whose published form has no hidden layer."""
 
-    def make(
-        in_shape: Sequence[int], out_shape: Sequence[int], hidden: int, activation: nets.Activation
-    ) -> nn.Module:
-        return net(in_shape, out_shape, activation=activation)
-
-    return make
+    return lambda in_shape, out_shape, hidden, activation: net(
+        in_shape, out_shape, activation=activation
+    )
 
 
 NETS: Mapping[str, Net] = {
@@ -257,17 +273,21 @@ NETS: Mapping[str, Net] = {
         nets.ConvEncoder,
         _without_hidden(nets.ConvDecoder),
         "two strided convolutions and their mirror",
+        activation="silu",
+        hidden=256,
     ),
-    "mlp": Net(_mlp, _mlp, "one hidden layer each way", flat=True),
+    "mlp": Net(_mlp, _mlp, "one hidden layer each way", activation="silu", hidden=256, flat=True),
     "course": Net(
         _without_hidden(nets.CourseEncoder),
         _without_hidden(nets.CourseDecoder),
         "three 4x4 convolutions, for 28x28 alone",
+        activation="relu",
     ),
     "deep": Net(
         _without_hidden(nets.DeepEncoder),
         _without_hidden(nets.DeepDecoder),
         "five strided convolutions with BatchNorm",
+        activation="leaky_relu",
     ),
 }
 
@@ -277,100 +297,6 @@ ACTIVATIONS: Mapping[str, nets.Activation] = {
     "leaky_relu": nn.LeakyReLU,
     "gelu": nn.GELU,
     "tanh": nn.Tanh,
-}
-
-
-class Objective(NamedTuple):
-    """A named objective: Pyro's or ours, and the same loss by hand from the ELBO's terms.
-
-    `by_hand(terms, beta)` takes terms `(particles, B)` and returns the loss summed over images;
-    None where the loss is no function of them.
-    """
-
-    elbo: Callable[[int], ELBO]  # number of particles -> the objective
-    by_hand: Callable[[Terms, float], Tensor] | None
-    label: str
-    min_particles: int = 1
-
-
-def _sampled(terms: Terms, beta: float) -> Tensor:
-    return -terms.elbo_sampled(beta).mean(0).sum()
-
-
-def _mean_field(terms: Terms, beta: float) -> Tensor:
-    return -(terms.elbo_sampled(beta) if terms.kl is None else terms.elbo(beta)).mean(0).sum()
-
-
-def _importance_weighted(terms: Terms, beta: float) -> Tensor:
-    log_weights = terms.elbo_sampled(beta)
-    return -(log_weights.logsumexp(0) - math.log(len(log_weights))).sum()
-
-
-def _renyi(terms: Terms, beta: float) -> Tensor:
-    log_weights = (1 - _ALPHA) * terms.elbo_sampled(beta)
-    return -(log_weights.logsumexp(0) - math.log(len(log_weights))).sum() / (1 - _ALPHA)
-
-
-def _free_bits(terms: Terms, beta: float) -> Tensor:
-    if terms.kl_by_unit is None:
-        raise ValueError("free_bits needs the analytic KL of each latent unit, and there is none")
-    batch = terms.reconstruction.shape[-1]
-    kl = terms.kl_by_unit.mean(0).clamp(min=_FREE_NATS).sum()
-    return batch * beta * kl - terms.reconstruction.mean(0).sum()
-
-
-_ALPHA = 0.5  # of "renyi"
-_FREE_NATS = 0.1  # of "free_bits", for each latent unit
-
-# vectorized particles are one more leading dimension. max_plate_nesting is given, because an
-# objective that has to guess it spends random numbers on its first call
-_vectorized: dict[str, Any] = {"vectorize_particles": True, "max_plate_nesting": 1}
-
-OBJECTIVES: Mapping[str, Objective] = {
-    "trace_elbo": Objective(
-        lambda particles: Trace_ELBO(particles, **_vectorized),
-        _sampled,
-        "the ELBO, its KL sampled",
-    ),
-    "trace_mean_field_elbo": Objective(
-        lambda particles: objectives.MeanField(particles, **_vectorized),
-        _mean_field,
-        "the ELBO, its KL analytic where it exists",
-    ),
-    "trace_graph_elbo": Objective(
-        # its baselines are for one particle at a time
-        lambda particles: TraceGraph_ELBO(particles, max_plate_nesting=1),
-        _sampled,
-        "the ELBO, score-function gradients with baselines",
-    ),
-    "iwae": Objective(
-        lambda particles: objectives.Renyi(0, particles, **_vectorized),
-        _importance_weighted,
-        "the importance-weighted bound over the particles",
-        min_particles=2,
-    ),
-    "dreg": Objective(
-        lambda particles: objectives.DReG(particles, **_vectorized),
-        _importance_weighted,
-        "the same with doubly reparameterized gradients",
-        min_particles=2,
-    ),
-    "renyi": Objective(
-        lambda particles: objectives.Renyi(_ALPHA, particles, **_vectorized),
-        _renyi,
-        "the Renyi bound of order 1/2 over the particles",
-        min_particles=2,
-    ),
-    "free_bits": Objective(
-        lambda particles: objectives.FreeBits(_FREE_NATS, particles, **_vectorized),
-        _free_bits,
-        "the ELBO, each unit's KL counted from 0.1 nats up",
-    ),
-    "info_vae": Objective(
-        lambda particles: objectives.InfoVAE(particles, **_vectorized),
-        None,
-        "reconstruction, a tenth of the KL, and the MMD of the aggregate posterior to the prior",
-    ),
 }
 
 
@@ -386,191 +312,270 @@ def choose(name: str, value: str, table: Mapping[str, Any]) -> Any:
     return table[value]
 
 
+_HIDDEN = 256  # width of the small networks between two latents, where the net has none of its own
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a pair is made of, by name: the arguments of `build` without the data's mean image.
+
+    It is kept in every checkpoint. `None` is the part's own choice: the activation and the hidden
+    width of the net, the number of components of the prior.
+
+    Raises:
+        ValueError: a name that is not in its table, a size below 1, an argument that the chosen
+            parts have no use for, or parts that do not fit.
+
+    >>> Recipe((1, 8, 8), (2,), net="course", hidden=100)
+    Traceback (most recent call last):
+    ValueError: hidden must be None, not 100: net 'course' has no hidden width to choose
+    """
+
+    event_shape: tuple[int, ...]
+    latent_dims: tuple[int, ...]
+    net: str = "conv"
+    likelihood: str = "bernoulli"
+    guide: str = "normal"
+    prior: str = "standard_normal"
+    hidden: int | None = None
+    activation: str | None = None
+    num_classes: int | None = None
+    side_dim: int | None = None
+    components: int | None = None
+    num_data: int | None = None
+
+    def __post_init__(self) -> None:
+        choose("likelihood", self.likelihood, LIKELIHOODS)
+        choose("guide", self.guide, GUIDES)
+        choose("net", self.net, NETS)
+        choose("prior", self.prior, PRIORS)
+        choose("activation", self.own_activation, ACTIVATIONS)
+        for name in ("hidden", "side_dim", "components", "num_data"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, not {size}")
+        if not self.latent_dims or min(self.latent_dims) < 1 or len(self.latent_dims) > 2:
+            raise ValueError(
+                "latent_dims must be the dimension of each latent layer, one or two of at least "
+                f"1, not {self.latent_dims}"
+            )
+        if self.num_classes is not None and self.side_dim is not None:
+            raise ValueError(
+                f"num_classes ({self.num_classes}) and side_dim ({self.side_dim}) are two kinds "
+                "of y: give one"
+            )
+        self._refuse_unused()
+        self._refuse_misfits()
+
+    @property
+    def own_activation(self) -> str:
+        return self.activation or NETS[self.net].activation
+
+    @property
+    def own_hidden(self) -> int:
+        return self.hidden or NETS[self.net].hidden or _HIDDEN
+
+    @property
+    def own_components(self) -> int:
+        return self.components or PRIORS[self.prior].components or 1
+
+    @property
+    def two_layers(self) -> bool:
+        return len(self.latent_dims) > 1
+
+    def _refuse_unused(self) -> None:
+        guide, prior = GUIDES[self.guide], PRIORS[self.prior]
+        has_hidden = NETS[self.net].hidden is not None or self.two_layers or guide.baseline
+        for name, used, why in (
+            ("hidden", has_hidden, f"net {self.net!r} has no hidden width to choose"),
+            ("components", prior.components is not None, f"prior {self.prior!r} has none"),
+            ("num_data", not guide.amortized, f"guide {self.guide!r} has no use for it"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not used:
+                raise ValueError(f"{name} must be None, not {value}: {why}")
+        if self.num_data is None and not guide.amortized:
+            raise ValueError(
+                f"num_data must be the number of data, not None: guide {self.guide!r} has one "
+                "factor for each"
+            )
+
+    def _refuse_misfits(self) -> None:
+        guide, prior = GUIDES[self.guide], PRIORS[self.prior]
+        if prior.of_images and not guide.amortized:
+            raise ValueError(
+                f"prior {self.prior!r} puts pseudo-inputs through q(z|x), but guide "
+                f"{self.guide!r} is no function of images: choose an amortized guide"
+            )
+        if prior.of_images and self.two_layers:
+            raise ValueError(
+                f"prior {self.prior!r} is a mixture of posteriors of images, but with two latent "
+                "layers the prior is that of z2, whose posterior takes z1: choose another prior"
+            )
+        if guide.baseline and self.two_layers:
+            raise ValueError(
+                f"guide {self.guide!r} has a baseline for one latent layer: with two choose "
+                "another guide"
+            )
+
+
 def build(
-    image_shape: Sequence[int] = (1, 28, 28),
-    latent_dim: int = 16,
+    event_shape: Shape | None = None,
+    latent_dims: int | Sequence[int] | None = None,
     net: str = "conv",
     likelihood: str = "bernoulli",
     guide: str = "normal",
     prior: str = "standard_normal",
     *,
-    hidden: int = 256,
-    activation: str = "silu",
+    hidden: int | None = None,
+    activation: str | None = None,
     num_classes: int | None = None,
     side_dim: int | None = None,
-    top_dim: int | None = None,
-    components: int = 50,
+    components: int | None = None,
     num_data: int | None = None,
     mean_image: Tensor | None = None,
+    image_shape: Shape | None = None,
+    latent_dim: int | None = None,
 ) -> VAE:
     """Builds a VAE from names: the tables `NETS`, `LIKELIHOODS`, `GUIDES` and `PRIORS`.
 
     Args:
-        image_shape: `(C, H, W)`.
-        latent_dim: the latent's dimension `D`.
-        hidden, activation: of the networks; the published forms are 16 and "relu" for "conv",
-            "relu" for "course" and "leaky_relu" for "deep", which have no hidden width.
+        event_shape: the shape of one datum; of an image `(C, H, W)`, by default `(1, 28, 28)`.
+        latent_dims: the dimension of each latent layer. One, `(32,)` or 32, makes
+            `p(z) p(x | z)`; two, `(40, 8)`, make `p(z2) p(z1 | z2) p(x | z1)` and
+            `q(z1 | x) q(z2 | z1)`, z1 of 40 and z2 of 8. The prior is that of the last. By
+            default 16.
+        hidden, activation: of the networks; None is the net's own: 256 and "silu" for "conv" and
+            "mlp", "relu" for "course" and "leaky_relu" for "deep", which have no hidden width.
+            The published form of "conv" has 16 and "relu".
         num_classes: makes the pair conditional on labels `y` `(B,)` from 0 to `num_classes - 1`:
             `p(x | z, y)` and `q(z | x, y)`, one-hot labels joining decoder and encoder.
         side_dim: makes it conditional on side vectors `y` `(B, side_dim)` instead.
-        top_dim: puts a second latent layer of this dimension above: `p(z2) p(z1 | z2) p(x | z1)`
-            and `q(z1 | x) q(z2 | z1)`, `z1` of `latent_dim`; the prior is that of `z2`.
-        components: of the priors "mixture" and "vamp".
+        components: of the priors "mixture" and "vamp", by default 50.
         num_data: how many data the guide "per_datum" holds a factor for.
-        mean_image: `(C, H, W)` in [0, 1]: the decoder's output bias starts there, without which
+        mean_image: `event_shape` in [0, 1]: the decoder's output bias starts there, without which
             a run may sit for epochs at the collapsed solution.
+        image_shape, latent_dim: other names of `event_shape` and `latent_dims`.
 
     Raises:
-        ValueError: a name that is not in its table, a size below 1, or parts that do not fit.
+        ValueError: as of `Recipe`, or both names of one argument are given.
 
     >>> vae = build((3, 20, 16), latent_dim=4, net="mlp", likelihood="gaussian_shared")
     >>> vae.reconstruct(torch.rand(2, 3, 20, 16)).shape
     torch.Size([2, 3, 20, 16])
     >>> build((1, 8, 8), latent_dim=2, num_classes=10).sample(y=torch.arange(10)).shape
     torch.Size([10, 1, 8, 8])
-    >>> build((1, 8, 8), latent_dim=4, guide="iaf", prior="vamp", top_dim=2)
+    >>> build((1, 8, 8), latent_dims=(4, 2), guide="iaf", prior="vamp")
     Traceback (most recent call last):
-    ValueError: prior 'vamp' is a mixture of posteriors of images, but with top_dim ...
+    ValueError: prior 'vamp' is a mixture of posteriors of images, but with two latent layers ...
     """
-    recipe = {
-        "image_shape": list(image_shape),
-        "latent_dim": latent_dim,
-        "net": net,
-        "likelihood": likelihood,
-        "guide": guide,
-        "prior": prior,
-        "hidden": hidden,
-        "activation": activation,
-        "num_classes": num_classes,
-        "side_dim": side_dim,
-        "top_dim": top_dim,
-        "components": components,
-        "num_data": num_data,
-    }
-    sizes = {"latent_dim": latent_dim, "hidden": hidden, "side_dim": side_dim, "top_dim": top_dim}
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise ValueError(f"{name} must be at least 1, not {size}")
-    if num_classes is not None and side_dim is not None:
-        raise ValueError(
-            f"num_classes ({num_classes}) and side_dim ({side_dim}) are two kinds of y: give one"
-        )
-    family = choose("likelihood", likelihood, LIKELIHOODS)
-    posterior_family = choose("guide", guide, GUIDES)
-    architecture = choose("net", net, NETS)
-    make_activation = choose("activation", activation, ACTIVATIONS)
-    prior_family = choose("prior", prior, PRIORS)
-    _check_parts(guide, posterior_family, prior, prior_family, top_dim, num_data)
-
-    # what the networks take: an image and a latent, or each joined with y
-    image = tuple(image_shape)
-
-    def join(event_dim: int, flatten: bool = False) -> ConcatVector | None:
-        if num_classes is not None:
-            return ConcatLabel(num_classes, event_dim=event_dim, flatten=flatten)
-        if side_dim is not None:
-            return ConcatVector(side_dim, event_dim=event_dim, flatten=flatten)
-        return None
-
-    def between(in_dim: int, head: Any) -> Conditional:
-        """A conditional distribution of one latent given another, by a small network."""
-        joined, shape = _joined(join(1), (in_dim,))
-        return Conditional(
-            _mlp(shape, head.param_shape, hidden, make_activation), head, event_dim=1, join=joined
-        )
-
-    # q(z | x, y)
-    posterior_head: Any = posterior_family.head((latent_dim,))
-    if posterior_family.amortized:
-        x_join, x_shape = _joined(join(3, flatten=architecture.flat), image)
-        encoder = architecture.encoder(x_shape, posterior_head.param_shape, hidden, make_activation)
-        posterior = Conditional(encoder, posterior_head, event_dim=len(x_shape), join=x_join)
-    else:
-        assert num_data is not None
-        table = nn.Embedding(num_data, posterior_head.param_shape[0])
-        nn.init.zeros_(table.weight)  # every factor starts at N(0, I)
-        without_y = None if join(1) is None else ignore_label
-        posterior = Conditional(table, posterior_head, event_dim=0, join=without_y)
-
-    # p(x | z, y)
-    head = family.head(image)
-    z_join, z_shape = _joined(join(1), (latent_dim,))
-    decoder = architecture.decoder(z_shape, head.param_shape, hidden, make_activation)
-    if mean_image is not None:
-        decoder.set_output_bias(head.raw_mean(mean_image))
-    likelihood_module = Conditional(decoder, head, event_dim=1, join=z_join)
-
-    # p(z | y)
-    prior_module = prior_family.make(
-        Given(
-            latent_dim if top_dim is None else top_dim,
-            posterior,
-            image,
-            components,
-            num_classes,
-            side_dim,
-            mean_image,
-        )
+    shape = _either("event_shape", event_shape, "image_shape", image_shape, (1, 28, 28))
+    dims = _either("latent_dims", latent_dims, "latent_dim", latent_dim, 16)
+    recipe = Recipe(
+        event_shape=tuple(shape),
+        latent_dims=(dims,) if isinstance(dims, int) else tuple(dims),
+        net=net,
+        likelihood=likelihood,
+        guide=guide,
+        prior=prior,
+        hidden=hidden,
+        activation=activation,
+        num_classes=num_classes,
+        side_dim=side_dim,
+        components=components,
+        num_data=num_data,
     )
-    if top_dim is not None:
-        model = HierarchicalModel(
-            prior_module, between(top_dim, heads.Normal((latent_dim,))), likelihood_module
-        )
-        top = between(latent_dim, posterior_family.head((top_dim,)))
-        vae = VAE(model, HierarchicalGuide(posterior, top))
+    return compose(recipe, mean_image)
+
+
+def _either(name: str, value: Any, alias: str, other: Any, default: Any) -> Any:
+    if value is not None and other is not None:
+        raise ValueError(f"{name} ({value}) and {alias} ({other}) are one argument: give one")
+    return next((v for v in (value, other) if v is not None), default)
+
+
+def compose(recipe: Recipe, mean_image: Tensor | None = None) -> VAE:
+    """The pair of a recipe; `mean_image` as of `build`.
+
+    >>> compose(Recipe((1, 8, 8), (2,))).sample().shape
+    torch.Size([1, 1, 8, 8])
+    """
+    family, guide = LIKELIHOODS[recipe.likelihood], GUIDES[recipe.guide]
+    posterior = _posterior(recipe, guide)
+    likelihood = _likelihood(recipe, family, mean_image)
+    *lower, top_dim = recipe.latent_dims
+    prior = PRIORS[recipe.prior].make(recipe, top_dim, posterior, mean_image)
+    if lower:  # p(z1 | z2) and q(z2 | z1)
+        down = _between(recipe, top_dim, heads.Normal((lower[0],)))
+        up = _between(recipe, lower[0], guide.head((top_dim,)))
+        vae = VAE(HierarchicalModel(prior, down, likelihood), HierarchicalGuide(posterior, up))
     else:
-        baseline = None
-        if posterior_family.baseline:  # costs are of the size of an image's log density
-            numel = math.prod(image)
-            baseline = nn.Sequential(nets.MLP(image, (1,), (hidden,)), nets.Affine(numel, 0))
-        vae = VAE(Model(prior_module, likelihood_module), Guide(posterior, baseline))
-        if posterior_family.split is not None and prior_family.standard:
+        vae = VAE(Model(prior, likelihood), Guide(posterior, _baseline(recipe, guide)))
+        if guide.split is not None and PRIORS[recipe.prior].standard:
             vae.oracle = ClosedForm(
                 encode=posterior.raw,
-                decode=likelihood_module.raw,
-                split=posterior_family.split,
-                log_likelihood=partial(family.log_likelihood, head),
+                decode=likelihood.raw,
+                split=guide.split,
+                log_likelihood=partial(family.log_likelihood, likelihood.head),
             )
     vae.recipe = recipe
     return vae
 
 
-def _joined(
-    join: ConcatVector | None, shape: tuple[int, ...]
-) -> tuple[ConcatVector | None, tuple[int, ...]]:
-    """A join and the shape of what it returns."""
-    return join, shape if join is None else join.joined_shape(shape)
+def _join(recipe: Recipe, event_dim: int, flatten: bool = False) -> ConcatVector | None:
+    """How `y` joins what a network takes; None where there is no `y`."""
+    if recipe.num_classes is not None:
+        return ConcatLabel(recipe.num_classes, event_dim=event_dim, flatten=flatten)
+    if recipe.side_dim is not None:
+        return ConcatVector(recipe.side_dim, event_dim=event_dim, flatten=flatten)
+    return None
 
 
-def _check_parts(
-    guide: str,
-    posterior: Posterior,
-    prior: str,
-    prior_family: Prior,
-    top_dim: int | None,
-    num_data: int | None,
-) -> None:
-    """Refuses what cannot work together, with the reason."""
-    if posterior.amortized == (num_data is not None):
-        raise ValueError(
-            f"num_data is {num_data}: guide {guide!r} "
-            + (
-                "has no use for it"
-                if posterior.amortized
-                else "needs the number of data, one factor for each"
-            )
-        )
-    if prior_family.of_images and not posterior.amortized:
-        raise ValueError(
-            f"prior {prior!r} puts pseudo-inputs through q(z|x), but guide {guide!r} is no "
-            "function of images: choose an amortized guide"
-        )
-    if prior_family.of_images and top_dim is not None:
-        raise ValueError(
-            f"prior {prior!r} is a mixture of posteriors of images, but with top_dim the prior is "
-            "that of z2, whose posterior takes z1: choose another prior"
-        )
-    if posterior.baseline and top_dim is not None:
-        raise ValueError(
-            f"guide {guide!r} has a baseline for one latent layer: with top_dim choose another"
-        )
+def _joined(join: ConcatVector | None, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what the join returns."""
+    return shape if join is None else join.joined_shape(shape)
+
+
+def _posterior(recipe: Recipe, guide: Posterior) -> Conditional:
+    """`q(z | x, y)`, or `q(z | index)` of a guide that is not amortized."""
+    head: Any = guide.head(recipe.latent_dims[:1])
+    if not guide.amortized:
+        assert recipe.num_data is not None
+        table = nn.Embedding(recipe.num_data, head.param_shape[0])
+        nn.init.zeros_(table.weight)  # every factor starts at N(0, I)
+        without_y = None if _join(recipe, 1) is None else ignore_label
+        return Conditional(table, head, event_dim=0, join=without_y)
+    net = NETS[recipe.net]
+    join = _join(recipe, len(recipe.event_shape), flatten=net.flat)
+    shape = _joined(join, recipe.event_shape)
+    activation = ACTIVATIONS[recipe.own_activation]
+    encoder = net.encoder(shape, head.param_shape, recipe.own_hidden, activation)
+    return Conditional(encoder, head, event_dim=len(shape), join=join)
+
+
+def _likelihood(recipe: Recipe, family: Likelihood, mean_image: Tensor | None) -> Conditional:
+    """`p(x | z, y)`."""
+    head, join = family.head(recipe.event_shape), _join(recipe, 1)
+    shape = _joined(join, recipe.latent_dims[:1])
+    activation = ACTIVATIONS[recipe.own_activation]
+    net = NETS[recipe.net].decoder
+    decoder: Any = net(shape, head.param_shape, recipe.own_hidden, activation)
+    if mean_image is not None:
+        decoder.set_output_bias(head.raw_mean(mean_image))
+    return Conditional(decoder, head, event_dim=1, join=join)
+
+
+def _between(recipe: Recipe, in_dim: int, head: Any) -> Conditional:
+    """A conditional distribution of one latent given another, by a small network."""
+    join = _join(recipe, 1)
+    activation = ACTIVATIONS[recipe.own_activation]
+    net = _mlp(_joined(join, (in_dim,)), head.param_shape, recipe.own_hidden, activation)
+    return Conditional(net, head, event_dim=1, join=join)
+
+
+def _baseline(recipe: Recipe, guide: Posterior) -> nn.Module | None:
+    if not guide.baseline:
+        return None
+    # costs are of the size of an image's log density
+    size = nets.Affine(math.prod(recipe.event_shape), 0)
+    return nn.Sequential(nets.MLP(recipe.event_shape, (1,), (recipe.own_hidden,)), size)

@@ -1,27 +1,23 @@
-"""The command line that the examples share: arguments, and how a run ends."""
+"""The command line that the programs share: their arguments, and how they end."""
 
 import argparse
 import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
-import pyro
-import torch
-from pyro.infer import SVI
-
-from pvae import captured, data, memory, run
-from pvae.builder import ACTIVATIONS, GUIDES, LIKELIHOODS, NETS, OBJECTIVES, PRIORS
+from pvae import data, run
+from pvae.builder import ACTIVATIONS, GUIDES, LIKELIHOODS, NETS, PRIORS
+from pvae.objectives import OBJECTIVES
+from pvae.schedule import Schedule
+from pvae.study import ENGINES, PAYS_BACK
 from pvae.train import TrainingFailed
-from pvae.vae import VAE
 
 # what may be given anew when a run is resumed; all else is part of what the run is
 _RESUMABLE = {"num_epochs", "device", "data_root", "resume", "quiet", "out", "engine"}
-_BINARIZE = {"none": "grey", "threshold": "threshold", "static": "static", "dynamic": "dynamic"}
+_BINARIZE = ["none", "threshold", "static", "dynamic"]
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -30,6 +26,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False:
             return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         # what a help says of None gives way to the default that an example sets
         text, says_default, _ = (action.help or "").partition(" (default: ")
         return (
@@ -53,19 +51,20 @@ def _number(kind: type, low: float, *, strict: bool = False, high: float = math.
     return parse
 
 
-def _choices(group: Any, flag: str, table: Mapping[str, Any], default: str, what: str) -> None:
-    names = [f"{n} ({e.label})" if hasattr(e, "label") else n for n, e in table.items()]
-    help_text = f"{what}: {'; '.join(names)}"
-    group.add_argument(flag, choices=list(table), default=default, metavar="NAME", help=help_text)
+def option(
+    group: Any, flags: str, what: str, kind: Any = None, default: Any = None, metavar: str = ""
+) -> None:
+    """One argument, whose flags are separated by spaces."""
+    group.add_argument(*flags.split(), type=kind, default=default, metavar=metavar, help=what)
 
 
-# what runs a step; a signature that is as rare as the short last batch does not pay for a graph
-ENGINES: Mapping[str, Callable[..., SVI]] = {
-    "eager": SVI,
-    "captured": partial(captured.SVI, after=20),
-    "cuda-graph": partial(captured.SVI, after=20, record=captured.cuda_graph),
-}
-_PAYS_BACK = 3000  # steps; to capture takes 10 to 30 s, and saves a sixth of a step or more
+def choice(group: Any, flag: str, names: Iterable[str], default: str | None, what: str) -> None:
+    """One argument that is one of some names; entries of a table are shown with their labels."""
+    if isinstance(names, Mapping):
+        what += f": {'; '.join(f'{name} ({entry.label})' for name, entry in names.items())}"
+    metavar = "NAME" if isinstance(names, Mapping) else None
+    group.add_argument(flag, choices=list(names), default=default, metavar=metavar, help=what)
+
 
 _DEFAULT_DATA = "MNIST, found or downloaded; offline, scikit-learn's digits"
 NATURAL = _number(int, 1)  # the type of an argument that counts something
@@ -80,33 +79,22 @@ def parser(description: str) -> argparse.ArgumentParser:
     64
     """
     p = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
-    group = _data_arguments(p)
-    group.add_argument(
-        "--binarize",
-        choices=list(_BINARIZE),
-        help="how grey pixels become binary ones (default: dynamic, redrawn for every training "
-        "batch, for a Bernoulli likelihood; else none)",
-    )
-    group.add_argument(
-        "--dequantize", action="store_true", help="add uniform noise of one grey level to pixels"
-    )
-    _pair_arguments(p)
+    g = _data_arguments(p)
+    how = "how grey pixels become binary ones (default: dynamic, redrawn for every training batch, "
+    choice(g, "--binarize", _BINARIZE, None, how + "for a Bernoulli likelihood; else none)")
+    noise = "add uniform noise of one grey level to pixels"
+    g.add_argument("--dequantize", action="store_true", help=noise)
+    _pair_arguments(p.add_argument_group("model and guide"))
     _schedule_arguments(_training_arguments(p))
-    group = _run_arguments(p)
-    group.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
-    group.add_argument(
-        "--engine",
-        choices=["auto", *ENGINES],
-        default="auto",
-        help="how a step runs: eager is stock SVI, captured compiles it once, cuda-graph replays "
-        f"it on a GPU without the host, auto captures a run of at least {_PAYS_BACK:,} steps",
+    g = _run_arguments(p)
+    option(g, "--resume", "go on with the run in this folder", metavar="DIR")
+    how = (
+        "how a step runs: eager is stock SVI, captured compiles it once, cuda-graph replays it on "
+        f"a GPU without the host, auto captures a run of at least {PAYS_BACK:,} steps"
     )
-    group.add_argument(
-        "--precision",
-        choices=["fp32", "tf32", "bf16"],
-        default="fp32",
-        help="of the networks in training: tf32 for matrix products on a GPU, bf16 by autocast",
-    )
+    choice(g, "--engine", ["auto", *ENGINES], "auto", how)
+    how = "of the networks in training: tf32 for matrix products on a GPU, bf16 by autocast"
+    choice(g, "--precision", ["fp32", "tf32", "bf16"], "fp32", how)
     return p
 
 
@@ -131,120 +119,68 @@ def study_parser(
     if training:
         _training_arguments(p)
     _run_arguments(p)
-    p.set_defaults(resume=None)
+    p.set_defaults(resume=None, engine=None, precision="fp32")
     return p
 
 
 def _data_arguments(p: argparse.ArgumentParser, default: str = _DEFAULT_DATA) -> Any:
     g = p.add_argument_group("data")
-    g.add_argument(
-        "--dataset",
-        metavar="NAME|PATH",
-        help=f"{', '.join(data.NAMES)}, a .npz/.npy file or an image folder (default: {default})",
-    )
-    g.add_argument(
-        "--data-root",
-        metavar="DIR",
-        help="where MNIST/raw and its like are looked for, before $PVAE_DATA, ./data and the "
-        "cache folder",
-    )
+    what = f"{', '.join(data.NAMES)}, a .npz/.npy file or an image folder (default: {default})"
+    option(g, "--dataset", what, metavar="NAME|PATH")
+    what = "where MNIST/raw and its like are looked for, before $PVAE_DATA, ./data and the cache"
+    option(g, "--data-root", what, metavar="DIR")
+    what = "seed of splits and fixed binarisations: runs to be compared share it"
+    option(g, "--data-seed", what, COUNT, 0, "S")
     return g
 
 
-def _pair_arguments(p: argparse.ArgumentParser) -> None:
-    g = p.add_argument_group("model and guide")
-    g.add_argument("--latent-dim", type=NATURAL, default=32, metavar="D", help="latent dimension")
-    _choices(g, "--net", NETS, "conv", "networks")
-    g.add_argument("--hidden", type=NATURAL, default=256, metavar="N", help="hidden width")
-    g.add_argument("--activation", choices=list(ACTIVATIONS), default="silu", help="activation")
-    _choices(g, "--likelihood", LIKELIHOODS, "bernoulli", "p(x|z)")
+def _pair_arguments(g: Any) -> None:
+    what = "dimension of z; two of them make two layers, z2 -> z1 -> x, the first that of z1"
+    flags = ("--latent-dims", "--latent-dim")
+    g.add_argument(*flags, type=NATURAL, nargs="+", default=[32], metavar="D", help=what)
+    choice(g, "--net", NETS, "conv", "networks")
+    option(g, "--hidden", "hidden width (default: the net's own)", NATURAL, metavar="N")
+    choice(g, "--activation", list(ACTIVATIONS), None, "activation (default: the net's own)")
+    choice(g, "--likelihood", LIKELIHOODS, "bernoulli", "p(x|z)")
     # a factor for each datum has none for validation images: examples/amortization.py trains them
     amortized = {name: guide for name, guide in GUIDES.items() if guide.amortized}
-    _choices(g, "--guide", amortized, "normal", "q(z|x)")
-    _choices(g, "--prior", PRIORS, "standard_normal", "p(z)")
-    g.add_argument(
-        "--components",
-        type=NATURAL,
-        default=50,
-        metavar="K",
-        help="components of the priors mixture and vamp",
-    )
-    g.add_argument(
-        "--top-dim",
-        type=NATURAL,
-        metavar="D",
-        help="dimension of a second latent layer z2 above: z2 -> z1 -> x (default: one layer)",
-    )
-    g.add_argument(
-        "--conditional", action="store_true", help="give labels y to the pair: p(x|z, y), q(z|x, y)"
-    )
+    choice(g, "--guide", amortized, "normal", "q(z|x)")
+    choice(g, "--prior", PRIORS, "standard_normal", "p(z)")
+    what = "components of the priors mixture and vamp (default: 50)"
+    option(g, "--components", what, NATURAL, metavar="K")
+    what = "give labels y to the pair: p(x|z, y), q(z|x, y)"
+    g.add_argument("--conditional", action="store_true", help=what)
 
 
 def _training_arguments(p: argparse.ArgumentParser) -> Any:
     g = p.add_argument_group("training")
-    g.add_argument(
-        "-n",
-        "--num-epochs",
-        type=NATURAL,
-        metavar="N",
-        help="epochs (default: 10, and at least 2,000 steps)",
-    )
-    g.add_argument("-b", "--batch-size", type=NATURAL, default=128, metavar="B", help="batch size")
-    g.add_argument(
-        "-lr", "--learning-rate", type=_POSITIVE, default=4e-3, metavar="LR", help="Adam's rate"
-    )
+    what = "epochs (default: 10, and at least 1,000 steps)"
+    option(g, "-n --num-epochs", what, NATURAL, metavar="N")
+    option(g, "-b --batch-size", "batch size", NATURAL, 128, "B")
+    option(g, "-lr --learning-rate", "Adam's rate", _POSITIVE, 4e-3, "LR")
     return g
 
 
 def _schedule_arguments(g: Any) -> None:
-    g.add_argument(
-        "--lr-warmup",
-        type=_FRACTION,
-        default=0.05,
-        metavar="F",
-        help="fraction of training in which the learning rate rises",
-    )
-    g.add_argument(
-        "--schedule",
-        choices=["cosine", "constant"],
-        default="cosine",
-        help="learning rate after it",
-    )
-    _choices(g, "--objective", OBJECTIVES, "trace_elbo", "what SVI optimizes")
-    g.add_argument(
-        "--num-particles", type=NATURAL, default=1, metavar="K", help="draws of z for each image"
-    )
-    g.add_argument(
-        "--beta",
-        type=_number(float, 0),
-        default=1.0,
-        help="weight of the KL; numbers are always reported at 1",
-    )
-    g.add_argument(
-        "--kl-warmup",
-        type=_FRACTION,
-        default=0.05,
-        metavar="F",
-        help="fraction of training in which beta rises from 0",
-    )
-    g.add_argument(
-        "--kl-cycles",
-        type=NATURAL,
-        default=1,
-        metavar="N",
-        help="how often it does so, each time in its share of training",
-    )
+    what = "fraction of training in which the learning rate rises"
+    option(g, "--lr-warmup", what, _FRACTION, 0.05, "F")
+    choice(g, "--schedule", ["cosine", "constant"], "cosine", "learning rate after it")
+    choice(g, "--objective", OBJECTIVES, "trace_elbo", "what SVI optimizes")
+    option(g, "--num-particles", "draws of z for each image", NATURAL, 1, "K")
+    what = "weight of the KL; numbers are always reported at 1"
+    option(g, "--beta", what, _number(float, 0), 1.0, "BETA")
+    what = "fraction of training in which beta rises from 0"
+    option(g, "--kl-warmup", what, _FRACTION, 0.05, "F")
+    what = "how often it does so, each time in its share of training"
+    option(g, "--kl-cycles", what, NATURAL, 1, "N")
 
 
 def _run_arguments(p: argparse.ArgumentParser) -> Any:
     g = p.add_argument_group("run")
-    g.add_argument("--seed", type=COUNT, default=0, help="seed of everything random")
-    g.add_argument(
-        "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="device"
-    )
-    g.add_argument(
-        "--out", metavar="DIR", help="folder of the run, new or empty (default: runs/ and a name)"
-    )
+    option(g, "--seed", "seed of networks, batches and noise", COUNT, 0, "S")
+    choice(g, "--device", ["auto", "cpu", "cuda", "mps"], "auto", "device")
+    what = "folder of the run, new or empty (default: runs/ and a name)"
+    option(g, "--out", what, metavar="DIR")
     g.add_argument("--quiet", action="store_true", help="no progress, only the results")
     return g
 
@@ -254,12 +190,18 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 
     `args.out` is then the run's folder, and `args.observe` one of `pvae.data.OBSERVATIONS`.
     """
+    known = vars(parser.parse_args([]))
     args = parser.parse_args(argv)
     if args.resume is not None:
         try:
             saved = run.read_config(args.resume)["arguments"]
         except ValueError as error:
             parser.error(str(error))
+        if unknown := [name for name in saved if name not in known]:
+            parser.error(
+                f"--resume {args.resume}: that run was made by another version of pvae (it has "
+                f"{', '.join(unknown)}); it can be evaluated, not resumed"
+            )
         # what is not on the command line keeps the value that the namespace already has
         args = parser.parse_args(argv, argparse.Namespace(**saved))
         _refuse_changes(parser, args, saved)
@@ -287,52 +229,39 @@ def _refuse_changes(
 
 
 def _observation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
-    family = LIKELIHOODS[args.likelihood]
-    binary = family.binary
-    if args.dequantize:
-        if family.data != "grey" or args.binarize not in (None, "none"):
-            parser.error(
-                "--dequantize is for likelihoods of any grey value: not with --binarize, binary "
-                "likelihoods or those of 256 levels"
-            )
-        return "dequantized"
-    if binary and args.binarize == "none":
+    """The name of what the pair is shown of the data, by the likelihood and the arguments."""
+    kind = LIKELIHOODS[args.likelihood].data
+    if args.dequantize and args.binarize not in (None, "none"):
+        parser.error(f"--dequantize and --binarize {args.binarize} exclude each other: give one")
+    named = {"none": "grey", None: data.usual_observation(kind)}
+    how = "dequantized" if args.dequantize else named.get(args.binarize, args.binarize)
+    if kind not in data.OBSERVATIONS[how].suits:
         parser.error(
-            f"--likelihood {args.likelihood} is for binary pixels, so --binarize none would leave "
-            "its support: use --likelihood continuous_bernoulli, or grey_bernoulli (the "
-            "cross-entropy, not a likelihood)"
+            f"--likelihood {args.likelihood} must have {kind} pixels, not "
+            f"{data.OBSERVATIONS[how].label} ones"
+            + (
+                ": for grey ones use --likelihood continuous_bernoulli, or grey_bernoulli (the "
+                "cross-entropy, not a likelihood)"
+                if kind == "binary"
+                else ""
+            )
         )
-    return _BINARIZE[args.binarize or ("dynamic" if binary else "none")]
+    return how
 
 
-def device(name: str) -> torch.device:
-    """The device of a name; `auto` is the first there is of cuda, mps, cpu.
+def schedule(args: argparse.Namespace) -> Schedule:
+    """What the training arguments of a `parser` say of the schedule.
 
-    Raises:
-        ValueError: the device is not there.
-
-    >>> device("cpu")
-    device(type='cpu')
+    >>> schedule(parser("").parse_args(["--beta", "4"])).beta
+    4.0
     """
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(n for n, is_there in there.items() if is_there)
-    if not there[name]:
-        raise ValueError(
-            f"--device {name} is not available here; there is "
-            f"{', '.join(n for n, is_there in there.items() if is_there)}"
-        )
-    return torch.device(name)
-
-
-def num_epochs(args: argparse.Namespace, images: int) -> int:
-    """`-n`, or 10 epochs, or as many as make 2,000 steps where the data set is small."""
-    steps_per_epoch = math.ceil(images / args.batch_size)
-    return args.num_epochs or max(10, math.ceil(2000 / steps_per_epoch))
+    return Schedule(
+        beta=args.beta,
+        kl_warmup=args.kl_warmup,
+        kl_cycles=args.kl_cycles,
+        lr_warmup=args.lr_warmup,
+        cosine=args.schedule == "cosine",
+    )
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -355,117 +284,3 @@ def run_main(main: Callable[[], None]) -> None:
 
 def _interrupt(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
-
-
-def engine(args: argparse.Namespace, images: int, device: torch.device) -> str:
-    """`--engine`, or for `auto` captured where the run is long enough to pay for it; says which.
-
-    Raises:
-        ValueError: a CUDA graph is asked for on another device.
-
-    >>> args, cpu = parser("").parse_args(["--quiet", "-n", "10"]), torch.device("cpu")
-    >>> engine(args, 50_000, cpu), engine(args, 1_000, cpu)
-    ('captured', 'eager')
-    """
-    if args.engine == "cuda-graph" and device.type != "cuda":
-        raise ValueError(f"--engine cuda-graph needs the device cuda; it is {device.type}")
-    steps = args.num_epochs * math.ceil(images / args.batch_size)
-    chosen = args.engine
-    if chosen == "auto":
-        chosen = "captured" if steps >= _PAYS_BACK else "eager"
-    if not args.quiet:
-        why = f", for a run of {steps:,} steps" if args.engine == "auto" else ""
-        wait = "; the first epoch waits for the compiler" if chosen == "captured" else ""
-        print(f"engine: {chosen}{why}{wait}")
-    return chosen
-
-
-def spread(epochs: int, count: int) -> set[int]:
-    """About `count` epochs spread over all, the first and the last among them.
-
-    >>> sorted(spread(100, 4))
-    [1, 34, 67, 100]
-    """
-    if count >= epochs:
-        return set(range(1, epochs + 1))
-    return {1 + round(i * (epochs - 1) / (count - 1)) for i in range(count)}
-
-
-def keep_config(folder: Path, args: argparse.Namespace, dataset: data.Dataset) -> None:
-    """Writes `config.json`, or on `--resume` checks that the data is still the same.
-
-    Raises:
-        ValueError: the run was started on other data.
-    """
-    if args.resume is not None:
-        before = run.read_config(folder)["dataset"]
-        if before["sha256"] != dataset.sha256:
-            raise ValueError(
-                f"the run in {folder} was started on {before['name']} (SHA-256 "
-                f"{before['sha256'][:12]}...), but the data found now is {dataset.name} "
-                f"({dataset.sha256[:12]}...): name the same data by --dataset and --data-root"
-            )
-    config = {
-        "arguments": {name: value for name, value in vars(args).items() if name != "observe"},
-        "dataset": {"name": dataset.name, "sha256": dataset.sha256, "observed": args.observe},
-        "seed": args.seed,
-        "versions": run.versions(),
-    }
-    run.write_json(folder / "config.json", config)
-
-
-def announce(
-    args: argparse.Namespace,
-    dataset: data.Dataset,
-    vae: VAE,
-    device: torch.device,
-    folder: Path,
-    kept_memory: bool,
-) -> None:
-    """Says in a few lines what will run, on what data, and where it is kept."""
-    if dataset.note:
-        print(dataset.note)
-    if args.quiet:
-        return
-    sizes = "/".join(
-        f"{len(s.images):,}" for s in (dataset.train, dataset.validation, dataset.test)
-    )
-    print(f"data: {dataset.name}, {sizes} images of {dataset.image_shape}, {args.observe}")
-    parameters = sum(p.numel() for p in vae.parameters())
-    layers = f"{args.latent_dim}" + ("" if args.top_dim is None else f"- and {args.top_dim}")
-    print(
-        f"pair: {args.net} net, {layers}-D latent, {args.likelihood} likelihood, "
-        f"{args.guide} guide, {args.prior} prior; {parameters:,} parameters"
-    )
-    allocator = "; the C allocator keeps freed memory" if kept_memory else ""
-    print(f"run: {args.objective} by SVI on {device}{allocator}; kept in {folder}/")
-
-
-class Study(NamedTuple):
-    """What a short study starts from."""
-
-    folder: Path
-    device: torch.device
-    dataset: data.Dataset
-    observed: data.Observed
-
-
-def start_study(args: argparse.Namespace, name: str, observe: str) -> Study:
-    """Seeds, makes the run's folder with its `config.json`, loads the data and says so.
-
-    `observe` is one of `pvae.data.OBSERVATIONS`; `args` come from a `study_parser`.
-    """
-    pyro.set_rng_seed(args.seed)
-    chosen = device(args.device)
-    dataset = data.load(args.dataset, args.data_root, seed=args.seed)
-    folder = run.new_folder(args.out, name)
-    if hasattr(args, "num_epochs"):  # a study that trains
-        args.num_epochs = num_epochs(args, len(dataset.train.images))
-    args.observe = observe
-    keep_config(folder, args, dataset)
-    memory.keep_freed_memory()
-    if dataset.note:
-        print(dataset.note)
-    if not args.quiet:
-        print(f"data: {dataset.name}, {len(dataset.train.images):,} training images, {observe}")
-    return Study(folder, chosen, dataset, data.observe(dataset, observe, args.seed).to(chosen))

@@ -131,7 +131,8 @@ def grey_categorical(x: Tensor, logits: Tensor) -> Tensor:
     tensor([-5.5452])
     """
     dim = -x.dim()
-    index = (x * 255).round().long().unsqueeze(dim)
+    index = (x * 255).round().long().unsqueeze(dim)  # (B, 1, *event)
+    index = index.expand(*logits.shape[: logits.dim() - index.dim()], *index.shape)
     return _sum_event(logits.log_softmax(dim).take_along_dim(index, dim).squeeze(dim), x)
 
 
@@ -161,58 +162,6 @@ def kl_normal_sampled(z: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
     """
     standardized = (z - loc) * (-log_scale).exp()
     return ((z**2 - standardized**2) / 2 - log_scale).sum(-1)
-
-
-def mse_and_kl(x: Tensor, mean: Tensor, kl: Tensor, weight: float) -> Tensor:
-    r"""The usual loss of VAEs in code, `mse + w KL`, for each image: a tempered Gaussian ELBO.
-
-    Its mean over a batch is `mse_loss(mean, x) + w kl.mean()`, the squared error averaged over
-    batch *and* elements. With `D = C H W` elements, `sq` the squared error summed over an image
-    and any fixed scale `s` of `p(x|z) = N(mean, s^2)`,
-
-        -ELBO_beta = sq / (2 s^2) + beta KL + D log(s sqrt(2 pi))      nats per image
-                   = D / (2 s^2) (sq / D + (2 s^2 beta / D) KL) + constant,
-
-    and the bracket is `mse + w KL` where `beta = w D / (2 s^2)` (`mse_beta`). So the loss says
-    nothing of `s`: it is the ELBO itself, beta = 1, at `s^2 = w D / 2` (`mse_scale`), and a
-    beta-VAE at every other scale. Where images are mapped to `a x + b` first, `s` is a scale of
-    the mapped ones, and the log density of `x` is `D log |a|` higher than theirs.
-    Source: the "vanilla VAE" of github.com/AntixK/PyTorch-VAE (2020), with w = batch size / images
-    in the data set; of the scale: Simple and Effective VAE Training with Calibrated Decoders
-    (2020), arXiv:2006.13202.
-
-    Args:
-        x, mean: images `(B, C, H, W)`, and the decoder's `(*, B, C, H, W)`.
-        kl: `KL(q(z|x) || p(z))` of each image, `(B,)`, nats.
-        weight: `w`.
-
-    >>> mse_and_kl(torch.zeros(2, 1, 1, 2), torch.ones(2, 1, 1, 2), torch.tensor([4.0, 6.0]), 0.1)
-    tensor([1.4000, 1.6000])
-    """
-    return _sum_event((mean - x) ** 2, x) / x[0].numel() + weight * kl
-
-
-def mse_beta(weight: float, elements: int, scale: float) -> float:
-    """`beta = w D / (2 s^2)` at which the Gaussian ELBO of scale `s` is `mse_and_kl`.
-
-    >>> mse_beta(0.1, 80, scale=1.0)
-    4.0
-    """
-    return weight * elements / (2 * scale**2)
-
-
-def mse_scale(weight: float, elements: int) -> float:
-    """`s = sqrt(w D / 2)`, at which `mse_and_kl` is the Gaussian ELBO with beta = 1.
-
-    Raises:
-        ValueError: `weight` is not above 0: without a KL there is no such scale.
-
-    >>> mse_scale(0.1, 80)
-    2.0
-    """
-    if not weight > 0:
-        raise ValueError(f"weight must be above 0, not {weight}")
-    return math.sqrt(weight * elements / 2)
 
 
 def loc_log_variance(h: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,7 @@
-"""The memory of the process: whether the C allocator keeps what is freed, and the peak so far."""
+"""The memory of the process: whether the C allocator keeps what is freed."""
 
 import ctypes
 import sys
-from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 _MOST = 2**31 - 1  # bytes; mallopt takes an int, so a block of 2 GiB still goes back
@@ -24,19 +23,3 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, _MOST) and mallopt(_M_TRIM_THRESHOLD, _MOST))
-
-
-def peak() -> float:
-    """The most memory that the process has had in use, in MiB (a GPU's not counted).
-
-    >>> peak() > 10
-    True
-    """
-    if sys.platform.startswith("linux"):
-        # not getrusage's: that of a child process starts at its parent's
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
-    import resource  # where there is one
-
-    in_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return in_bytes / 2**20

@@ -8,16 +8,19 @@ free bits; and the MMD in the KL's place. Each objective is a `pyro.infer.ELBO`:
 
 import math
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
-from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from pyro.util import warn_if_nan
 from torch import Tensor
+from torch.distributions import Independent
+
+from pvae.kinds import Distribution, Fn, Message, Trace
 
 
 class temper(Messenger):
@@ -40,9 +43,9 @@ class temper(Messenger):
         super().__init__()
         if not 0 <= beta < float("inf"):
             raise ValueError(f"beta must be a finite number of at least 0, not {beta}")
-        self.beta = beta
+        self.beta = float(beta)  # captured.SVI takes a float as an input, but freezes an int
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if not msg["is_observed"]:
             msg["scale"] = msg["scale"] * self.beta
 
@@ -105,16 +108,20 @@ def mmd(a: Tensor, b: Tensor, kernel: Callable[[Tensor], Tensor]) -> Tensor:
     return within(a) + within(b) - 2 * similarity(a, b).mean()
 
 
+# Particles are one more leading dimension. max_plate_nesting is given, because an objective that
+# has to guess it spends random numbers on its first call
+_VECTORIZED: dict[str, Any] = {"vectorize_particles": True, "max_plate_nesting": 1}
+
+
 # ---- what the objectives below read from Pyro's traces ----
 
-Program = Callable[..., Any]
 
-
-def _latents(trace: Any) -> list[str]:
+def latent_names(trace: Trace) -> list[str]:
+    """The unobserved sample sites; a plate is a site too, but no latent."""
     return [n for n in trace.stochastic_nodes if not site_is_subsample(trace.nodes[n])]
 
 
-def _log_density(trace: Any) -> Tensor:
+def _log_density(trace: Trace) -> Tensor:
     """The log density of all sample sites for each particle and image, `(P, B)` or `(B,)`.
 
     Raises:
@@ -138,7 +145,7 @@ def _log_density(trace: Any) -> Tensor:
     return total
 
 
-def kl_by_unit(q: Any, p: Any) -> Tensor | None:
+def kl_by_unit(q: Distribution, p: Distribution) -> Tensor | None:
     """The analytic KL of each latent unit, `(*, D)`, where both factorize over units and torch has
     the formula; else None.
 
@@ -148,10 +155,10 @@ def kl_by_unit(q: Any, p: Any) -> Tensor | None:
     ... )
     tensor([0.5000, 0.5000])
     """
-    if not all(getattr(d, "reinterpreted_batch_ndims", 0) == 1 for d in (q, p)):
+    if not all(isinstance(d, Independent) and d.reinterpreted_batch_ndims == 1 for d in (q, p)):
         return None
     try:
-        return torch.distributions.kl_divergence(q.base_dist, p.base_dist)
+        return torch.distributions.kl_divergence(q.base_dist, p.base_dist)  # type: ignore[attr-defined]
     except NotImplementedError:
         return None
 
@@ -171,14 +178,14 @@ class MeanField(TraceMeanField_ELBO):
     1
     """
 
-    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
+    def _get_trace(self, model: Fn, guide: Fn, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
         with warnings.catch_warnings():
             # Pyro's own word on it, which comes with validation only
             warnings.filterwarnings("ignore", message="Failed to verify mean field restriction")
             model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
         _require_reparameterized(guide_trace, "TraceMeanField_ELBO")
-        in_guide = _latents(guide_trace)
-        in_model = [name for name in _latents(model_trace) if name in in_guide]
+        in_guide = latent_names(guide_trace)
+        in_model = [name for name in latent_names(model_trace) if name in in_guide]
         if in_model != in_guide:
             raise ValueError(
                 "TraceMeanField_ELBO would be wrong here: the model draws its latents in the order "
@@ -189,20 +196,26 @@ class MeanField(TraceMeanField_ELBO):
 
 
 class _Differentiable(Trace_ELBO):
-    """An objective that is its `differentiable_loss`: the other methods follow from it."""
+    """An objective that is its `differentiable_loss`: the other methods follow from it.
 
-    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+    Its particles are vectorized: one more leading dimension outside the data plate, the only one.
+    """
+
+    def __init__(self, num_particles: int = 1) -> None:
+        super().__init__(num_particles, **_VECTORIZED)
+
+    def loss(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> float:
         with torch.no_grad():
             return self.differentiable_loss(model, guide, *args, **kwargs).item()
 
-    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+    def loss_and_grads(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> float:
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         loss.backward()
         return loss.item()
 
 
-def _require_reparameterized(trace: Any, what: str) -> None:
-    for name in _latents(trace):
+def _require_reparameterized(trace: Trace, what: str) -> None:
+    for name in latent_names(trace):
         if not trace.nodes[name]["fn"].has_rsample:
             raise ValueError(
                 f"{what} needs reparameterized draws, but the guide's site {name!r} has none "
@@ -230,14 +243,12 @@ class Renyi(RenyiELBO):
     True
     """
 
-    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
+    def _get_trace(self, model: Fn, guide: Fn, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
         model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
         _require_reparameterized(guide_trace, "this objective")
         return model_trace, guide_trace
 
-    def differentiable_loss(
-        self, model: Program, guide: Program, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def differentiable_loss(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> Tensor:
         particles = []
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
             particles.append(_log_density(model_trace) - _log_density(guide_trace))
@@ -252,7 +263,7 @@ def _log_mean_exp(v: Tensor) -> Tensor:
     return v.logsumexp(0) - math.log(len(v))
 
 
-def _without_side_effects(program: Program) -> Program:
+def _without_side_effects(program: Fn) -> Fn:
     """The program on copies of its buffers: a second run in one step must not move BatchNorm's
     statistics a second time."""
     if not isinstance(program, torch.nn.Module):
@@ -272,8 +283,6 @@ class DReG(Renyi):
 
     Args:
         num_particles: `K`; with 1 it is "sticking the landing" (arXiv:1703.09194).
-        max_plate_nesting, vectorize_particles: as of Pyro's ELBOs; the particles are always
-            vectorized.
 
     Raises:
         ValueError: as of `Renyi`.
@@ -284,31 +293,18 @@ class DReG(Renyi):
     True
     """
 
-    def __init__(
-        self,
-        num_particles: int = 1,
-        *,
-        max_plate_nesting: int = 1,
-        vectorize_particles: bool = True,
-    ) -> None:
-        super().__init__(
-            0,
-            num_particles,
-            max_plate_nesting=max_plate_nesting,
-            vectorize_particles=vectorize_particles,
-        )
+    def __init__(self, num_particles: int = 1) -> None:
+        super().__init__(0, num_particles, **_VECTORIZED)
 
-    def differentiable_loss(
-        self, model: Program, guide: Program, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def differentiable_loss(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> Tensor:
         again = _without_side_effects(guide)
         model, guide, again = map(self._vectorized_num_particles, (model, guide, again))
-        drawn: Any = poutine.trace(guide).get_trace(*args, **kwargs)
+        drawn: Trace = poutine.trace(guide).get_trace(*args, **kwargs)
         _require_reparameterized(drawn, "the doubly-reparameterized gradient")
         # the draws once more as leaves: what is differentiated by z goes no further, so that
         # neither the guide's parameters in log q nor one layer's draw through another's are counted
         leaves = drawn.copy()
-        names = _latents(drawn)
+        names = latent_names(drawn)
         for name in names:
             z = drawn.nodes[name]["value"].detach().requires_grad_()
             leaves.nodes[name] = {**drawn.nodes[name], "value": z}
@@ -329,12 +325,14 @@ class DReG(Renyi):
             surrogate = surrogate + (weight * gradient * z).sum()
         return -(bound + surrogate - surrogate.detach())
 
-    def _replayed(self, program: Program, trace: Any, args: Any, kwargs: Any) -> Tensor:
-        again: Any = poutine.trace(poutine.replay(program, trace=trace)).get_trace(*args, **kwargs)
+    def _replayed(self, program: Fn, trace: Trace, args: Any, kwargs: Any) -> Tensor:
+        again: Trace = poutine.trace(poutine.replay(program, trace=trace)).get_trace(
+            *args, **kwargs
+        )
         again.compute_log_prob()
         return _log_density(again)
 
-    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+    def loss_and_grads(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> float:
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         loss.backward()
         return loss.item()
@@ -351,7 +349,7 @@ class FreeBits(_Differentiable):
 
     Args:
         nats: the floor of each unit.
-        num_particles, max_plate_nesting, vectorize_particles: as of Pyro's ELBOs.
+        num_particles: draws of each posterior.
 
     Raises:
         ValueError: `nats` is negative; several latents, or one whose posterior and prior do not
@@ -363,61 +361,39 @@ class FreeBits(_Differentiable):
     True
     """
 
-    def __init__(
-        self,
-        nats: float,
-        num_particles: int = 1,
-        *,
-        max_plate_nesting: int = 1,
-        vectorize_particles: bool = True,
-    ) -> None:
+    def __init__(self, nats: float, num_particles: int = 1) -> None:
         if not nats >= 0:
             raise ValueError(f"nats must be at least 0, not {nats}")
-        super().__init__(
-            num_particles,
-            max_plate_nesting=max_plate_nesting,
-            vectorize_particles=vectorize_particles,
-        )
+        super().__init__(num_particles)
         self.nats = nats
 
-    def differentiable_loss(
-        self, model: Program, guide: Program, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        loss: Any = 0.0
-        traces = list(self._get_traces(model, guide, args, kwargs))
-        for model_trace, guide_trace in traces:
-            _require_reparameterized(guide_trace, "free bits")
-            q, p = _the_latent(model_trace, guide_trace, "free bits")
-            units = kl_by_unit(q["fn"], p["fn"])
-            if units is None:
-                raise ValueError(
-                    "free bits needs a posterior and a prior that factorize over the latent's "
-                    f"units, with an analytic KL, not {type(q['fn']).__name__} and "
-                    f"{type(p['fn']).__name__}"
-                )
-            batch = units.shape[-2]
-            kl = units.flatten(0, -2).mean(0).clamp(min=self.nats).sum()
-            reconstruction = _observed(model_trace) / _repeats(self)
-            loss = loss + (q["scale"] * batch * kl - reconstruction) / len(traces)
+    def differentiable_loss(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> Tensor:
+        ((model_trace, guide_trace),) = self._get_traces(model, guide, args, kwargs)
+        _require_reparameterized(guide_trace, "free bits")
+        q, p = _the_latent(model_trace, guide_trace, "free bits")
+        units = kl_by_unit(q["fn"], p["fn"])
+        if units is None:
+            raise ValueError(
+                "free bits needs a posterior and a prior that factorize over the latent's units, "
+                f"with an analytic KL, not {type(q['fn']).__name__} and {type(p['fn']).__name__}"
+            )
+        kl = units.flatten(0, -2).mean(0).clamp(min=self.nats).sum()
+        reconstruction = _observed(model_trace) / self.num_particles
+        loss = q["scale"] * units.shape[-2] * kl - reconstruction
         warn_if_nan(loss, "loss")
         return loss
 
 
-def _the_latent(model_trace: Any, guide_trace: Any, what: str) -> tuple[Any, Any]:
+def _the_latent(model_trace: Trace, guide_trace: Trace, what: str) -> tuple[Any, Any]:
     """The sites of the one latent in guide and model."""
-    names = _latents(guide_trace)
+    names = latent_names(guide_trace)
     if len(names) != 1:
         raise ValueError(f"{what} is for one latent site, not for {', '.join(names)}")
     return guide_trace.nodes[names[0]], model_trace.nodes[names[0]]
 
 
-def _observed(trace: Any) -> Tensor:
+def _observed(trace: Trace) -> Tensor:
     return sum(trace.nodes[name]["log_prob_sum"] for name in trace.observation_nodes)
-
-
-def _repeats(elbo: Any) -> int:
-    """Particles within one trace."""
-    return elbo.num_particles if elbo.vectorize_particles else 1
 
 
 class InfoVAE(_Differentiable):
@@ -433,7 +409,6 @@ class InfoVAE(_Differentiable):
     Args:
         num_particles: draws of each posterior.
         mmd_weight, kl_weight: weights of the two, for each image.
-        max_plate_nesting, vectorize_particles: as of Pyro's ELBOs.
 
     Raises:
         ValueError: a negative weight, several latents, or draws that are not reparameterized.
@@ -445,41 +420,73 @@ class InfoVAE(_Differentiable):
     """
 
     def __init__(
-        self,
-        num_particles: int = 1,
-        *,
-        mmd_weight: float = 100.0,
-        kl_weight: float = 0.1,
-        max_plate_nesting: int = 1,
-        vectorize_particles: bool = True,
+        self, num_particles: int = 1, *, mmd_weight: float = 100.0, kl_weight: float = 0.1
     ) -> None:
         for name, weight in (("mmd_weight", mmd_weight), ("kl_weight", kl_weight)):
             if not weight >= 0:
                 raise ValueError(f"{name} must be at least 0, not {weight}")
-        super().__init__(
-            num_particles,
-            max_plate_nesting=max_plate_nesting,
-            vectorize_particles=vectorize_particles,
-        )
+        super().__init__(num_particles)
         self.mmd_weight, self.kl_weight = mmd_weight, kl_weight
 
-    def differentiable_loss(
-        self, model: Program, guide: Program, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        loss: Any = 0.0
-        traces = list(self._get_traces(model, guide, args, kwargs))
-        for model_trace, guide_trace in traces:
-            _require_reparameterized(guide_trace, "InfoVAE")
-            q, p = _the_latent(model_trace, guide_trace, "InfoVAE")
-            repeats, batch = _repeats(self), q["value"].shape[-2]
-            kl = (q["log_prob_sum"] - p["log_prob_sum"]) / repeats
-            reconstruction = _observed(model_trace) / repeats
-            a = q["value"].flatten(0, -2)  # (K B, D), draws of the aggregate posterior
-            distance = a.new_zeros(())
-            if len(a) > 1:  # of a single draw there is no estimate
-                b = p["fn"].sample().flatten(0, -2)
-                distance = mmd(a, b, inverse_multiquadric(math.sqrt(2 * a.shape[1])))
-            regularizer = self.kl_weight * kl + self.mmd_weight * batch * q["scale"] * distance
-            loss = loss + (regularizer - reconstruction) / len(traces)
+    def differentiable_loss(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> Tensor:
+        ((model_trace, guide_trace),) = self._get_traces(model, guide, args, kwargs)
+        _require_reparameterized(guide_trace, "InfoVAE")
+        q, p = _the_latent(model_trace, guide_trace, "InfoVAE")
+        kl = (q["log_prob_sum"] - p["log_prob_sum"]) / self.num_particles
+        reconstruction = _observed(model_trace) / self.num_particles
+        a = q["value"].flatten(0, -2)  # (K B, D), draws of the aggregate posterior
+        distance = a.new_zeros(())
+        if len(a) > 1:  # of a single draw there is no estimate
+            b = p["fn"].sample().flatten(0, -2)
+            distance = mmd(a, b, inverse_multiquadric(math.sqrt(2 * a.shape[1])))
+        batch = q["value"].shape[-2]
+        regularizer = self.kl_weight * kl + self.mmd_weight * batch * q["scale"] * distance
+        loss = regularizer - reconstruction
         warn_if_nan(loss, "loss")
         return loss
+
+
+# ---- by name ----
+
+
+class Objective(NamedTuple):
+    """A named objective: `elbo(num_particles)` makes it."""
+
+    elbo: Callable[[int], ELBO]
+    label: str
+    min_particles: int = 1
+
+
+OBJECTIVES: Mapping[str, Objective] = {
+    "trace_elbo": Objective(
+        lambda particles: Trace_ELBO(particles, **_VECTORIZED), "the ELBO, its KL sampled"
+    ),
+    "trace_mean_field_elbo": Objective(
+        lambda particles: MeanField(particles, **_VECTORIZED),
+        "the ELBO, its KL analytic where it exists",
+    ),
+    "trace_graph_elbo": Objective(
+        # its baselines are for one particle at a time
+        lambda particles: TraceGraph_ELBO(particles, max_plate_nesting=1),
+        "the ELBO, score-function gradients with baselines",
+    ),
+    "iwae": Objective(
+        lambda particles: Renyi(0, particles, **_VECTORIZED),
+        "the importance-weighted bound over the particles",
+        min_particles=2,
+    ),
+    "dreg": Objective(DReG, "the same with doubly reparameterized gradients", min_particles=2),
+    "renyi": Objective(
+        lambda particles: Renyi(0.5, particles, **_VECTORIZED),
+        "the Renyi bound of order 1/2 over the particles",
+        min_particles=2,
+    ),
+    "free_bits": Objective(
+        lambda particles: FreeBits(0.1, particles),
+        "the ELBO, each unit's KL counted from 0.1 nats up",
+    ),
+    "info_vae": Objective(
+        InfoVAE,
+        "reconstruction, a tenth of the KL, and the MMD of the aggregate posterior to the prior",
+    ),
+}

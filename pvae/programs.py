@@ -8,7 +8,7 @@ the plate is `data`.
 import contextlib
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import pyro
@@ -17,7 +17,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-Latents = Mapping[str, Tensor]  # draws by the name of their site
+from pvae.kinds import Distribution, Fn, Latents
 
 _MEAN_DRAWS = 100  # for a posterior whose mean has no formula
 
@@ -49,7 +49,7 @@ def _leave_store(prefix: str) -> None:
 
 
 @contextlib.contextmanager
-def evaluating(*programs: Callable[..., Any]) -> Iterator[None]:
+def evaluating(*programs: Fn) -> Iterator[None]:
     """Modules among `programs` are in eval mode inside, without gradients, and as before after.
 
     >>> net = nn.Dropout()
@@ -71,7 +71,7 @@ def evaluating(*programs: Callable[..., Any]) -> Iterator[None]:
             module.training = was
 
 
-def mean_of(p: Any) -> Tensor:
+def mean_of(p: Distribution) -> Tensor:
     """The mean of a distribution; of a flow, which has no formula for it, that of 100 draws.
 
     The global random state is left as it was.
@@ -134,8 +134,9 @@ class Program(nn.Module):
         pyro.module(self._unique_name, self)
 
 
-def _labels(y: Tensor | None) -> tuple[Tensor, ...]:
-    """Labels as trailing arguments: none where there are none, so `nn.Sequential` is welcome."""
+def optional(y: Tensor | None) -> tuple[Tensor, ...]:
+    """`y` as the last argument of a call, or no argument where it is None: so a module that takes
+    no `y`, such as an `nn.Sequential`, can be called too."""
     return () if y is None else (y,)
 
 
@@ -168,7 +169,7 @@ def _observe(p: Any, x: Tensor | None) -> Tensor:
     return pyro.sample("x", p, obs=x)
 
 
-def _given(x: Tensor | None, index: Tensor | None) -> Tensor:
+def _datum(x: Tensor | None, index: Tensor | None) -> Tensor:
     """What a posterior is conditional on: the images, or the data's index where one is given."""
     if index is not None:
         return index
@@ -178,7 +179,32 @@ def _given(x: Tensor | None, index: Tensor | None) -> Tensor:
     return x
 
 
-class Model(Program):
+class _Generative(Program):
+    """A model: latents, then `p(x | z, y)`; a subclass draws the latents."""
+
+    likelihood: nn.Module
+
+    def draw(self, y: Tensor | None) -> Tensor:
+        """Samples all latents; returns the one that the likelihood takes."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor | None = None,
+        y: Tensor | None = None,
+        *,
+        index: Tensor | None = None,
+        size: int = 1,
+    ) -> Tensor:
+        """Samples the latents and `x` (or scores the given `x`); returns `x`. `index` is the
+        guide's."""
+        self.register()
+        with pyro.plate("data", _batch_size(x, y, size)):
+            z = self.draw(y)
+            return _observe(self.likelihood(z, *optional(y)), x)
+
+
+class Model(_Generative):
     r"""The generative program `p(z | y) p(x | z, y)`.
 
     Args:
@@ -201,19 +227,8 @@ class Model(Program):
         self.prior = prior
         self.likelihood = likelihood
 
-    def forward(
-        self,
-        x: Tensor | None = None,
-        y: Tensor | None = None,
-        *,
-        index: Tensor | None = None,
-        size: int = 1,
-    ) -> Tensor:
-        """Samples `z` and `x` (or scores the given `x`) and returns `x`; `index` is the guide's."""
-        self.register()
-        with pyro.plate("data", _batch_size(x, y, size)):
-            z = pyro.sample("z", self.prior(*_labels(y)))
-            return _observe(self.likelihood(z, *_labels(y)), x)
+    def draw(self, y: Tensor | None) -> Tensor:
+        return pyro.sample("z", self.prior(*optional(y)))
 
     def densities(self, x: Tensor, latents: Latents, y: Tensor | None = None) -> dict[str, Tensor]:
         """`log p(z | y)` and `log p(x | z, y)` by site, `(*, B)` in nats, without Pyro's handlers.
@@ -222,12 +237,34 @@ class Model(Program):
         """
         z = latents["z"]
         return {
-            "z": self.prior(*_labels(y)).log_prob(z),
-            "x": self.likelihood(z, *_labels(y)).log_prob(x),
+            "z": self.prior(*optional(y)).log_prob(z),
+            "x": self.likelihood(z, *optional(y)).log_prob(x),
         }
 
 
-class Guide(Program):
+class _Inference(Program):
+    """A guide: the latents given `x`, or given the data's index; a subclass draws them."""
+
+    def draw(self, datum: Tensor, y: Tensor | None) -> Tensor:
+        """Samples all latents; returns the last."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor | None = None,
+        y: Tensor | None = None,
+        *,
+        index: Tensor | None = None,
+        size: int = 1,
+    ) -> Tensor:
+        """Samples the latents given `x` `(B, C, H, W)`, or given the data's `index` `(B,)`."""
+        self.register()
+        datum = _datum(x, index)
+        with pyro.plate("data", len(datum)):
+            return self.draw(datum, y)
+
+
+class Guide(_Inference):
     r"""The amortized posterior `q(z | x, y)`, or `q(z | index)` with one factor for each datum.
 
     Args:
@@ -250,33 +287,22 @@ class Guide(Program):
         self.posterior = posterior
         self.baseline = baseline
 
-    def forward(
-        self,
-        x: Tensor | None = None,
-        y: Tensor | None = None,
-        *,
-        index: Tensor | None = None,
-        size: int = 1,
-    ) -> Tensor:
-        """Samples `z` given `x` `(B, C, H, W)`, or given the data's `index` `(B,)`; returns `z`."""
-        self.register()
-        given = _given(x, index)
-        with pyro.plate("data", len(given)):
-            infer: Any = {} if self.baseline is None else _baseline(self.baseline, given)
-            return pyro.sample("z", self.posterior(given, *_labels(y)), infer=infer)
+    def draw(self, datum: Tensor, y: Tensor | None) -> Tensor:
+        infer: Any = {} if self.baseline is None else _baseline(self.baseline, datum)
+        return pyro.sample("z", self.posterior(datum, *optional(y)), infer=infer)
 
     def densities(self, x: Tensor, latents: Latents, y: Tensor | None = None) -> dict[str, Tensor]:
         """`log q(z | x, y)` by site, `(*, B)` in nats, without Pyro's handlers."""
-        return {"z": self.posterior(x, *_labels(y)).log_prob(latents["z"])}
+        return {"z": self.posterior(x, *optional(y)).log_prob(latents["z"])}
 
 
-def _baseline(net: nn.Module, given: Tensor) -> dict[str, Any]:
+def _baseline(net: nn.Module, datum: Tensor) -> dict[str, Any]:
     """What `TraceGraph_ELBO` takes: `net` learns to predict the cost of each image, `(B, 1) ->
     (B,)`."""
-    return {"baseline": {"nn_baseline": lambda v: net(v).squeeze(-1), "nn_baseline_input": given}}
+    return {"baseline": {"nn_baseline": lambda v: net(v).squeeze(-1), "nn_baseline_input": datum}}
 
 
-class HierarchicalModel(Program):
+class HierarchicalModel(_Generative):
     r"""Two latent layers, `p(z2 | y) p(z1 | z2, y) p(x | z1, y)`.
 
     Args:
@@ -301,36 +327,25 @@ class HierarchicalModel(Program):
         self.prior = prior
         self.likelihood = likelihood
 
-    def forward(
-        self,
-        x: Tensor | None = None,
-        y: Tensor | None = None,
-        *,
-        index: Tensor | None = None,
-        size: int = 1,
-    ) -> Tensor:
-        """Samples `z2`, `z1` and `x` (or scores the given `x`) and returns `x`."""
-        self.register()
-        with pyro.plate("data", _batch_size(x, y, size)):
-            z2 = pyro.sample("z2", self.top(*_labels(y)))
-            z1 = pyro.sample("z1", self.prior(z2, *_labels(y)))
-            return _observe(self.likelihood(z1, *_labels(y)), x)
+    def draw(self, y: Tensor | None) -> Tensor:
+        z2 = pyro.sample("z2", self.top(*optional(y)))
+        return pyro.sample("z1", self.prior(z2, *optional(y)))
 
     def densities(self, x: Tensor, latents: Latents, y: Tensor | None = None) -> dict[str, Tensor]:
         """The log densities of `z2`, `z1` and `x`, `(*, B)` in nats, without Pyro's handlers."""
         z1, z2 = latents["z1"], latents["z2"]
         return {
-            "z2": self.top(*_labels(y)).log_prob(z2),
-            "z1": self.prior(z2, *_labels(y)).log_prob(z1),
-            "x": self.likelihood(z1, *_labels(y)).log_prob(x),
+            "z2": self.top(*optional(y)).log_prob(z2),
+            "z1": self.prior(z2, *optional(y)).log_prob(z1),
+            "x": self.likelihood(z1, *optional(y)).log_prob(x),
         }
 
 
-class HierarchicalGuide(Program):
+class HierarchicalGuide(_Inference):
     r"""The guide from below, `q(z1 | x, y) q(z2 | z1, y)`.
 
     Model and guide draw `z1` and `z2` in opposite orders, so that the KL of one site depends on the
-    draw of the other: `TraceMeanField_ELBO` would be wrong here, and `pvae.builder.OBJECTIVES`
+    draw of the other: `TraceMeanField_ELBO` would be wrong here, and `pvae.objectives.OBJECTIVES`
     refuse it.
 
     Args:
@@ -349,27 +364,16 @@ class HierarchicalGuide(Program):
         self.posterior = posterior
         self.top = top
 
-    def forward(
-        self,
-        x: Tensor | None = None,
-        y: Tensor | None = None,
-        *,
-        index: Tensor | None = None,
-        size: int = 1,
-    ) -> Tensor:
-        """Samples `z1` given `x` (or the data's `index`), `z2` given `z1`; returns `z2`."""
-        self.register()
-        given = _given(x, index)
-        with pyro.plate("data", len(given)):
-            z1 = pyro.sample("z1", self.posterior(given, *_labels(y)))
-            return pyro.sample("z2", self.top(z1, *_labels(y)))
+    def draw(self, datum: Tensor, y: Tensor | None) -> Tensor:
+        z1 = pyro.sample("z1", self.posterior(datum, *optional(y)))
+        return pyro.sample("z2", self.top(z1, *optional(y)))
 
     def densities(self, x: Tensor, latents: Latents, y: Tensor | None = None) -> dict[str, Tensor]:
         """The log densities of `z1` and `z2`, `(*, B)` in nats, without Pyro's handlers."""
         z1 = latents["z1"]
         return {
-            "z1": self.posterior(x, *_labels(y)).log_prob(z1),
-            "z2": self.top(z1, *_labels(y)).log_prob(latents["z2"]),
+            "z1": self.posterior(x, *optional(y)).log_prob(z1),
+            "z2": self.top(z1, *optional(y)).log_prob(latents["z2"]),
         }
 
 

@@ -1,159 +1,35 @@
-"""The end of a run: its numbers as a table, its pictures as files."""
+"""The pictures of a run, as files."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from pvae import evaluate, plots
-from pvae.builder import LIKELIHOODS
-from pvae.data import Observed, Split, pixels
+from pvae.data import Observed, pixels
+from pvae.train import Trainer, spread
 from pvae.vae import VAE
 
-OBSERVED = {  # what a model is shown, in words
-    "grey": "grey",
-    "threshold": "thresholded",
-    "static": "statically binarised",
-    "dynamic": "dynamically binarised (one fixed draw)",
-    "dequantized": "dequantised",
-}
 
+def progress(data: Observed, folder: Path, epochs: int) -> Callable[[Trainer], None]:
+    """What draws, after about ten epochs spread over all, the reconstructions of the first
+    validation images: a trainer's `on_epoch`, which leaves `progress/epoch_NNN.png`."""
+    pictured = spread(epochs, 10)
 
-def results(
-    vae: VAE, data: Observed, *, labels: bool = False, seed: int = 0, quiet: bool = False
-) -> dict[str, float]:
-    """The test set's numbers, nats per image: the ELBO and its terms, the importance-weighted
-    bound (k = 500) of the first 1,000 images with its standard error, and active units; the ELBO in
-    bits per dimension where the data is discrete.
+    def draw(trainer: Trainer) -> None:
+        if trainer.epoch not in pictured:
+            return
+        (folder / "progress").mkdir(exist_ok=True)
+        vae, first = trainer.vae, data.validation.first(16)
+        x = pixels(first.images)
+        with evaluate.evaluating(vae):
+            again = _shown(vae.reconstruct(x, vae.given(first.y)))
+        figure = plots.reconstructions(x, again, title=f"epoch {trainer.epoch}")
+        plots.save(figure, folder / "progress" / f"epoch_{trainer.epoch:03d}.png")
 
-    >>> import pvae
-    >>> from pvae.data import load, observe
-    >>> vae = pvae.build((1, 28, 28), latent_dim=2, net="mlp", hidden=8)
-    >>> numbers = results(vae, observe(load("digits"), "dynamic"), quiet=True)
-    >>> numbers["test_elbo"] < numbers["iwae_500"]
-    True
-    """
-
-    def label(y: Tensor | None) -> Tensor | None:
-        return y if labels else None
-
-    def over(function: Callable, split: Split, batch_size: int, title: str) -> Any:
-        return evaluate.over(
-            split, function, batch_size=batch_size, seed=seed, title="" if quiet else title
-        )
-
-    pair = (vae.model, vae.guide)
-    bound = over(lambda x, y: evaluate.elbo(*pair, x, label(y)), data.test, 500, "test ELBO")
-    images, y = data.test
-    first = Split(images[:1000], None if y is None else y[:1000])
-    iwae = evaluate.estimate(
-        over(
-            lambda x, y: evaluate.importance_weighted(*pair, x, label(y), num_samples=500),
-            first,
-            20,
-            "importance-weighted bound",
-        )
-    )
-    means = over(lambda x, y: evaluate.posterior_means(vae.guide, x, label(y)), data.test, 500, "")
-    numbers = {
-        "test_elbo": bound.elbo.mean().item(),
-        "test_reconstruction": bound.reconstruction.mean().item(),
-        "test_kl": bound.kl.mean().item(),
-        "iwae_500": iwae.mean,
-        "iwae_500_se": iwae.se,
-        "active_units": int((evaluate.unit_variances(means) > 0.01).sum()),
-    }
-    grey = levels(vae, data)
-    if grey is not None:
-        bits = evaluate.bits_per_dimension(bound.elbo, images[0].numel(), levels=grey)
-        numbers["bits_per_dimension"] = bits.mean().item()
-    return numbers
-
-
-def levels(vae: VAE, data: Observed) -> int | None:
-    """What `evaluate.bits_per_dimension` needs: 1 where the likelihood gives probabilities, 256
-    where it gives the density of dequantised 8-bit pixels; None where there are no bits.
-
-    >>> import pvae
-    >>> from pvae.data import load, observe
-    >>> levels(pvae.build(likelihood="categorical"), observe(load("digits"), "grey"))
-    1
-    """
-    if vae.recipe is None:
-        return None
-    if LIKELIHOODS[vae.recipe["likelihood"]].data != "grey":
-        return 1
-    return 256 if data.how == "dequantized" else None
-
-
-def table(title: str, rows: Sequence[tuple[str, str]]) -> str:
-    """A titled table of two columns, as text.
-
-    >>> print(table("test", [("ELBO", "-94.1"), ("KL", "25")]))
-    test
-      ELBO   -94.1
-      KL        25
-    """
-    left = max(len(name) for name, _ in rows)
-    right = max(len(value) for _, value in rows)
-    return "\n".join([title, *(f"  {name:<{left}}  {value:>{right}}" for name, value in rows)])
-
-
-def columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A titled table with a header, as text: the first column to the left, numbers to the right.
-
-    >>> print(columns("gradients", ["L", "variance"], [["1", "9.1"], ["10", "0.9"]]))
-    gradients
-      L   variance
-      1        9.1
-      10       0.9
-    """
-    widths = [max(map(len, cells)) for cells in zip(header, *rows, strict=True)]
-    lines = [title]
-    for row in (header, *rows):
-        first, *others = (
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  " + "  ".join([first, *others]))
-    return "\n".join(lines)
-
-
-def results_table(numbers: Mapping[str, float], data: Observed, name: str, latent_dim: int) -> str:
-    """The numbers of `results`, with what they are and on which data."""
-    images = len(data.test.images)
-    rows = [
-        ("ELBO", f"{numbers['test_elbo']:.2f}"),
-        ("  reconstruction, E_q log p(x|z)", f"{numbers['test_reconstruction']:.2f}"),
-        ("  KL(q(z|x) || p(z))", f"{numbers['test_kl']:.2f}"),
-        (
-            f"IWAE-500 bound, first {min(1000, images):,} images",
-            f"{numbers['iwae_500']:.2f} ± {numbers['iwae_500_se']:.2f}",
-        ),
-        ("active units", f"{numbers['active_units']} of {latent_dim}"),
-    ]
-    if "bits_per_dimension" in numbers:
-        rows.insert(1, ("  bits per dimension", f"{numbers['bits_per_dimension']:.3f}"))
-    what = f"{name} test set, {images:,} images, {OBSERVED[data.how]}, nats per image"
-    return table(what, rows)
-
-
-# ---- pictures ----
-
-
-def progress_picture(
-    vae: VAE, data: Observed, epoch: int, folder: Path, *, labels: bool = False
-) -> None:
-    """Saves the reconstructions of the first validation images as `progress/epoch_NNN.png`."""
-    (folder / "progress").mkdir(exist_ok=True)
-    x, y = _first(data.validation, 16)
-    with evaluate.evaluating(vae):
-        again = _shown(vae.reconstruct(x, y if labels else None))
-        figure = plots.reconstructions(x, again, title=f"epoch {epoch}")
-    plots.save(figure, folder / "progress" / f"epoch_{epoch:03d}.png")
+    return draw
 
 
 def pictures(
@@ -161,35 +37,37 @@ def pictures(
     data: Observed,
     history: Sequence[Mapping[str, float]],
     folder: Path,
-    numbers: Mapping[str, float],
     *,
-    labels: bool = False,
+    elbo: float,
+    objective: str = "ELBO",
+    class_names: Sequence[str] | None = None,
     seed: int = 0,
 ) -> list[Path]:
     """Saves the figures of a trained pair and returns their paths: reconstructions, samples,
     the manifold of a 2-D latent or else traversals, interpolations, latents and curves.
 
-    `history` is the trainer's, `numbers` come from `results`. `labels` is for a conditional pair:
-    samples by label, and interpolations within one.
+    `history` is the trainer's and `objective` the name of its training column; `elbo` is the test
+    set's, in nats per image; `class_names` say what the labels stand for. Of a pair that takes
+    labels the samples are by label, and interpolations stay within one.
     """
-    x, y = _first(data.test, 1000)
-    given = y if labels else None
+    first = data.test.first(1000)
+    x, y = pixels(first.images), vae.given(first.y)
     with evaluate.evaluating(vae), evaluate.fixed_noise(x.device, seed):
-        means = evaluate.posterior_means(vae.guide, x, given)
-        again = _shown(vae.reconstruct(x[:32], None if given is None else given[:32]))
+        means = evaluate.posterior_means(vae.guide, x, y)
+        again = _shown(vae.reconstruct(x[:32], None if y is None else y[:32]))
+        title = f"Test images, ELBO {elbo:.2f} nats per image"
         figures = {
-            "reconstructions": plots.reconstructions(
-                x[:32], again, title=f"Test images, ELBO {numbers['test_elbo']:.2f} nats per image"
-            ),
-            "samples": _samples(vae, given),
-            "interpolations": _interpolations(vae, x, y, labels),
-            "latents": _latents(means, y),
-            "curves": plots.curves(history, title="Training"),
+            "reconstructions": plots.reconstructions(x[:32], again, title=title),
+            "samples": _samples(vae, y),
+            "latents": _latents(means, first.labels, class_names),
+            "curves": plots.curves(history, title="Training", objective=objective),
         }
+        if len(x) > 1:
+            figures["interpolations"] = _interpolations(vae, x, first.labels, y)
         if means.shape[1] == 2:
-            figures["manifold"] = _manifold(vae, given)
+            figures["manifold"] = _manifold(vae, y)
         else:
-            figures["traversals"] = _traversals(vae, means, given)
+            figures["traversals"] = _traversals(vae, means, y)
     for name, figure in tqdm(figures.items(), "pictures", leave=False, disable=None):
         plots.save(figure, folder / f"{name}.png")
     return [folder / f"{name}.png" for name in figures]
@@ -198,10 +76,6 @@ def pictures(
 def _shown(images: Tensor) -> Tensor:
     """A Gaussian's mean may lie outside what can be shown."""
     return images.clamp(0, 1)
-
-
-def _first(split: Split, n: int) -> tuple[Tensor, Tensor | None]:
-    return pixels(split.images[:n]), None if split.labels is None else split.labels[:n]
 
 
 def _samples(vae: VAE, y: Tensor | None) -> plots.Figure:
@@ -217,36 +91,42 @@ def _samples(vae: VAE, y: Tensor | None) -> plots.Figure:
 
 
 def _interpolations(
-    vae: VAE, x: Tensor, y: Tensor | None, labels: bool, pairs: int = 8
+    vae: VAE, x: Tensor, labels: Tensor | None, y: Tensor | None, pairs: int = 8
 ) -> plots.Figure:
     """Between `pairs` images and as many others: of other labels where there are labels, but of
     the same one where the pair is conditional on it."""
-    pairs = min(pairs, len(x) - 1)
+    pairs, within = min(pairs, len(x) - 1), y is not None
     ends = []
     for i in range(pairs):
-        later = [j for j in range(i + 1, len(x)) if y is None or (y[j] == y[i]).item() == labels]
+        later = [
+            j
+            for j in range(i + 1, len(x))
+            if labels is None or (labels[j] == labels[i]).item() == within
+        ]
         ends.append(later[(i * 7) % len(later)] if later else i + 1)
-    images = vae.interpolate(x[:pairs], x[ends], y=y[:pairs] if labels and y is not None else None)
-    of = " of one label" if labels else ""
+    images = vae.interpolate(x[:pairs], x[ends], y=None if y is None else y[:pairs])
+    of = " of one label" if within else ""
     return plots.interpolations(
         _shown(images), title=f"Between the posterior means of two test images{of}"
     )
 
 
-def _latents(means: Tensor, y: Tensor | None) -> plots.Figure:
+def _latents(means: Tensor, labels: Tensor | None, names: Sequence[str] | None) -> plots.Figure:
     """Posterior means: the plane itself, or its two principal components (or the one there is)."""
     if means.shape[1] == 2:
-        return plots.latents(means, y, title="Posterior means of test images")
-    if means.shape[1] == 1:
-        means = torch.cat([means, torch.zeros_like(means)], dim=1)
-    centred = means - means.mean(0)
-    _, s, v = torch.linalg.svd(centred.cpu(), full_matrices=False)
-    share = 100 * s**2 / (s**2).sum()
+        return plots.latents(means, labels, names=names, title="Posterior means of test images")
+    if means.shape[1] == 1 or len(means) == 1:
+        means = torch.cat([means[:, :1], torch.zeros_like(means[:, :1])], dim=1)
+    centred = (means - means.mean(0)).cpu()
+    _, s, v = torch.linalg.svd(centred, full_matrices=len(means) == 1)
+    share = 100 * s**2 / (s**2).sum().clamp(min=1e-30)
+    shares = [*share.tolist(), 0.0]
     return plots.latents(
-        centred.cpu() @ v[:2].T,
-        y,
+        centred @ v[:2].T,
+        labels,
+        names=names,
         title="Posterior means of test images, two principal components",
-        axis_labels=(f"component 1 ({share[0]:.0f} %)", f"component 2 ({share[1]:.0f} %)"),
+        axis_labels=(f"component 1 ({shares[0]:.0f} %)", f"component 2 ({shares[1]:.0f} %)"),
     )
 
 

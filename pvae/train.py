@@ -1,4 +1,4 @@
-"""The training loop: stock SVI over epochs, with progress, validation, cross-check and resume."""
+"""The training loop: SVI over epochs, with progress, validation, cross-check and resume."""
 
 import contextlib
 import csv
@@ -13,80 +13,53 @@ from typing import Any
 import torch
 from pyro.infer import SVI
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from pvae import captured, checkpoint, evaluate
-from pvae.builder import Objective
-from pvae.crosscheck import STANDARD_ERRORS, TOLERANCE, Check, cross_check
+from pvae.crosscheck import STANDARD_ERRORS, TOLERANCE, Check, cross_check, objective_of
 from pvae.data import Observed, pixels
 from pvae.files import write_atomically
 from pvae.objectives import temper
 from pvae.optim import SingleOptimizer
+from pvae.schedule import Schedule
 from pvae.vae import VAE
 
 _LOOKS = 100  # steps after which a loss that is summed on a GPU is looked at
 _CHECKED = 250  # images of the fixed validation batch that the cross-check sees
+_LINES = 25  # of epochs on the screen, spread over the run; all are in metrics.csv
 
 
 class TrainingFailed(RuntimeError):
     """Training cannot go on; the message says why, and what is left to go on from."""
 
 
-def kl_weight(
-    step: int, total: int, *, beta: float = 1.0, warmup: float = 0.0, cycles: int = 1
-) -> float:
-    """The weight of the KL at a step: linear from exactly 0 to `beta` over a fraction of training,
-    or of each of its `cycles`.
+def spread(epochs: int, count: int) -> set[int]:
+    """About `count` epochs spread over all, the first and the last among them.
 
-    Source of the cycles: Cyclical Annealing Schedule (2019), arXiv:1903.10145.
-
-    >>> [kl_weight(step, 100, warmup=0.1) for step in (0, 5, 10, 99)]
-    [0.0, 0.5, 1.0, 1.0]
-    >>> [kl_weight(step, 100, warmup=0.5, cycles=2) for step in (0, 20, 40, 50, 99)]
-    [0.0, 0.8, 1.0, 0.0, 1.0]
+    >>> sorted(spread(100, 4))
+    [1, 34, 67, 100]
     """
-    length = total / cycles
-    return beta * min(1.0, step % length / (warmup * length)) if warmup > 0 else beta
-
-
-def learning_rate_factor(
-    step: int, total: int, *, warmup: float = 0.0, cosine: bool = True
-) -> float:
-    """Multiplies the learning rate at a step: a linear warm-up, then a cosine to 0 (or constant).
-
-    >>> [round(learning_rate_factor(step, 100, warmup=0.1), 2) for step in (0, 4, 10, 55, 99)]
-    [0.1, 0.5, 1.0, 0.5, 0.0]
-    """
-    start = warmup * total
-    if step < start:
-        return min(1.0, (step + 1) / start)
-    return (1 + math.cos(math.pi * (step - start) / (total - start))) / 2 if cosine else 1.0
-
-
-def _check_fraction(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} is a fraction of training, at least 0 and below 1, not {value}")
+    if count >= epochs:
+        return set(range(1, epochs + 1))
+    return {1 + round(i * (epochs - 1) / (count - 1)) for i in range(count)}
 
 
 class Trainer:
     """Trains a pair by a stock SVI object, and keeps in a folder what a resumed run needs.
 
     After each epoch it computes the validation ELBO (always at beta = 1), cross-checks SVI
-    against the hand-written loss, and writes `metrics.csv`, `checkpoint.pt` (the last state) and,
+    against the same loss by hand, and writes `metrics.csv`, `checkpoint.pt` (the last state) and,
     where the validation ELBO is the best so far, `best.pt`. Without a folder nothing is written.
+    Labels (or masks) of the data go to a pair that takes them, `vae.takes_y`.
 
     Args:
-        vae: the pair; its parameters are those of the optimizer in `svi`.
-        svi: `pyro.infer.SVI`, or `pvae.captured.SVI`, over `vae.model` and `vae.guide`, with a
-            `SingleOptimizer`.
-        objective: the entry of `pvae.builder.OBJECTIVES` whose ELBO `svi` has; for the cross-check.
+        vae: the pair.
+        svi: `pyro.infer.SVI` or `pvae.captured.SVI` over `vae.model` and `vae.guide`, with a
+            `SingleOptimizer` over the parameters of `vae`.
         data: the observed data set, on the device of `vae`.
         epochs, batch_size: how long, and how many images a step.
-        beta: weight of the KL after its warm-up (1 is the ELBO).
-        kl_warmup, lr_warmup: fractions of training in which each rises linearly.
-        kl_cycles: how often the KL's weight does so, each time in its share of training.
-        cosine: whether the learning rate falls to 0 along a cosine.
-        labels: whether labels are given to the programs.
+        schedule: of the KL's weight and the learning rate.
         precision: of a training step: "fp32", "tf32" (matrix products on a GPU) or "bf16" (the
             networks, by autocast). Numbers are always reported in float32.
         seed: of the shuffles and redrawn pixels; the guide's noise is the global random state's.
@@ -97,18 +70,18 @@ class Trainer:
             the message that stops it.
 
     Raises:
-        ValueError: an argument out of its range, data outside the likelihood's support, or labels
-            asked for where there are none.
+        ValueError: an argument out of its range, an `svi` of another pair or without some of its
+            parameters, data outside the likelihood's support or without the `y` that the pair
+            takes, or a last batch of one image where the pair has BatchNorm.
 
     >>> import pyro, pvae
+    >>> from pyro.infer import Trace_ELBO
     >>> from pvae.data import load, observe
-    >>> from pvae.builder import OBJECTIVES
     >>> data = observe(load("digits"), "dynamic")
     >>> vae = pvae.build((1, 28, 28), latent_dim=2, net="mlp", hidden=16)
     >>> adam = SingleOptimizer(torch.optim.Adam(vae.parameters(), lr=1e-2))
-    >>> objective = OBJECTIVES["trace_elbo"]
-    >>> svi = SVI(vae.model, vae.guide, adam, objective.elbo(1))
-    >>> trainer = Trainer(vae, svi, objective, data, epochs=2, batch_size=256, quiet=True)
+    >>> svi = SVI(vae.model, vae.guide, adam, Trace_ELBO())
+    >>> trainer = Trainer(vae, svi, data, epochs=2, batch_size=256, quiet=True)
     >>> trainer.fit()
     >>> [row["epoch"] for row in trainer.history]
     [1, 2]
@@ -118,17 +91,11 @@ class Trainer:
         self,
         vae: VAE,
         svi: SVI,
-        objective: Objective,
         data: Observed,
         *,
         epochs: int,
         batch_size: int,
-        beta: float = 1.0,
-        kl_warmup: float = 0.0,
-        kl_cycles: int = 1,
-        lr_warmup: float = 0.0,
-        cosine: bool = True,
-        labels: bool = False,
+        schedule: Schedule = Schedule(),  # noqa: B008 (a value that nobody can change)
         precision: str = "fp32",
         seed: int = 0,
         folder: Path | None = None,
@@ -136,39 +103,30 @@ class Trainer:
         on_epoch: Callable[["Trainer"], None] | None = None,
         go_on: str | None = None,
     ) -> None:
-        if epochs < 1:
-            raise ValueError(f"epochs must be at least 1, not {epochs}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        if not 1 <= kl_cycles <= epochs:
-            raise ValueError(f"kl_cycles must be from 1 to the {epochs} epochs, not {kl_cycles}")
-        _check_fraction("kl_warmup", kl_warmup)
-        _check_fraction("lr_warmup", lr_warmup)
-        if not isinstance(svi.optim, SingleOptimizer):
-            raise ValueError(
-                f"svi has a {type(svi.optim).__name__} optimizer; the trainer schedules and saves "
-                "one torch optimizer: give SVI a pvae.SingleOptimizer"
-            )
+        for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        schedule.check(epochs)
         if precision not in ("fp32", "tf32", "bf16"):
             raise ValueError(f"precision must be one of fp32, tf32, bf16, not {precision!r}")
-        if labels and data.train.labels is None:
-            raise ValueError("labels are asked for, but the data set has none")
-        self.vae, self.svi, self.objective, self.data = vae, svi, objective, data
+        _check_belongs(svi, vae)
+        _check_data(data, vae, batch_size)
+        self.vae, self.svi, self.data = vae, svi, data
         self.optimizer = svi.optim.optimizer
         self.epochs, self.batch_size, self.seed = epochs, batch_size, seed
-        self.beta, self.kl_warmup, self.kl_cycles = beta, kl_warmup, kl_cycles
-        self.lr_warmup, self.cosine = lr_warmup, cosine
-        self.labels, self.folder, self.quiet, self.on_epoch = labels, folder, quiet, on_epoch
-        self.go_on = go_on
-        self.precision = precision
+        self.schedule, self.precision = schedule, precision
+        self.folder, self.quiet, self.on_epoch, self.go_on = folder, quiet, on_epoch, go_on
         self.steps_per_epoch = math.ceil(len(data.train.images) / batch_size)
         self.step = 0
         self.history: list[dict[str, float]] = []
         self._kept_epochs = 0
+        self._shown = spread(epochs, _LINES)
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
-        self._checked = self._batch(data.validation.images[:_CHECKED], data.validation.labels)
-        self.vae.check(*self._checked)
-        self._cross_check(1.0)  # what cannot work together is refused before the run
+        first = data.validation.first(_CHECKED)
+        self._checked = pixels(first.images), vae.given(first.y)
+        with self._explained(*self._checked):
+            self.vae.check(*self._checked)
+        self._against = self._cross_check(1.0).against  # refused before the run, not after it
 
     # ---- the loop ----
 
@@ -182,7 +140,7 @@ class Trainer:
         """
         images = len(self.data.train.images)
         if not self.quiet:
-            self._say(_header())
+            self._say(_header(self._against))
         # the bar covers the whole run: it shows images a second and the time left.
         # disable=None: no bar where the output is not a terminal
         with tqdm(
@@ -207,6 +165,11 @@ class Trainer:
         return len(self.history)
 
     @property
+    def objective(self) -> str:
+        """What the column `train_objective` of the history holds."""
+        return objective_of(self.svi, self.schedule.beta)
+
+    @property
     def best(self) -> dict[str, float]:
         """The row of the history with the best validation ELBO."""
         return max(self.history, key=lambda row: row["validation_elbo"])
@@ -214,12 +177,12 @@ class Trainer:
     def _one_epoch(self, bar: Any) -> None:
         start = time.perf_counter()
         bar.set_description(f"epoch {self.epoch + 1}/{self.epochs}")
-        train_elbo = self._train(bar)
+        objective = self._train(bar)
         row = {
             "epoch": self.epoch + 1,
             "step": self.step,
             "beta": self._beta(self.step - 1),
-            "train_elbo": train_elbo,
+            "train_objective": objective,
             **self._validate(),
         }
         check = self._cross_check(row["beta"])
@@ -227,7 +190,7 @@ class Trainer:
         row |= _check_columns(check)
         self.history.append(row)
         self._keep()
-        if not self.quiet:
+        if not self.quiet and self.epoch in self._shown:
             self._say(_line(row, check))
         if check.suspicious:
             self._say(
@@ -244,7 +207,7 @@ class Trainer:
         batches = self.data.batches(self.batch_size, seed=self.seed, epoch=self.epoch)
         for x, y in batches:
             self._set_learning_rate()
-            total = total + self._step(x, y if self.labels else None)
+            total = total + self._step(x, self.vae.given(y))
             self.step += 1
             bar.update(len(x))
             if self.step % _LOOKS == 0:
@@ -253,20 +216,28 @@ class Trainer:
 
     def _step(self, x: Tensor, y: Tensor | None) -> float | Tensor:
         launch = self.svi.launch if isinstance(self.svi, captured.SVI) else self.svi.step
-        try:
-            with temper(self._beta(self.step)), self._precisely(x.device.type):
-                loss = launch(x, y)
-        except ValueError as error:
-            # Pyro's validation stops at a NaN parameter before there is a loss
-            if all(p.isfinite().all() for p in self.vae.parameters()):
-                raise
-            raise TrainingFailed(self._not_finite("not a number")) from error
+        with temper(self._beta(self.step)), self._precisely(x.device.type), self._explained(x, y):
+            loss = launch(x, y)
         # to read a number from a GPU is to wait for it
         return loss if isinstance(loss, Tensor) and loss.is_cuda else self._finite(float(loss))
 
+    @contextlib.contextmanager
+    def _explained(self, x: Tensor, y: Tensor | None) -> Iterator[None]:
+        """Pyro's validation stops at a number that is not finite: which site it is, in words."""
+        try:
+            yield
+        except ValueError as error:
+            try:
+                site = evaluate.not_finite(self.vae.model, self.vae.guide, x, y)
+            except (ValueError, RuntimeError):  # the pair does not run at all: another error
+                site = None
+            if site is None:
+                raise
+            raise TrainingFailed(self._not_finite(f"site {site!r} is not finite")) from error
+
     def _finite(self, loss: float) -> float:
         if not math.isfinite(loss):
-            raise TrainingFailed(self._not_finite(loss))
+            raise TrainingFailed(self._not_finite(f"the loss is {loss}"))
         return loss
 
     @contextlib.contextmanager
@@ -283,39 +254,33 @@ class Trainer:
         """The means of the ELBO at beta = 1 and its terms, with fixed noise."""
 
         def bound(x: Tensor, y: Tensor | None) -> evaluate.Bound:
-            return evaluate.elbo(self.vae.model, self.vae.guide, x, y if self.labels else None)
+            y = self.vae.given(y)
+            with self._explained(x, y):
+                return evaluate.elbo(self.vae.model, self.vae.guide, x, y)
 
         means = evaluate.over(self.data.validation, bound, batch_size=500, seed=self.seed)
         return {f"validation_{name}": t.mean().item() for name, t in means._asdict().items()}
 
     def _cross_check(self, beta: float) -> Check:
-        check = cross_check(
-            self.svi, self.vae, self.objective, *self._checked, beta=beta, seed=self.seed
-        )
+        with self._explained(*self._checked):
+            check = cross_check(self.svi, self.vae, *self._checked, beta=beta, seed=self.seed)
         if not check.agrees:
             when = f"after epoch {self.epoch + 1}" if self.step else "before the first epoch"
             raise TrainingFailed(
-                f"the cross-check failed {when}: at the same noise, SVI's "
-                f"loss and the hand-written loss differ by {check.relative:.2e}, relative "
-                f"({TOLERANCE:g} is allowed). The model, the guide or the oracle is not what it "
-                "claims to be"
+                f"the cross-check failed {when}: at the same noise, SVI's loss and that by "
+                f"{check.against} differ by {check.relative:.2e}, relative ({TOLERANCE:g} is "
+                "allowed). The model, the guide or the loss by hand is not what it claims to be"
             )
         return check
 
     # ---- schedules ----
 
     def _beta(self, step: int) -> float:
-        return kl_weight(
-            step,
-            self.epochs * self.steps_per_epoch,
-            beta=self.beta,
-            warmup=self.kl_warmup,
-            cycles=self.kl_cycles,
-        )
+        return self.schedule.kl_weight(step, self.epochs * self.steps_per_epoch)
 
     def _set_learning_rate(self) -> None:
         total = self.epochs * self.steps_per_epoch
-        factor = learning_rate_factor(self.step, total, warmup=self.lr_warmup, cosine=self.cosine)
+        factor = self.schedule.learning_rate_factor(self.step, total)
         for group, rate in zip(self.optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = rate * factor
 
@@ -326,14 +291,9 @@ class Trainer:
             return
         _write_csv(self.folder / "metrics.csv", self.history)
         if self.best is self.history[-1]:
-            best = {
-                "model": self.vae.state_dict(),
-                "recipe": self.vae.recipe,
-                "epoch": self.epoch,
-                "validation_elbo": self.best["validation_elbo"],
-            }
-            checkpoint.save(self.folder / "best.pt", best)
-        checkpoint.save(self.folder / "checkpoint.pt", self.state())
+            notes = {name: self.best[name] for name in ("epoch", "validation_elbo")}
+            checkpoint.save(self.vae, self.folder / "best.pt", notes)
+        checkpoint.write(self.folder / "checkpoint.pt", self.state())
         self._kept_epochs = self.epoch
 
     def state(self) -> dict[str, Any]:
@@ -341,15 +301,21 @@ class Trainer:
         saved = self.optimizer.state_dict()["state"]
         optimizer = {path: saved[i] for i, path in enumerate(self._paths()) if i in saved}
         device = self._checked[0].device
+        own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
         return {
-            "model": self.vae.state_dict(),
-            "recipe": self.vae.recipe,
+            **checkpoint.pair_state(self.vae),
             "optimizer": optimizer,  # by module path: store names differ from run to run
             "history": self.history,
             "step": self.step,
             "random_state": torch.get_rng_state(),
-            "device_random_state": _device_random_state(device),
+            "device_random_state": own,
         }
+
+    def restore_best(self) -> None:
+        """Puts the model of the best validation ELBO into `vae`, where a folder keeps it."""
+        if self.folder is not None:
+            path = self.folder / "best.pt"
+            checkpoint.restore(self.vae, checkpoint.read(path)["model"], path)
 
     def resume(self, path: str | Path) -> None:
         """Goes back to the state of a checkpoint; nothing is changed if it does not fit.
@@ -366,7 +332,8 @@ class Trainer:
         self._kept_epochs = self.epoch
         torch.set_rng_state(state["random_state"])
         if state["device_random_state"] is not None:
-            _set_device_random_state(self._checked[0].device, state["device_random_state"])
+            own = torch.get_device_module(self._checked[0].device)
+            own.set_rng_state(state["device_random_state"])
 
     def _paths(self) -> list[str]:
         """The module path of each parameter, in the optimizer's order."""
@@ -379,14 +346,10 @@ class Trainer:
         tqdm.write(text)
         sys.stdout.flush()  # a pipe is to see each epoch as it ends
 
-    def _batch(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        y = labels[: len(images)] if self.labels and labels is not None else None
-        return pixels(images), y
-
-    def _not_finite(self, loss: float | str) -> str:
+    def _not_finite(self, what: str) -> str:
         return (
-            f"the loss is {loss} by step {self.step} (epoch {self.epoch + 1}).{self._kept()} Try a "
-            "smaller learning rate; with a learned scale, a larger floor or dequantised pixels"
+            f"{what}, at step {self.step} (epoch {self.epoch + 1}).{self._kept()} Try a smaller "
+            "learning rate; with a learned scale, a larger floor or dequantised pixels"
         )
 
     def _kept(self) -> str:
@@ -399,19 +362,6 @@ class Trainer:
         )
 
 
-def _device_random_state(device: torch.device) -> Tensor | None:
-    if device.type == "cuda":
-        return torch.cuda.get_rng_state(device)
-    return torch.mps.get_rng_state() if device.type == "mps" else None
-
-
-def _set_device_random_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    elif device.type == "mps":
-        torch.mps.set_rng_state(state)
-
-
 def _check_columns(check: Check) -> dict[str, float]:
     columns = {} if check.relative is None else {"check_relative": check.relative}
     if check.kl_difference is not None:
@@ -419,20 +369,51 @@ def _check_columns(check: Check) -> dict[str, float]:
     return columns
 
 
-def _header() -> str:
+def _header(against: str) -> str:
     return (
         "nats per image; train: the objective at this beta; validation: ELBO at beta = 1\n"
         f"{'epoch':>5} {'beta':>5} {'train':>9} {'validation':>10} {'reconstr.':>10} {'KL':>7} "
-        f"{'time':>7}  SVI against the hand-written loss"
+        f"{'time':>7}  SVI against {against}"
     )
 
 
 def _line(row: dict[str, float], check: Check) -> str:
     return (
-        f"{row['epoch']:>5} {row['beta']:>5.2f} {row['train_elbo']:>9.2f} "
+        f"{row['epoch']:>5} {row['beta']:>5.2f} {row['train_objective']:>9.2f} "
         f"{row['validation_elbo']:>10.2f} {row['validation_reconstruction']:>10.2f} "
         f"{row['validation_kl']:>7.2f} {row['seconds']:>6.1f}s  {check}"
     )
+
+
+def _check_belongs(svi: SVI, vae: VAE) -> None:
+    """Whether `svi` trains `vae`, all of it and nothing else."""
+    for name in ("model", "guide"):
+        if getattr(svi, name) is not getattr(vae, name):
+            raise ValueError(f"svi.{name} must be vae.{name}, the very object, not another program")
+    if not isinstance(svi.optim, SingleOptimizer):
+        raise ValueError(
+            f"svi must have a pvae.SingleOptimizer, not a {type(svi.optim).__name__}: the trainer "
+            "schedules and saves one torch optimizer"
+        )
+    held = {p for group in svi.optim.optimizer.param_groups for p in group["params"]}
+    trained = {p: name for name, p in vae.named_parameters() if p.requires_grad}
+    missing = [name for p, name in trained.items() if p not in held]
+    if missing or len(held - set(vae.parameters())):
+        raise ValueError(
+            "the optimizer of svi must hold the parameters of vae, not others: "
+            + (f"it lacks {', '.join(missing[:3])}" if missing else "it holds foreign ones")
+        )
+
+
+def _check_data(data: Observed, vae: VAE, batch_size: int) -> None:
+    if vae.takes_y and data.train.y is None:
+        raise ValueError("the pair takes y, but the data has neither labels nor masks")
+    has_batchnorm = any(isinstance(module, _BatchNorm) for module in vae.modules())
+    if has_batchnorm and len(data.train.images) % batch_size == 1:
+        raise ValueError(
+            f"batch_size must not leave one image over, which BatchNorm cannot normalize: "
+            f"{len(data.train.images):,} training images by {batch_size} do; choose another"
+        )
 
 
 def _write_csv(path: Path, rows: list[dict[str, float]]) -> None:

@@ -1,6 +1,5 @@
 """A VAE is a pair of Pyro programs: what people do with one."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,21 +9,22 @@ from torch import Tensor, nn
 
 from pvae import objectives
 from pvae.closed_form import ClosedForm, Terms
+from pvae.kinds import Distribution, Fn, Latents, Message, Trace
 from pvae.programs import (
     Guide,
     HierarchicalGuide,
     HierarchicalModel,
-    Latents,
     Model,
     evaluating,
     mean_of,
+    optional,
 )
 
 
 class _AtMeans(Messenger):
     """Every latent takes its distribution's mean instead of a draw."""
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         if not msg["is_observed"] and not poutine.util.site_is_subsample(msg):
             msg["value"], msg["done"] = mean_of(msg["fn"]), True
 
@@ -58,9 +58,24 @@ class VAE(nn.Module):
         self.model: Any = model  # any pair of programs: what each has is said above
         self.guide: Any = guide
         self.oracle = oracle
-        self.recipe: dict[str, Any] | None = None  # the arguments of `build`, to be built again
+        self.recipe: Any = None  # the `pvae.builder.Recipe` of a pair that `build` made
 
-    def encode(self, x: Tensor, y: Tensor | None = None) -> Any:
+    @property
+    def takes_y(self) -> bool:
+        """Whether the pair is conditional on `y`: a module of it says so by `takes_y`."""
+        modules = (*self.model.modules(), *self.guide.modules())
+        return any(getattr(module, "takes_y", False) for module in modules)
+
+    @property
+    def normalized(self) -> bool:
+        """Whether `p(x|z)` integrates to 1: a head of which that is not true says so itself."""
+        return all(getattr(module, "normalized", True) for module in self.model.modules())
+
+    def given(self, y: Tensor | None) -> Tensor | None:
+        """`y` for a pair that takes it, else None: callers hand over what the data has."""
+        return y if self.takes_y else None
+
+    def encode(self, x: Tensor, y: Tensor | None = None) -> Distribution:
         """The posterior `q(z|x)`, batch shape `(B,)`, event shape `(D,)`; of two layers `q(z1|x)`.
 
         Raises:
@@ -75,11 +90,11 @@ class VAE(nn.Module):
         if not x.is_floating_point() or not x.isfinite().all():
             bad = "is not floating point" if not x.is_floating_point() else "has NaN or infinity"
             raise ValueError(f"x {bad} (dtype {x.dtype}); images are floats in [0, 1]")
-        return self.guide.posterior(*_given(x, y))
+        return self.guide.posterior(x, *optional(y))
 
-    def decode(self, z: Tensor, y: Tensor | None = None) -> Any:
+    def decode(self, z: Tensor, y: Tensor | None = None) -> Distribution:
         """The likelihood `p(x|z)`, batch shape `(*, B)`, event shape `(C, H, W)`."""
-        return self.model.likelihood(*_given(z, y))
+        return self.model.likelihood(z, *optional(y))
 
     def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The mean image at the posterior mean, `(B, C, H, W)`; errors as `encode`."""
@@ -136,7 +151,7 @@ class VAE(nn.Module):
 
     def _kl_by_unit(self, x: Tensor, y: Tensor | None) -> Tensor | None:
         """`(B, D)`, where posterior and prior factorize and torch has the formula."""
-        prior = self.model.prior(*_given(y))
+        prior = self.model.prior(*optional(y))
         return objectives.kl_by_unit(self.encode(x, y), prior)
 
     def check(self, x: Tensor, y: Tensor | None = None) -> None:
@@ -163,23 +178,16 @@ class VAE(nn.Module):
             )
 
 
-def _given(*arguments: Tensor | None) -> tuple[Tensor, ...]:
-    """Those that are there: labels are given only to what takes them."""
-    return tuple(a for a in arguments if a is not None)
-
-
-def _mean_image(
-    model: Callable[..., Any], x: Tensor | None, y: Tensor | None, size: int = 1
-) -> Tensor:
+def _mean_image(model: Fn, x: Tensor | None, y: Tensor | None, size: int = 1) -> Tensor:
     """The mean of `p(x | latents)` at the draws of the program, `(B, C, H, W)`."""
-    trace: Any = poutine.trace(model).get_trace(x, y, size=size)
+    trace: Trace = poutine.trace(model).get_trace(x, y, size=size)
     return trace.nodes["x"]["fn"].mean
 
 
-def _base(p: Any) -> Any:
+def _base(p: Distribution) -> Any:
     """The distribution inside `to_event`."""
     return getattr(p, "base_dist", p)
 
 
-def _elementwise_support(p: Any) -> Any:
+def _elementwise_support(p: Distribution) -> Any:
     return getattr(p.support, "base_constraint", p.support)

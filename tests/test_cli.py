@@ -6,7 +6,9 @@ import re
 import pytest
 import torch
 
-from pvae import cli, run
+from pvae import cli, run, study
+from pvae.data import Dataset, Split
+from pvae.schedule import Schedule
 from pvae.train import TrainingFailed
 
 
@@ -31,7 +33,7 @@ def test_help_groups_the_arguments_and_gives_defaults(capsys):
         "--num-epochs N",
         "--batch-size B",
         "--learning-rate LR",
-        "--latent-dim",
+        "--latent-dims",
         "--objective",
         "--num-particles",
         "--resume",
@@ -62,9 +64,10 @@ def test_a_typo_lists_the_choices(capsys, flag):
         (["-lr", "nan"], "'nan' is not a number above 0"),
         (["--beta", "-1"], "'-1' is not a number at least 0"),
         (["--kl-warmup", "1"], "'1' is not a number at least 0 and below 1"),
-        (["--latent-dim", "two"], "'two' is not a whole number at least 1"),
+        (["--latent-dims", "two"], "'two' is not a whole number at least 1"),
         (["--binarize", "none"], "use --likelihood continuous_bernoulli"),
-        (["--dequantize"], "--dequantize is for likelihoods of any grey value"),
+        (["--dequantize"], "--likelihood bernoulli must have binary pixels, not dequantised ones"),
+        (["--dequantize", "--binarize", "static"], "exclude each other"),
         (["--objective", "iwae"], "needs --num-particles of at least 2"),
         (["--resume", "nowhere"], "nowhere is not the folder of a run"),
     ],
@@ -88,11 +91,17 @@ def test_how_the_data_is_observed(argv, how):
     assert parse(*argv).observe == how
 
 
-def test_small_data_trains_2000_steps_unless_told():
-    assert cli.num_epochs(parse(), 50_000) == 10
-    steps = cli.num_epochs(parse(), 1_439) * 12
-    assert 2000 <= steps < 2012
-    assert cli.num_epochs(parse("-n", "3"), 1_439) == 3
+def test_small_data_trains_1000_steps_unless_told():
+    assert study.num_epochs(parse(), 50_000) == 10
+    steps = study.num_epochs(parse(), 1_439) * 12
+    assert 1000 <= steps < 1012
+    assert study.num_epochs(parse("-n", "3"), 1_439) == 3
+
+
+def test_the_schedule_is_what_the_arguments_say():
+    argv = ["--beta", "2", "--kl-warmup", "0.3", "--kl-cycles", "4", "--lr-warmup", "0.1"]
+    args = parse(*argv, "--schedule", "constant")
+    assert cli.schedule(args) == Schedule(2.0, 0.3, 4, 0.1, cosine=False)
 
 
 def test_resume_takes_the_runs_arguments(tmp_path, capsys):
@@ -100,12 +109,16 @@ def test_resume_takes_the_runs_arguments(tmp_path, capsys):
     del saved["observe"]
     run.write_json(tmp_path / "config.json", {"arguments": saved})
     args = parse("--resume", str(tmp_path), "-n", "9")
-    assert args.latent_dim == 7
+    assert args.latent_dims == [7]
     assert args.num_epochs == 9
     assert args.out == str(tmp_path)
-    message = error(capsys, "--resume", str(tmp_path), "--latent-dim", "8")
-    assert "--latent-dim 8: the run in" in message
-    assert "has 7" in message
+    message = error(capsys, "--resume", str(tmp_path), "--latent-dims", "8")
+    assert "--latent-dims [8]: the run in" in message
+    assert "has [7]" in message
+    run.write_json(tmp_path / "config.json", {"arguments": {**saved, "top_dim": None}})
+    assert "made by another version of pvae (it has top_dim)" in error(
+        capsys, "--resume", str(tmp_path)
+    )
     (tmp_path / "config.json").write_text("{")
     assert "config.json is damaged" in error(capsys, "--resume", str(tmp_path))
 
@@ -125,10 +138,10 @@ def test_new_folders_never_overwrite(tmp_path, monkeypatch):
 
 
 def test_device():
-    assert cli.device("auto").type in ("cpu", "cuda", "mps")
+    assert study.find_device("auto").type in ("cpu", "cuda", "mps")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="--device cuda is not available here; there is cpu"):
-            cli.device("cuda")
+        with pytest.raises(ValueError, match="--device must be one that is here, cpu, not cuda"):
+            study.find_device("cuda")
 
 
 @pytest.mark.parametrize("kind", [ValueError, OSError, TrainingFailed])
@@ -163,18 +176,39 @@ def test_an_interrupt_exits_with_130_and_says_how_to_go_on(capsys):
 
 
 def test_help_gives_the_default_that_an_example_sets(capsys):
-    study = cli.study_parser("test")
-    study.set_defaults(dataset="patches", num_epochs=6)
+    parser = cli.study_parser("test")
+    parser.set_defaults(dataset="patches", num_epochs=6)
     with pytest.raises(SystemExit):
-        study.parse_args(["--help"])
+        parser.parse_args(["--help"])
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert "an image folder (default: patches)" in text
     assert "epochs (default: 6)" in text
     assert "(default: 10" not in text
 
 
+def started(*argv, device="cpu", images=100):
+    """A study of so many training images, without its folder."""
+    split = Split(torch.zeros(images, 1, 8, 8, dtype=torch.uint8), None)
+    dataset = Dataset("zeros", split, split, split, "")
+    args = parse("--quiet", "-n", "1", "-b", "1", *argv)
+    return study.Study(args, None, torch.device(device), dataset, None, 0.0)
+
+
 def test_a_cuda_graph_is_for_a_gpu():
-    args = cli.parser("").parse_args(["--quiet", "-n", "1", "--engine", "cuda-graph"])
-    with pytest.raises(ValueError, match="--engine cuda-graph needs the device cuda; it is cpu"):
-        cli.engine(args, 100, torch.device("cpu"))
-    assert cli.engine(args, 100, torch.device("cuda")) == "cuda-graph"
+    with pytest.raises(ValueError, match="--engine cuda-graph needs the device cuda, not cpu"):
+        study.engine(started("--engine", "cuda-graph"))
+    on_gpu = started("--engine", "cuda-graph", device="cuda")
+    assert study.engine(on_gpu) is study.ENGINES["cuda-graph"]
+
+
+def test_auto_captures_what_pays_for_it():
+    long = started(images=study.PAYS_BACK)
+    assert study.engine(long) is study.ENGINES["captured"]
+    assert study.engine(started(images=study.PAYS_BACK - 1)) is study.ENGINES["eager"]
+
+
+def test_a_run_that_ends_before_a_graph_is_made_says_so(capsys):
+    short = started("--engine", "captured", images=15)
+    short.args.quiet = False
+    study.engine(short)
+    assert "this run has 15: all of them run eager" in capsys.readouterr().out

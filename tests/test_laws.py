@@ -10,9 +10,10 @@ from conftest import SHAPES
 from pyro.infer import SVI
 
 from pvae import SingleOptimizer, evaluate
-from pvae.builder import GUIDES, LIKELIHOODS, OBJECTIVES, PRIORS, build
+from pvae.builder import GUIDES, LIKELIHOODS, PRIORS, build, compose
 from pvae.data import load, observe
-from pvae.evaluate.bounds import latents, sum_sites, traces
+from pvae.evaluate.bounds import sum_sites, traces
+from pvae.objectives import OBJECTIVES, latent_names
 from pvae.train import Trainer
 
 B, D, CLASSES = 16, 3, 2
@@ -33,7 +34,7 @@ def refusal(guide, prior, conditional):
     if prior == "vamp" and guide == "per_datum":
         return "function of images"
     if prior == "vamp" and guide == TWO_LAYERS:
-        return "with top_dim the prior is that of z2"
+        return "with two latent layers the prior is that of z2"
     if prior == "conditional" and not conditional:
         return "it needs num_classes"
     return None
@@ -44,26 +45,25 @@ def make(likelihood, guide, prior, conditional, variant=0):
     shape, net = SHAPES[variant % 2], ["mlp", "conv"][variant // 2 % 2]
     return build(
         shape,
-        D,
+        (D, 2) if guide == TWO_LAYERS else D,
         net,
         likelihood,
         "normal" if guide == TWO_LAYERS else guide,
         prior,
         hidden=16,
         num_classes=CLASSES if conditional else None,
-        top_dim=2 if guide == TWO_LAYERS else None,
-        components=4,
+        components=4 if PRIORS[prior].components else None,
         num_data=B if guide == "per_datum" else None,
     )
 
 
 def data(vae, likelihood, conditional):
     """Two prototypes with noise, in the likelihood's support, and which of them as labels."""
-    shape = tuple(vae.recipe["image_shape"])
+    shape = vae.recipe.event_shape
     y = torch.arange(B) % CLASSES
     prototypes = (torch.rand(CLASSES, *shape) > 0.5).float() * 0.8 + 0.1
     x = (prototypes[y] + 0.05 * torch.randn(B, *shape)).clamp(0, 1)
-    levels = {"binary": 1, "levels": 255, "grey": None}[LIKELIHOODS[likelihood].data]
+    levels = {"binary": 1, "levels": 255, "continuous": None}[LIKELIHOODS[likelihood].data]
     x = x if levels is None else (x * levels).round() / levels
     return (x, y) if conditional else (x,)
 
@@ -81,9 +81,9 @@ def draws_of_the_elbo(pair, args):
     x, y = (*args, None)[:2]
     with evaluate.fixed_noise("cpu", 1), evaluate.evaluating(*pair):
         model_trace, guide_trace = traces(*pair, x, y, 10)
-        names = [*model_trace.observation_nodes, *latents(model_trace)]
+        names = [*model_trace.observation_nodes, *latent_names(model_trace)]
         log_p = sum_sites(model_trace, names, (10, B))
-        return log_p - sum_sites(guide_trace, latents(guide_trace), (10, B))
+        return log_p - sum_sites(guide_trace, latent_names(guide_trace), (10, B))
 
 
 def above(difference, errors):
@@ -141,7 +141,7 @@ def check_combination(number, likelihood, guide, prior, conditional):
             assert drawn.nodes[name]["value"].shape == trace.nodes[name]["value"].shape
 
     # saved and loaded, it is the same
-    again = build(**vae.recipe)
+    again = compose(vae.recipe)
     again.load_state_dict(vae.state_dict())
     assert (draws_of_the_elbo(programs(again, guide), args) == end).all()
 
@@ -235,9 +235,8 @@ def test_objectives_with_each_other_part(objective, every):
 
 def test_what_an_objective_cannot_train_is_refused_before_the_run():
     data = observe(load("digits"), "dynamic")
-    objective = OBJECTIVES["trace_mean_field_elbo"]
-    vae = build((1, 28, 28), 3, "mlp", hidden=8, top_dim=2)
+    vae = build((1, 28, 28), (3, 2), "mlp", hidden=8)
     adam = SingleOptimizer(torch.optim.Adam(vae.parameters()))
-    svi = SVI(vae.model, vae.guide, adam, objective.elbo(1))
+    svi = SVI(vae.model, vae.guide, adam, OBJECTIVES["trace_mean_field_elbo"].elbo(1))
     with pytest.raises(ValueError, match="would be wrong here"):
-        Trainer(vae, svi, objective, data, epochs=1, batch_size=64)
+        Trainer(vae, svi, data, epochs=1, batch_size=64)

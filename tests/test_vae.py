@@ -58,7 +58,7 @@ def test_output_starts_at_the_mean_image(likelihood):
         ({"guide": "flow"}, "guide must be one of normal, normal_log_scale, .* not 'flow'"),
         ({"prior": "gmm"}, "prior must be one of standard_normal, .* not 'gmm'"),
         ({"activation": "elu"}, "activation must be one of silu, .* not 'elu'"),
-        ({"latent_dim": 0}, "latent_dim must be at least 1, not 0"),
+        ({"latent_dim": 0}, r"latent_dims must be .* at least 1, not \(0,\)"),
         ({"hidden": 0}, "hidden must be at least 1, not 0"),
         ({"image_shape": (28, 28)}, r"must be \(channels, height, width\), not \(28, 28\)"),
     ],
@@ -94,16 +94,23 @@ def test_bad_calls(call, message):
 def test_saved_and_loaded_it_gives_the_same_numbers(tmp_path, likelihood, guide, net):
     vae = tiny(likelihood, guide, net=net)
     x, z = images(likelihood, (1, 8, 8)).float(), torch.randn(6, 3)
-    checkpoint.save(tmp_path / "v.pt", {"model": vae.state_dict(), "recipe": vae.recipe})
+    pvae.save(vae, tmp_path / "v.pt")
     again = pvae.load(tmp_path / "v.pt")
     for a, b in zip(vae.terms(x, {"z": z}), again.terms(x, {"z": z}), strict=True):
         assert torch.equal(a, b)
 
 
+def test_a_recipe_of_a_later_version_is_refused_plainly(tmp_path):
+    state = checkpoint.pair_state(tiny())
+    checkpoint.write(tmp_path / "v.pt", {**state, "recipe": {**state["recipe"], "depth": 3}})
+    with pytest.raises(ValueError, match=r"v\.pt was written by another version of pvae: .*depth"):
+        pvae.load(tmp_path / "v.pt")
+
+
 def test_a_composed_pair_is_not_loaded_by_guess(tmp_path):
     vae = tiny()
     composed = VAE(vae.model, vae.guide)
-    checkpoint.save(tmp_path / "v.pt", {"model": composed.state_dict(), "recipe": composed.recipe})
+    pvae.save(composed, tmp_path / "v.pt")
     with pytest.raises(ValueError, match="holds no recipe"):
         pvae.load(tmp_path / "v.pt")
 
@@ -118,11 +125,71 @@ def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=r"other\.pt is not a checkpoint of this version"):
         pvae.load(tmp_path / "other.pt")
     vae = tiny()
-    checkpoint.save(tmp_path / "v.pt", {"model": vae.state_dict(), "recipe": vae.recipe})
+    pvae.save(vae, tmp_path / "v.pt")
     data = (tmp_path / "v.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"cut\.pt cannot be read"):
         pvae.load(tmp_path / "cut.pt")
+
+
+# what version 0.1 wrote: its state's names and shapes, and the arguments of its `build`
+FORMAT_1 = {
+    "model.top.logits": (2,),
+    "model.top.loc": (2, 1),
+    "model.top.log_scale": (2, 1),
+    "model.prior.net.hidden.0.weight": (3, 1),
+    "model.prior.net.hidden.0.bias": (3,),
+    "model.prior.net.out.weight": (4, 3),
+    "model.prior.net.out.bias": (4,),
+    "model.likelihood.net.hidden.0.weight": (3, 2),
+    "model.likelihood.net.hidden.0.bias": (3,),
+    "model.likelihood.net.out.weight": (4, 3),
+    "model.likelihood.net.out.bias": (4,),
+    "guide.posterior.net.hidden.0.weight": (3, 4),
+    "guide.posterior.net.hidden.0.bias": (3,),
+    "guide.posterior.net.out.weight": (4, 3),
+    "guide.posterior.net.out.bias": (4,),
+    "guide.top.net.hidden.0.weight": (3, 2),
+    "guide.top.net.hidden.0.bias": (3,),
+    "guide.top.net.out.weight": (2, 3),
+    "guide.top.net.out.bias": (2,),
+}
+RECIPE_1 = {
+    "image_shape": [1, 2, 2],
+    "latent_dim": 2,
+    "net": "mlp",
+    "likelihood": "bernoulli",
+    "guide": "normal",
+    "prior": "mixture",
+    "hidden": 3,
+    "activation": "silu",
+    "num_classes": None,
+    "side_dim": None,
+    "top_dim": 1,
+    "components": 2,
+    "num_data": None,
+}
+
+
+def test_a_checkpoint_of_format_1_loads(tmp_path):
+    state = {name: torch.randn(shape) for name, shape in FORMAT_1.items()}
+    history = [{"epoch": 1, "train_elbo": -3.0}]
+    old = {"format": 1, "model": state, "recipe": RECIPE_1, "history": history}
+    torch.save(old, tmp_path / "old.pt")
+    vae = pvae.load(tmp_path / "old.pt")
+    assert vae.recipe == pvae.builder.Recipe(
+        (1, 2, 2), (2, 1), "mlp", prior="mixture", hidden=3, activation="silu", components=2
+    )
+    assert all(torch.equal(t, state[name]) for name, t in vae.state_dict().items())
+    assert checkpoint.read(tmp_path / "old.pt")["history"] == [{"epoch": 1, "train_objective": -3}]
+
+
+def test_format_1_kept_what_its_parts_had_no_use_for(tmp_path):
+    recipe = {**RECIPE_1, "image_shape": [1, 28, 28], "net": "course", "top_dim": None}
+    recipe |= {"prior": "standard_normal", "hidden": 256, "activation": "relu", "components": 50}
+    vae = pvae.build((1, 28, 28), 2, "course")
+    torch.save({"format": 1, "model": vae.state_dict(), "recipe": recipe}, tmp_path / "old.pt")
+    assert pvae.load(tmp_path / "old.pt").recipe.hidden is None
 
 
 class Bomb:
@@ -140,8 +207,8 @@ def test_loading_runs_no_code(tmp_path, monkeypatch):
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "state.pt"
-    checkpoint.save(path, {"a": 1})
+    checkpoint.write(path, {"a": 1})
     with pytest.raises((TypeError, AttributeError)):
-        checkpoint.save(path, {"a": threading.Lock()})
+        checkpoint.write(path, {"a": threading.Lock()})
     assert checkpoint.read(path)["a"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]

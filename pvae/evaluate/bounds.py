@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from tqdm import tqdm
 
 from pvae.data import Split, chunks
+from pvae.kinds import Fn, Trace
+from pvae.objectives import latent_names
 from pvae.programs import evaluating
-
-Program = Callable[..., Any]
 
 
 @contextlib.contextmanager
@@ -54,8 +53,8 @@ class Bound(NamedTuple):
 
 
 def traces(
-    model: Program, guide: Program, x: Tensor, y: Tensor | None, particles: int
-) -> tuple[Any, Any]:
+    model: Fn, guide: Fn, x: Tensor, y: Tensor | None, particles: int
+) -> tuple[Trace, Trace]:
     """Traces of guide and model at `particles` draws of the latents: log_probs `(particles, B)`."""
     with pyro.plate("particles", particles, dim=-2):
         guide_trace = poutine.trace(guide).get_trace(x, y)
@@ -65,13 +64,7 @@ def traces(
     return model_trace, guide_trace
 
 
-def latents(trace: Any) -> list[str]:
-    """The unobserved sample sites; a plate is a site too, but no latent."""
-    names = trace.stochastic_nodes
-    return [name for name in names if not site_is_subsample(trace.nodes[name])]
-
-
-def sum_sites(trace: Any, names: list[str], shape: tuple[int, int]) -> Tensor:
+def sum_sites(trace: Trace, names: list[str], shape: tuple[int, int]) -> Tensor:
     """The log_probs of the named sites, summed for each particle and image: `shape`."""
     total = torch.zeros(())
     for name in names:
@@ -85,12 +78,32 @@ def sum_sites(trace: Any, names: list[str], shape: tuple[int, int]) -> Tensor:
     return total.expand(shape)
 
 
+def not_finite(model: Fn, guide: Fn, x: Tensor, y: Tensor | None = None) -> str | None:
+    """The first site of guide and model whose draw or log density is not finite; None where all
+    are finite.
+
+    >>> import pvae
+    >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
+    >>> vae.guide.posterior.net.out.bias.data[0] = math.nan
+    >>> not_finite(vae.model, vae.guide, torch.ones(5, 1, 8, 8))
+    'z'
+    """
+    with evaluating(model, guide), fixed_noise(x.device, 0), pyro.validation_enabled(False):
+        model_trace, guide_trace = traces(model, guide, x, y, 1)
+    for trace in (guide_trace, model_trace):
+        for name in [*latent_names(trace), *trace.observation_nodes]:
+            site = trace.nodes[name]
+            if not (site["value"].isfinite().all() and site["log_prob"].isfinite().all()):
+                return name
+    return None
+
+
 # ---- the ELBO ----
 
 
-def _analytic_kl(model_trace: Any, guide_trace: Any, shape: tuple[int, int]) -> Tensor | None:
+def _analytic_kl(model_trace: Trace, guide_trace: Trace, shape: tuple[int, int]) -> Tensor | None:
     """KL(q(z|x) || p(z)) where there is one latent site and torch has the formula."""
-    names = latents(guide_trace)
+    names = latent_names(guide_trace)
     if len(names) != 1:  # with several, the analytic KL of one depends on the draw of another
         return None
     q, p = guide_trace.nodes[names[0]]["fn"], model_trace.nodes[names[0]]["fn"]
@@ -101,7 +114,7 @@ def _analytic_kl(model_trace: Any, guide_trace: Any, shape: tuple[int, int]) -> 
 
 
 def elbo(
-    model: Program, guide: Program, x: Tensor, y: Tensor | None = None, *, num_samples: int = 1
+    model: Fn, guide: Fn, x: Tensor, y: Tensor | None = None, *, num_samples: int = 1
 ) -> Bound:
     r"""The ELBO (beta = 1) of each image of a batch, `num_samples` draws averaged.
 
@@ -120,8 +133,8 @@ def elbo(
         reconstruction = sum_sites(model_trace, model_trace.observation_nodes, shape)
         kl = _analytic_kl(model_trace, guide_trace, shape)
         if kl is None:
-            log_q = sum_sites(guide_trace, latents(guide_trace), shape)
-            kl = log_q - sum_sites(model_trace, latents(model_trace), shape)
+            log_q = sum_sites(guide_trace, latent_names(guide_trace), shape)
+            kl = log_q - sum_sites(model_trace, latent_names(model_trace), shape)
         reconstruction, kl = reconstruction.mean(0), kl.mean(0)
     return Bound(reconstruction - kl, reconstruction, kl)
 

@@ -2,7 +2,7 @@ r"""What the latents are used for: active units, information, and the aggregate 
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pyro import poutine
@@ -10,14 +10,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pvae.data import Split, chunks
-from pvae.evaluate.bounds import Estimate, Program, estimate, latents, traces
+from pvae.evaluate.bounds import Estimate, estimate, traces
+from pvae.kinds import Distribution, Fn, Trace
+from pvae.objectives import latent_names
 from pvae.programs import evaluating, mean_of
 
 ACTIVE = 0.01  # the variance of a unit's posterior mean above which it is active
 _AT_ONCE = 250  # images, and draws compared with them: bounds the memory
 
 
-def posterior_means(guide: Program, x: Tensor, y: Tensor | None = None) -> Tensor:
+def posterior_means(guide: Fn, x: Tensor, y: Tensor | None = None) -> Tensor:
     """The mean of the posterior of each image, `(B, D)`: of the guide's first latent, `q(z|x)`.
 
     >>> import pvae
@@ -26,8 +28,8 @@ def posterior_means(guide: Program, x: Tensor, y: Tensor | None = None) -> Tenso
     torch.Size([5, 2])
     """
     with evaluating(guide):
-        trace: Any = poutine.trace(guide).get_trace(x, y)
-        return mean_of(trace.nodes[latents(trace)[0]]["fn"])
+        trace: Trace = poutine.trace(guide).get_trace(x, y)
+        return mean_of(trace.nodes[latent_names(trace)[0]]["fn"])
 
 
 def unit_variances(means: Tensor) -> Tensor:
@@ -39,6 +41,15 @@ def unit_variances(means: Tensor) -> Tensor:
     [False, True]
     """
     return means.var(0, correction=0)
+
+
+def active_units(means: Tensor) -> int:
+    """How many units are active, of posterior means `(N, D)`.
+
+    >>> active_units(torch.tensor([[0.0, 1.0], [0.0, -1.0]]))
+    1
+    """
+    return int((unit_variances(means) > ACTIVE).sum())
 
 
 class Information(NamedTuple):
@@ -57,20 +68,13 @@ class Information(NamedTuple):
 
 
 def information(
-    model: Program,
-    guide: Program,
-    split: Split,
-    *,
-    num_draws: int = 2000,
-    labels: bool = False,
-    site: str = "z",
-    title: str = "",
+    model: Fn, guide: Fn, split: Split, *, num_draws: int = 2000, site: str = "z", title: str = ""
 ) -> Information:
     r"""`I(x; z)` and `KL(q(z) || p(z))` over a whole split, for a pair with one latent site.
 
     Draws `z ~ q(z|x_n)` for `num_draws` images spread over the split, and compares `q(z|x_n)`,
-    `q(z)` (with all images of the split, `x_n` among them) and `p(z)` there. `labels` gives the
-    images' labels to the programs; a `title` shows a progress bar on a terminal.
+    `q(z)` (with all images of the split, `x_n` among them) and `p(z)` there. The programs get the
+    split's `y` where it has one; a `title` shows a progress bar on a terminal.
     Source: ELBO surgery (2016), Hoffman and Johnson, NIPS workshop on approximate inference.
 
     Raises:
@@ -91,11 +95,11 @@ def information(
     posteriors, z, log_own, log_prior = [], [], [], []
     with evaluating(model, guide):
         for (x, y), here in zip(chunks(split, _AT_ONCE), drawn.split(_AT_ONCE), strict=True):
-            model_trace, guide_trace = traces(model, guide, x, y if labels else None, 1)
-            if latents(guide_trace) != [site]:
+            model_trace, guide_trace = traces(model, guide, x, y, 1)
+            if latent_names(guide_trace) != [site]:
                 raise ValueError(
-                    f"site is {site!r}, but the guide's latents are {latents(guide_trace)}: the "
-                    "information is that of a pair with one latent"
+                    f"site must be the guide's only latent, not {site!r}: its latents are "
+                    f"{latent_names(guide_trace)}"
                 )
             posteriors.append(guide_trace.nodes[site]["fn"])  # batch shape (1, B)
             z.append(guide_trace.nodes[site]["value"][0, here])
@@ -107,7 +111,7 @@ def information(
     return Information(mutual, aggregate, images)
 
 
-def _log_mixture(posteriors: Sequence[Any], z: Tensor, title: str) -> Tensor:
+def _log_mixture(posteriors: Sequence[Distribution], z: Tensor, title: str) -> Tensor:
     """`log sum_n q(z_s|x_n)`, `(S,)`; of a thousand draws and images, a few at once."""
     pieces = []
     # disable=None: no bar where the output is not a terminal

@@ -19,11 +19,12 @@ from pyro.infer import SVI
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from pvae.builder import OBJECTIVES
 from pvae.conditional import Conditional, ignore_label
-from pvae.evaluate.bounds import Program, elbo, fixed_noise, latents
+from pvae.evaluate.bounds import elbo, fixed_noise
 from pvae.evaluate.importance import importance_weighted
 from pvae.heads import FullCovariance
+from pvae.kinds import Fn, Trace
+from pvae.objectives import OBJECTIVES, latent_names
 from pvae.optim import SingleOptimizer
 from pvae.programs import Guide, evaluating
 
@@ -86,7 +87,7 @@ def one_factor_each(guide: nn.Module, x: Tensor, y: Tensor | None = None) -> Gui
 
 
 def full_covariance_factors(
-    guide: Program, x: Tensor, y: Tensor | None = None, *, num_draws: int = 1000
+    guide: Fn, x: Tensor, y: Tensor | None = None, *, num_draws: int = 1000
 ) -> Guide:
     r"""The guide `q(z | index)`: for each `x` `(N, C, H, W)` a normal with a covariance of its own.
 
@@ -107,8 +108,8 @@ def full_covariance_factors(
     if num_draws < 2:
         raise ValueError(f"num_draws must be at least 2, for a variance, not {num_draws}")
     with evaluating(guide), pyro.plate("particles", num_draws, dim=-2):
-        trace: Any = poutine.trace(guide).get_trace(x, y)
-    names = latents(trace)
+        trace: Trace = poutine.trace(guide).get_trace(x, y)
+    names = latent_names(trace)
     if len(names) != 1:
         raise ValueError(f"guide must have one latent site, not {len(names)}: {names}")
     z = trace.nodes[names[0]]["value"]  # (draws, N, D)

@@ -14,7 +14,9 @@ from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
 from pvae import captured
-from pvae.evaluate.bounds import Program, latents, sum_sites, traces
+from pvae.evaluate.bounds import sum_sites, traces
+from pvae.kinds import Fn
+from pvae.objectives import latent_names
 from pvae.programs import evaluating
 
 DECODES = 2000  # images decoded at once: bounds the memory
@@ -38,15 +40,13 @@ class Importance(NamedTuple):
     pareto_k: Tensor
 
 
-def _log_weights(
-    model: Program, guide: Program, x: Tensor, y: Tensor | None, num_samples: int
-) -> Tensor:
+def _log_weights(model: Fn, guide: Fn, x: Tensor, y: Tensor | None, num_samples: int) -> Tensor:
     """`log w_i` of `num_samples` draws for each image, `(num_samples, B)`."""
     shape = (num_samples, len(x))
     model_trace, guide_trace = traces(model, guide, x, y, num_samples)
     log_p = sum_sites(model_trace, model_trace.observation_nodes, shape)
-    log_p = log_p + sum_sites(model_trace, latents(model_trace), shape)
-    return log_p - sum_sites(guide_trace, latents(guide_trace), shape)
+    log_p = log_p + sum_sites(model_trace, latent_names(model_trace), shape)
+    return log_p - sum_sites(guide_trace, latent_names(guide_trace), shape)
 
 
 def _pieces(num_samples: int, images: int) -> list[int]:
@@ -110,8 +110,8 @@ class ImportanceSampler:
 
     def __init__(
         self,
-        model: Program,
-        guide: Program,
+        model: Fn,
+        guide: Fn,
         *,
         num_samples: int = 500,
         compiler: captured.Compiler | None = None,
@@ -143,21 +143,8 @@ class ImportanceSampler:
         return Importance(total - math.log(k), (2 * total - squares).exp(), tails.to(x))
 
 
-def importance_sampling(
-    model: Program, guide: Program, x: Tensor, y: Tensor | None = None, *, num_samples: int = 500
-) -> Importance:
-    """One batch by an `ImportanceSampler`.
-
-    >>> import pvae
-    >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
-    >>> importance_sampling(vae.model, vae.guide, torch.ones(5, 1, 8, 8)).ess.shape
-    torch.Size([5])
-    """
-    return ImportanceSampler(model, guide, num_samples=num_samples)(x, y)
-
-
 def importance_weighted(
-    model: Program, guide: Program, x: Tensor, y: Tensor | None = None, *, num_samples: int = 500
+    model: Fn, guide: Fn, x: Tensor, y: Tensor | None = None, *, num_samples: int = 500
 ) -> Tensor:
     r"""The importance-weighted bound of each image of a batch, `(B,)`, in nats.
 
@@ -173,4 +160,4 @@ def importance_weighted(
     >>> importance_weighted(vae.model, vae.guide, torch.ones(5, 1, 8, 8), num_samples=7).shape
     torch.Size([5])
     """
-    return importance_sampling(model, guide, x, y, num_samples=num_samples).log_evidence
+    return ImportanceSampler(model, guide, num_samples=num_samples)(x, y).log_evidence

@@ -4,12 +4,13 @@ import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
-from pvae.evaluate.bounds import Program, fixed_noise
+from pvae.evaluate.bounds import fixed_noise
+from pvae.kinds import Fn
 from pvae.programs import evaluating
 
 
 def nuts(
-    model: Program,
+    model: Fn,
     x: Tensor,
     y: Tensor | None = None,
     *,

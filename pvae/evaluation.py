@@ -1,0 +1,281 @@
+"""The full evaluation of a finished run: every number of `pvae.evaluate` in one table.
+
+    python -m pvae.evaluate runs/mnist_svi
+
+It prints the table, with what each number is and is not, and leaves `evaluation.json` and
+`posterior.png` in the folder of the run. The model is the run's best, the images are its test set.
+"""
+
+import argparse
+import inspect
+import math
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pvae import captured, checkpoint, cli, data, evaluate, memory, plots, results, run
+from pvae.evaluate import estimate
+from pvae.results import Row, Subject, codes, tail_rows
+from pvae.study import find_device
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m pvae.evaluate",
+        description="What a finished run is worth: one table, and evaluation.json in its folder.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN_DIR", help="folder of the run, such as runs/mnist_svi")
+    parser.add_argument("--data-root", metavar="DIR", help="where its data is, if it has moved")
+    g = parser.add_argument_group("how much of each; 0 leaves it out")
+    for flag, default, text in (
+        ("--images", 200, "test images of the importance-weighted bound"),
+        ("--annealed-images", 20, "test images of annealed importance sampling"),
+        ("--gap-images", 100, "test images of the amortization gap"),
+        ("--nuts-samples", 500, "draws of NUTS, for the picture of one image's posterior"),
+    ):
+        cli.option(g, flag, text, cli.COUNT, default, "N")
+    g = parser.add_argument_group("how well")
+    for flag, default, text in (
+        ("--num-samples", 1000, "draws k of the importance-weighted bound"),
+        ("--temperatures", 200, "steps of annealing"),
+        ("--chains", 1, "of annealing, for each image"),
+        ("--gap-steps", 500, "optimization steps of the gaps' factors"),
+        ("--proposal-steps", 600, "optimization steps of each image's own proposal"),
+    ):
+        cli.option(g, flag, text, cli.NATURAL, default, "N")
+    for flag, text in (
+        ("--from-prior", "anneal from the prior: without the guide, but it needs many more steps"),
+        ("--captured", "compile the weights of IWAE-k, which pays from a million draws on"),
+    ):
+        g.add_argument(flag, action="store_true", help=text)
+    g = parser.add_argument_group("run")
+    cli.option(g, "--image", "test image for NUTS", cli.COUNT, 0, "I")
+    cli.option(g, "--seed", "seed of the noise", cli.COUNT, 0, "S")
+    cli.choice(g, "--device", ["auto", "cpu", "cuda", "mps"], "auto", "device")
+    g.add_argument("--quiet", action="store_true", help="no progress, only the results")
+    return parser.parse_args(argv)
+
+
+def opened(args: argparse.Namespace) -> tuple[Subject, str]:
+    """The run's best model with its data, and the data's name.
+
+    Raises:
+        ValueError: the folder is not that of a run, or the data found is not the run's.
+    """
+    config = run.read_config(args.run)
+    device = find_device(args.device)
+    named = config["arguments"].get("dataset") or config["dataset"]["name"]
+    root = args.data_root or config["arguments"].get("data_root")
+    data_seed = config.get("data_seed", config["seed"])  # version 0.1 had one seed for all
+    dataset = data.load(named, root, seed=data_seed)
+    dataset.require_same(config["dataset"]["name"], config["dataset"]["sha256"], args.run)
+    vae = checkpoint.load(args.run).to(device).to(memory_format=torch.channels_last)
+    observed = data.observe(dataset, config["dataset"]["observed"], data_seed).to(device)
+    return Subject(vae, observed, args.seed, args.quiet), dataset.name
+
+
+# ---- the sections of the table that are not those of every run; their docstrings are printed ----
+
+
+class Annealing(NamedTuple):
+    """AIS of images and their importance-weighted bound; both bounds of simulated ones, `(B,)`."""
+
+    forward: Tensor
+    diverged: Tensor
+    iwae: Tensor
+    lower: Tensor
+    upper: Tensor
+
+
+def annealed_rows(subject: Subject, args: argparse.Namespace) -> list[Row]:
+    """AIS: annealed importance sampling, a lower bound in expectation that checks IWAE-k by other
+    means. Its chains start at the guide's draws and move to the posterior. From the prior it does
+    not use the guide at all, and needs many more steps. On images drawn from the model there is an
+    upper bound too: the width between the two is the most that AIS lacks there. On real images
+    nobody knows it. A chain whose numbers overflow stays where it was; the table counts those.
+    A proposal of its own: a normal with a full covariance, optimized for each image alone, draws
+    in the guide's place. What IWAE-k by the guide lacks of it, the guide lacks. Where AIS agrees
+    with it, both are probably near log p(x). That is no proof: both are lower bounds, and unless
+    AIS is from the prior, both start from the guide.
+    """
+    model, guide, k = subject.vae.model, subject.vae.guide, args.num_samples
+    split = subject.subset(args.annealed_images)
+    anneal = evaluate.Annealer(
+        model,
+        None if args.from_prior else guide,
+        num_temperatures=args.temperatures,
+        num_chains=args.chains,
+        title=subject.title("AIS"),
+    )
+
+    def found(x: Tensor, y: Tensor | None) -> Annealing:
+        forward = anneal(x, y)
+        iwae = evaluate.importance_weighted(model, guide, x, y, num_samples=k)
+        sandwich = anneal.sandwich(x, y)
+        return Annealing(
+            forward.log_evidence, forward.diverged, iwae, sandwich.lower, sandwich.upper
+        )
+
+    result = subject.over(split, found, 100)  # the chains of 100 images move at once
+    start, n = "the prior" if args.from_prior else "the guide", len(split.images)
+    rows = [
+        Row("ais", f"AIS from {start}, {args.temperatures:,} steps", estimate(result.forward), n),
+        Row("ais_lower", "  on simulated images: lower bound", estimate(result.lower), n),
+        Row("ais_upper", "  ... and upper bound", estimate(result.upper), n),
+        Row("ais_gap", "  ... and its width", estimate(result.upper - result.lower), n),
+    ]
+    if result.diverged.any():
+        share = estimate(result.diverged.double())
+        rows.append(Row("ais_diverged", "  share of moves that diverged", share, n, 4))
+    rows.append(Row("ais_iwae", f"  IWAE-{k:,} of the same images", estimate(result.iwae), n))
+    if has_one_latent(subject):
+        by_factors = subject.over(split, partial(_by_factors, subject, args), 100)
+        own = by_factors.log_evidence
+        rows.append(Row("factor_iwae", "  ... by a proposal of its own", estimate(own), n))
+        rows += tail_rows(by_factors.pareto_k, "factor_pareto_k", "  ... and its ")
+        rows.append(Row("ais_less_iwae", "  AIS less that", estimate(result.forward - own), n))
+    return rows
+
+
+def has_one_latent(subject: Subject) -> bool:
+    recipe = subject.vae.recipe
+    return recipe is None or not recipe.two_layers
+
+
+def _by_factors(
+    subject: Subject, args: argparse.Namespace, x: Tensor, y: Tensor | None
+) -> evaluate.Importance:
+    """The importance-weighted bound by a normal with a full covariance for each image."""
+    model = subject.vae.model
+    factors = evaluate.full_covariance_factors(subject.vae.guide, x, y)
+    with _bar("proposals", args.proposal_steps, subject) as bar:
+        evaluate.optimize_factors(
+            model,
+            factors,
+            x,
+            y,
+            steps=args.proposal_steps,
+            learning_rate=0.02,
+            particles=4,
+            on_step=lambda step: bar.update(),
+        )
+    own = partial(factors, index=torch.arange(len(x), device=x.device))
+    return evaluate.ImportanceSampler(model, own, num_samples=args.num_samples)(x, y)
+
+
+def _bar(title: str, steps: int, subject: Subject) -> Any:
+    return tqdm(total=steps, desc=title, leave=False, disable=subject.quiet or None)
+
+
+def gap_rows(subject: Subject, args: argparse.Namespace) -> list[Row]:
+    """gaps: the first is what one encoder for all images costs, the second what the family of q
+    costs. Factors that are not at their optimum make the first too small, the second too large.
+    """
+    split = subject.shown(subject.subset(args.gap_images))
+    x, seed = data.pixels(split.images), args.seed
+    with _bar("factors", args.gap_steps, subject) as bar, evaluate.fixed_noise(x.device, seed):
+        found = evaluate.gaps(
+            subject.vae.model,
+            subject.vae.guide,
+            x,
+            split.y,
+            steps=args.gap_steps,
+            seed=seed,
+            on_step=lambda step: bar.update(),
+        )
+    return [
+        Row("amortization_gap", "amortization gap", estimate(found.amortization), len(x)),
+        Row("approximation_gap", "approximation gap", estimate(found.approximation), len(x)),
+    ]
+
+
+def latent_rows(subject: Subject) -> list[Row]:
+    """active units: those whose posterior mean varies over images by more than 0.01. The number
+    does not say how much each of them tells.
+    I(x; z): the information about which of these images x is. It cannot exceed log N: near that,
+    it is a lower bound, and the KL of q(z) an upper one.
+    probe: accuracies of two classifiers of the posterior means; no measure of the density.
+    """
+    vae, test, held_out = subject.vae, subject.data.test, subject.data.validation
+    n, means = len(test.images), codes(subject, test, "codes")
+    rows = results.unit_rows(means)
+    if has_one_latent(subject):
+        with evaluate.fixed_noise(means.device, subject.seed):
+            known = evaluate.information(
+                vae.model, vae.guide, subject.shown(test), title=subject.title("information")
+            )
+        rows += [
+            Row("mutual_information", f"I(x; z), at most {math.log(n):.2f}", known.mutual, n),
+            Row("aggregate_kl", "KL(q(z) || p(z))", known.aggregate, n),
+        ]
+    if held_out.labels is not None and test.labels is not None:
+        # fitted to validation images: the pair was not trained on them, as on the test's
+        found = evaluate.probe(
+            codes(subject, held_out, "probe"), held_out.labels, means, test.labels
+        )
+        rows += [
+            Row("knn", "probe: 5 nearest neighbours", found.nearest_neighbours, n, 4),
+            Row("logistic", "probe: logistic regression", found.logistic_regression, n, 4),
+        ]
+    return rows
+
+
+def picture(subject: Subject, args: argparse.Namespace) -> plots.Figure:
+    """The posterior of one test image by NUTS beside the guide's; the two units shown are those
+    that the posterior correlates most."""
+    vae, which, draws, seed = subject.vae, args.image, args.nuts_samples, args.seed
+    test = subject.shown(subject.data.test)
+    if which >= len(test.images):
+        raise ValueError(
+            f"--image must be below {len(test.images)}, the number of test images, not {which}"
+        )
+    x = data.pixels(test.images[which : which + 1])
+    y = None if test.y is None else test.y[which : which + 1]
+    quiet = args.quiet or not sys.stderr.isatty()
+    exact = evaluate.nuts(vae.model, x, y, num_samples=draws, seed=seed, quiet=quiet)["z"]
+    with evaluate.evaluating(vae), evaluate.fixed_noise(x.device, seed):
+        guide = vae.encode(x, y).sample((draws,))[:, 0]
+    size = exact.shape[1]
+    correlation = exact.T.cpu().corrcoef().reshape(size, size).nan_to_num(0).abs()
+    units = divmod(int(correlation.fill_diagonal_(0).argmax()), size)
+    return plots.posterior(exact, guide, units, title=f"Posterior of test image {which}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    start = time.perf_counter()
+    memory.keep_freed_memory()
+    subject, name = opened(args)
+    folder = Path(args.run)
+    if not has_one_latent(subject):
+        print("two latent layers: what is of a single latent z is left out")
+        args.gap_images = args.nuts_samples = 0
+    compiler = captured.inductor if args.captured else None
+    sections: list[tuple[Callable[..., list[Row]], Any]] = [
+        (results.elbo_rows, (subject,)),
+        (results.importance_rows, (subject, args.images, args.num_samples, compiler)),
+        (annealed_rows, (subject, args)),
+        (gap_rows, (subject, args)),
+        (latent_rows, (subject,)),
+    ]
+    asked = [True, args.images, args.annealed_images, args.gap_images, True]
+    sections = [section for section, how_many in zip(sections, asked, strict=True) if how_many]
+    rows = [row for section, arguments in sections for row in section(*arguments)]
+    print(results.table(rows, subject, name))
+    print("what they are, and are not:")
+    for section, _ in sections:  # each says in its docstring what its numbers are
+        print(textwrap.indent(inspect.getdoc(section) or "", "  "))
+    numbers = {"arguments": vars(args), "numbers": results.as_json(rows)}
+    run.write_json(folder / "evaluation.json", numbers)
+    if args.nuts_samples > 1:
+        plots.save(picture(subject, args), folder / "posterior.png")
+    print(f"{time.perf_counter() - start:.0f} s; kept in {folder}/")

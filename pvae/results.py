@@ -1,0 +1,268 @@
+"""The numbers of a trained pair: computed by section, with one set of keys, shown as one table.
+
+The end of a run and the full evaluation both take them from here. All are nats per image, means
+over images, never over batches.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pvae import evaluate, tables
+from pvae.builder import LIKELIHOODS
+from pvae.data import Observed, Split
+from pvae.evaluate import Estimate, estimate
+from pvae.vae import VAE
+
+_SUBSET = 1000  # test images of the importance-weighted bound at the end of a run
+_FEW = 0.1  # share of active units below which the table says what usually helps
+
+
+class Row(NamedTuple):
+    """One number: its key in the JSON file, what the table calls it, over how many images, and
+    out of how many it counts."""
+
+    key: str
+    label: str
+    value: Estimate
+    images: int | None = None
+    digits: int = 2
+    out_of: int | None = None
+
+    def cells(self) -> list[str]:
+        """The row as the table shows it.
+
+        >>> Row("elbo", "ELBO", Estimate(-94.054, math.nan), 1000).cells()
+        ['ELBO', '-94.05', '', '1,000']
+        """
+        mean, se = (f"{v:,.{self.digits}f}" if not math.isnan(v) else "" for v in self.value)
+        label = self.label if self.out_of is None else f"{self.label}, of {self.out_of:,}"
+        return [label, mean, se, "" if self.images is None else f"{self.images:,}"]
+
+    def json(self) -> dict[str, float | int | str | None]:
+        """The row as the file keeps it: JSON has no NaN.
+
+        >>> Row("elbo", "ELBO", Estimate(-94.0, math.nan)).json()
+        {'label': 'ELBO', 'mean': -94.0, 'se': None, 'images': None}
+        """
+        mean, se = (None if math.isnan(v) else v for v in self.value)
+        return {"label": self.label.strip(), "mean": mean, "se": se, "images": self.images}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained pair, the data that it is measured on, and the seed of the noise."""
+
+    vae: VAE
+    data: Observed
+    seed: int = 0
+    quiet: bool = False
+
+    def shown(self, split: Split) -> Split:
+        """The split as the pair sees it: without labels where it takes no `y`."""
+        return split if self.vae.takes_y else Split(split.images, None)
+
+    def over(
+        self, split: Split, function: Callable[..., Any], batch_size: int, title: str = ""
+    ) -> Any:
+        """`function(x, y)` over a split, as `evaluate.over`; `y` is None for a pair without it."""
+        return evaluate.over(
+            self.shown(split),
+            function,
+            batch_size=batch_size,
+            seed=self.seed,
+            title=self.title(title),
+        )
+
+    def title(self, text: str) -> str:
+        """What a progress bar is called; nothing where none is wanted."""
+        return "" if self.quiet else text
+
+    def subset(self, count: int) -> Split:
+        """`count` test images, drawn once at random: the same ones in every run.
+
+        >>> import pvae
+        >>> from pvae.data import load, observe
+        >>> subject = Subject(pvae.build((1, 28, 28), 2), observe(load("digits"), "dynamic"))
+        >>> len(subject.subset(50).images)
+        50
+        """
+        test = self.data.test
+        order = torch.randperm(len(test.images), generator=torch.Generator().manual_seed(0))
+        chosen = order[:count].sort().values.to(test.images.device)
+        images, *rest = test
+        return Split(images[chosen], *(None if t is None else t[chosen] for t in rest))
+
+
+# ---- sections; the full evaluation prints their docstrings ----
+
+
+def elbo_rows(subject: Subject) -> list[Row]:
+    """ELBO: a lower bound on log p(x), at beta = 1, over the whole test set. It is distortion and
+    rate together; neither alone says how good a model is.
+    """
+    pair, test = (subject.vae.model, subject.vae.guide), subject.data.test
+    bound = subject.over(test, lambda x, y: evaluate.elbo(*pair, x, y), 500, "ELBO")
+    n = len(test.images)
+    rows = [
+        Row("elbo", "ELBO", estimate(bound.elbo), n),
+        Row("distortion", "  distortion, -E_q log p(x|z)", estimate(-bound.reconstruction), n),
+        Row("rate", "  rate, KL(q(z|x) || p(z))", estimate(bound.kl), n),
+    ]
+    levels = grey_levels(subject.vae, subject.data)
+    if levels is not None:
+        pixels = test.images[0].numel()
+        bits = evaluate.bits_per_dimension(bound.elbo, pixels, levels=levels)
+        rows.append(Row("bits_per_dimension", "  bits per dimension", estimate(bits), n, 4))
+    return rows
+
+
+def grey_levels(vae: VAE, data: Observed) -> int | None:
+    """What `evaluate.bits_per_dimension` needs: 1 where the likelihood gives probabilities, 256
+    where it gives the density of dequantised 8-bit pixels; None where there are no bits.
+
+    >>> import pvae
+    >>> from pvae.data import load, observe
+    >>> grey_levels(pvae.build(likelihood="categorical"), observe(load("digits"), "grey"))
+    1
+    """
+    if vae.recipe is None or not vae.normalized:
+        return None
+    if LIKELIHOODS[vae.recipe.likelihood].data != "continuous":
+        return 1
+    return 256 if data.how == "dequantized" else None
+
+
+def importance_rows(
+    subject: Subject, images: int, num_samples: int, compiler: Any = None
+) -> list[Row]:
+    """IWAE-k: the importance-weighted bound, tighter than the ELBO, of a random subset of the test
+    set. It equals log p(x) only as k grows.
+    k-hat: the tail of the importance weights. Above 0.7 an image's IWAE-k and its effective sample
+    size are not to be believed. Below 0.7 the error of the bound is small, but it keeps a bias.
+    """
+    split, k = subject.subset(images), num_samples
+    pair = subject.vae.model, subject.vae.guide
+    sampler = evaluate.ImportanceSampler(*pair, num_samples=k, compiler=compiler)
+    found = subject.over(split, sampler, 20, f"IWAE-{k:,}")
+    elbo = subject.over(split, lambda x, y: evaluate.elbo(*pair, x, y).elbo, 500)
+    n = len(split.images)
+    return [
+        Row(f"iwae_{k}", f"IWAE-{k:,}", estimate(found.log_evidence), n),
+        Row("iwae_elbo", "  ELBO of the same images", estimate(elbo), n),
+        Row("ess", "  effective sample size", estimate(found.ess), n, 1, k),
+        *tail_rows(found.pareto_k, "pareto_k", "  "),
+    ]
+
+
+def tail_rows(pareto_k: Tensor, key: str, indent: str) -> list[Row]:
+    """k-hat, and how often it is too large; none where no image had weights enough for it."""
+    tails = pareto_k[~pareto_k.isnan()]
+    if not len(tails):
+        return []
+    above = (tails > evaluate.UNRELIABLE).to(tails)
+    return [
+        Row(key, f"{indent}Pareto k-hat", estimate(tails), len(tails)),
+        Row(f"{key}_above", f"{indent}share of k-hat above 0.7", estimate(above), len(tails)),
+    ]
+
+
+def codes(subject: Subject, split: Split, title: str = "") -> Tensor:
+    """The posterior means of a split, `(N, D)`: of the first latent."""
+    guide = subject.vae.guide
+    return subject.over(split, lambda x, y: evaluate.posterior_means(guide, x, y), 500, title)
+
+
+def unit_rows(means: Tensor) -> list[Row]:
+    """How many units are active, of posterior means `(N, D)`."""
+    active = Estimate(float(evaluate.active_units(means)), math.nan)
+    return [Row("active_units", "active units", active, len(means), 0, means.shape[1])]
+
+
+def end_of_run(subject: Subject) -> list[Row]:
+    """The test set's numbers at the end of a run.
+
+    >>> import pvae
+    >>> from pvae.data import load, observe
+    >>> vae = pvae.build((1, 28, 28), latent_dim=2, net="mlp", hidden=8)
+    >>> rows = end_of_run(Subject(vae, observe(load("digits"), "dynamic"), quiet=True))
+    >>> [row.key for row in rows]
+    ['elbo', 'distortion', 'rate', 'bits_per_dimension', 'iwae_100', 'iwae_elbo', 'active_units']
+    """
+    bound, of_same_images, *_ = importance_rows(subject, _SUBSET, 100)
+    units = unit_rows(codes(subject, subject.data.test))
+    return [*elbo_rows(subject), bound, of_same_images, *units]
+
+
+# ---- shown and kept ----
+
+
+def table(rows: Sequence[Row], subject: Subject, name: str) -> str:
+    """The rows as text, with what they are and on which data; `name` is that of the data set."""
+    what = f"{name} test set, {subject.data.label}; nats per image and their se"
+    if not subject.vae.normalized:
+        what += "\n  p(x|z) is not a likelihood: compare these numbers with no other likelihood's"
+    text = tables.columns(what, ["", "mean", "se", "images"], [row.cells() for row in rows])
+    return "\n".join([text, *_collapsed(rows)])
+
+
+def _collapsed(rows: Sequence[Row]) -> list[str]:
+    """What to say where the latents are hardly used."""
+    for row in rows:
+        units = row.out_of or 0
+        if row.key == "active_units" and row.images != 1 and row.value.mean < max(1, _FEW * units):
+            return [
+                f"warning: {row.value.mean:.0f} of {units} units are active: the pair hardly "
+                "uses z. A lower learning rate, a longer KL warm-up or free bits usually help"
+            ]
+    return []
+
+
+def as_json(rows: Sequence[Row]) -> dict[str, Any]:
+    """The rows by key, as results.json and evaluation.json keep them under "numbers"."""
+    return {row.key: row.json() for row in rows}
+
+
+# the keys of version 0.1, and the sign by which its numbers differ
+_OLD = {
+    "test_elbo": ("elbo", 1),
+    "test_reconstruction": ("distortion", -1),
+    "test_kl": ("rate", 1),
+    "iwae_500": ("iwae_500", 1),
+    "active_units": ("active_units", 1),
+    "bits_per_dimension": ("bits_per_dimension", 1),
+}
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Estimate]:
+    """The numbers of a results.json or evaluation.json by key, those of version 0.1 too.
+
+    Raises:
+        ValueError: the file is not one of them.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+        if "numbers" not in content:
+            return _of_version_0_1(content)
+        return {key: _estimate(row) for key, row in content["numbers"].items()}
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no results of a run: {error!r}") from error
+
+
+def _estimate(row: Mapping[str, Any]) -> Estimate:
+    return Estimate(*(math.nan if row[key] is None else row[key] for key in ("mean", "se")))
+
+
+def _of_version_0_1(content: Mapping[str, float]) -> dict[str, Estimate]:
+    return {
+        key: Estimate(sign * content[old], content.get(f"{old}_se", math.nan))
+        for old, (key, sign) in _OLD.items()
+        if old in content or old == "test_elbo"
+    }
