@@ -11,6 +11,7 @@ import itertools
 import math
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -24,7 +25,7 @@ from pyro.infer import SVI, Trace_ELBO
 from tqdm import tqdm
 
 import pvae
-from pvae import captured, cli, data, memory, plots, report, run
+from pvae import captured, cli, data, memory, plots, run, tables
 
 
 class Size(NamedTuple):
@@ -67,6 +68,18 @@ def _observed(size: Size) -> data.Observed:
     )
 
 
+def peak() -> float:
+    """The most memory that the process has had in use, in MiB (a GPU's not counted)."""
+    if sys.platform.startswith("linux"):
+        # not getrusage's: that of a child process starts at its parent's
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    import resource  # where there is one
+
+    in_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return in_bytes / 2**20
+
+
 def _measure(size: Size, engine: str, batch: int, timed: int, threads: int, pipe: Any) -> None:
     torch.set_num_threads(threads)
     memory.keep_freed_memory()
@@ -86,8 +99,7 @@ def _measure(size: Size, engine: str, batch: int, timed: int, threads: int, pipe
         svi.step(next(batches)[0])
         if step >= 3:
             times.append(time.perf_counter() - start)
-    peak = memory.peak()
-    pipe.send((statistics.median(times), peak))
+    pipe.send((statistics.median(times), peak()))
 
 
 def measure(size: Size, engine: str, *, batch: int, timed: int, threads: int) -> dict[str, Any]:
@@ -99,7 +111,7 @@ def measure(size: Size, engine: str, *, batch: int, timed: int, threads: int) ->
     worker.start()
     end.close()
     try:
-        seconds, peak = pipe.recv()
+        seconds, most = pipe.recv()
     except EOFError:
         worker.join()
         raise ValueError(
@@ -112,7 +124,7 @@ def measure(size: Size, engine: str, *, batch: int, timed: int, threads: int) ->
         "engine": engine,
         "milliseconds": 1e3 * seconds,
         "epoch_seconds": seconds * math.ceil(size.images / batch),
-        "peak_mib": peak,
+        "peak_mib": most,
     }
 
 
@@ -150,10 +162,10 @@ def text(axis: str, rows: list[dict[str, Any]]) -> str:
         ]
         for r in rows
     ]
-    return report.columns(AXES[axis][0], ["", "engine", "ms a batch", "s an epoch", "MiB"], cells)
+    return tables.columns(AXES[axis][0], ["", "engine", "ms a batch", "s an epoch", "MiB"], cells)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     p.add_argument("--images", type=cli.NATURAL, default=1_000_000, metavar="N",
                    help="the most training images")  # fmt: skip
@@ -164,7 +176,7 @@ def main() -> None:
     p.add_argument("--threads", type=cli.NATURAL, default=torch.get_num_threads())
     p.add_argument("--json", type=Path, metavar="FILE", help="where to write the rows")
     p.add_argument("--figure", type=Path, metavar="FILE", help="where to draw them")
-    args = p.parse_args()
+    args = p.parse_args(argv)
 
     asked = [(axis, size) for axis, size in points(args.images) if axis in args.axes]
     known: dict[tuple[Size, str], dict[str, Any]] = {}  # the base is a point of several axes

@@ -10,15 +10,16 @@ trains the first of 10 epochs for many seeds and prints where each one stands af
 """
 
 import argparse
+from collections.abc import Sequence
 
 import pyro
 import torch
-from pyro.infer import SVI
+from pyro.infer import SVI, Trace_ELBO
 
 import pvae
 from pvae import cli, data, memory
-from pvae.builder import OBJECTIVES
 from pvae.closed_form import collapsed
+from pvae.schedule import Schedule
 from pvae.train import Trainer
 
 MARGIN = 20.0  # nats above the collapsed solution that count as having left it
@@ -30,24 +31,20 @@ def first_epoch(dataset: data.Dataset, seed: int, published: bool) -> dict[str, 
     pyro.set_rng_seed(seed)
     vae = pvae.build(
         dataset.image_shape,
-        defaults.latent_dim,
+        defaults.latent_dims,
         hidden=16 if published else defaults.hidden,
         activation="relu" if published else defaults.activation,
         mean_image=None if published else dataset.mean_image,
     ).to(memory_format=torch.channels_last)
     rate = 1e-3 if published else defaults.learning_rate
-    adam = pvae.SingleOptimizer(torch.optim.Adam(vae.parameters(), lr=rate, fused=True))
-    objective = OBJECTIVES["trace_elbo"]
+    adam = torch.optim.Adam(vae.parameters(), lr=rate, fused=True)
     trainer = Trainer(
         vae,
-        SVI(vae.model, vae.guide, adam, objective.elbo(1)),
-        objective,
+        SVI(vae.model, vae.guide, pvae.SingleOptimizer(adam), Trace_ELBO()),
         data.observe(dataset, "dynamic", seed=seed),
         epochs=10,
         batch_size=defaults.batch_size,
-        kl_warmup=0.0 if published else defaults.kl_warmup,
-        lr_warmup=0.0 if published else defaults.lr_warmup,
-        cosine=not published,
+        schedule=Schedule(cosine=False) if published else cli.schedule(defaults),
         seed=seed,
         quiet=True,
     )
@@ -55,7 +52,7 @@ def first_epoch(dataset: data.Dataset, seed: int, published: bool) -> dict[str, 
     return trainer.history[0]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Does training leave the collapsed solution in its first epoch?"
     )
@@ -65,7 +62,7 @@ def main() -> None:
     parser.add_argument("--dataset", help="as in the examples (default: MNIST, else digits)")
     parser.add_argument("--data-root", help="as in the examples")
     parser.add_argument("--published", action="store_true", help="the Keras tutorial's form")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     memory.keep_freed_memory()
     dataset = data.load(args.dataset, args.data_root)

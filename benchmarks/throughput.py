@@ -21,13 +21,14 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
+from growth import peak as peak_memory
 from matplotlib.figure import Figure
 from PIL import Image
 from pyro.infer import SVI, Trace_ELBO
@@ -38,7 +39,7 @@ from torchvision.transforms import ToTensor
 from tqdm import tqdm
 
 import pvae
-from pvae import captured, cli, data, memory, plots, report, run
+from pvae import captured, cli, data, memory, plots, run, tables
 
 NETS: Mapping[str, dict[str, Any]] = {
     "conv": {"net": "conv", "latent_dim": 16, "hidden": 16, "activation": "relu"},
@@ -419,7 +420,7 @@ def _work(
         for _ in range(steps):
             step()
         seconds = (time.perf_counter() - start) / steps
-        pipe.send((seconds, memory.peak()))
+        pipe.send((seconds, peak_memory()))
 
 
 def measure(
@@ -522,7 +523,7 @@ def text(rows: list[dict[str, Any]]) -> str:
         for r in rows
     ]
     title = f"{rows[0]['net']}, batch {rows[0]['batch']}"
-    return report.columns(title, ["", "ms", "ratio", "range", "/ floor", "MiB"], cells)
+    return tables.columns(title, ["", "ms", "ratio", "range", "/ floor", "MiB"], cells)
 
 
 def picture(rows: list[dict[str, Any]]) -> Figure:
@@ -563,7 +564,7 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(description="What a training step costs, side by side.")
     p.add_argument("--nets", nargs="+", choices=list(NETS), default=list(NETS))
     p.add_argument("--batches", nargs="+", type=cli.NATURAL, default=[16, 128, 1024], metavar="B")
@@ -578,7 +579,7 @@ def main() -> None:
                    "Pyro and the plain loop with a loader as torchvision's")  # fmt: skip
     p.add_argument("--json", type=Path, metavar="FILE", help="where to write the rows")
     p.add_argument("--figure", type=Path, metavar="FILE", help="where to draw them")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     if args.quick:
         args.batches, args.turns, args.seconds = [128], 3, 0.3
 

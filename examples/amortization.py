@@ -9,23 +9,26 @@ variational factor for each image, its own loc and scale, optimized for that ima
 and both parts are printed for test images, in nats per image, with their standard errors. The
 factors start at the encoder's output, the decoder is frozen, and log p(x) is bounded by IWAE-500.
 
+The run's folder is that of the pair too: `pvae.load` and `python -m pvae.evaluate` take it.
+
 Source: Inference Suboptimality in Variational Autoencoders (2018), arXiv:1801.03558.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from pyro.infer import SVI
+from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 from tqdm import tqdm
 
 import pvae
-from pvae import cli, data, evaluate, plots, report, run
-from pvae.builder import OBJECTIVES
-from pvae.train import Trainer
+from pvae import cli, data, evaluate, plots, tables
+from pvae.evaluate import Estimate
+from pvae.study import fit, start
+from pvae.train import spread
 from pvae.vae import VAE
 
 DRAWS = 64  # of z for each image, in every ELBO that is reported
@@ -37,27 +40,30 @@ def elbos(vae: VAE, guide: Callable[..., Any], x: Tensor, seed: int) -> Tensor:
         return evaluate.elbo(vae.model, guide, x, num_samples=DRAWS).elbo
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.study_parser("The amortization gap: one encoder against a factor for each image.")
-    parser.add_argument(
-        "--latent-dim", type=cli.NATURAL, default=16, metavar="D", help="latent dimension"
-    )
-    parser.add_argument("--images", type=cli.NATURAL, default=500, metavar="N", help="test images")
-    parser.add_argument(
-        "--steps", type=cli.NATURAL, default=1000, metavar="S", help="steps of the factors"
-    )
-    args = parser.parse_args()
-    study = cli.start_study(args, "amortization", "dynamic")
+    cli.option(parser, "--latent-dim", "latent dimension", cli.NATURAL, 16, "D")
+    cli.option(parser, "--images", "test images", cli.NATURAL, 500, "N")
+    cli.option(parser, "--steps", "steps of the factors", cli.NATURAL, 1000, "S")
+    args = parser.parse_args(argv)
+    study = start(args, "amortization", "dynamic")
 
-    vae = trained(args, study)
-    x = data.pixels(study.observed.test.images[: args.images])
+    # a VAE of one hidden layer each way
+    dataset = study.dataset
+    vae = pvae.build(dataset.image_shape, args.latent_dim, "mlp", mean_image=dataset.mean_image)
+    vae.to(study.device)
+    adam = torch.optim.Adam(vae.parameters(), lr=args.learning_rate)
+    svi = SVI(vae.model, vae.guide, pvae.SingleOptimizer(adam), Trace_ELBO())
+    fit(study, vae, svi).restore_best()
+
+    x = data.pixels(study.data.test.first(args.images).images)
     factors = evaluate.one_factor_each(vae.guide, x)
     per_image = partial(factors, index=torch.arange(len(x), device=x.device))
 
     # the factors, and their ELBO at 40 moments on the way
     encoder = elbos(vae, vae.guide, x, args.seed)
     path = {0: elbos(vae, per_image, x, args.seed).mean().item()}
-    watched = cli.spread(args.steps, 40)
+    watched = spread(args.steps, 40)
     with tqdm(total=args.steps, desc="factors", leave=False, disable=args.quiet or None) as bar:
 
         def on_step(step: int) -> None:
@@ -78,45 +84,22 @@ def main() -> None:
         "approximation gap": iwae - factor,
     }
     estimates = {name: evaluate.estimate(values) for name, values in quantities.items()}
-    run.write_json(
-        study.folder / "results.json", {name: e._asdict() for name, e in estimates.items()}
+    study.save(
+        {name: e._asdict() for name, e in estimates.items()},
+        amortization=drawn(path, estimates, factor - encoder),
+        largest_gaps=worst(vae, per_image, x, factor - encoder),
     )
-    plots.save(drawn(path, estimates, factor - encoder), study.folder / "amortization.png")
-    plots.save(worst(vae, per_image, x, factor - encoder), study.folder / "largest_gaps.png")
     print(
-        report.columns(
-            f"{study.dataset.name}, {len(x)} test images, binarised, nats per image",
+        tables.columns(
+            f"{dataset.name}, {len(x)} test images, {study.data.label}, nats per image",
             ["", "mean", "standard error"],
             [[name, f"{e.mean:.2f}", f"{e.se:.2f}"] for name, e in estimates.items()],
         )
     )
-    print(f"pictures and numbers: {study.folder}/")
+    print(f"{study.seconds:.0f} s; pictures and numbers: {study.folder}/")
 
 
-def trained(args: Any, study: cli.Study) -> VAE:
-    """A VAE of one hidden layer each way, trained as the main example trains it."""
-    mean_image = data.pixels(study.dataset.train.images).mean(0)
-    shape = study.dataset.image_shape
-    vae = pvae.build(shape, args.latent_dim, "mlp", mean_image=mean_image).to(study.device)
-    adam = torch.optim.Adam(vae.parameters(), lr=args.learning_rate)
-    objective = OBJECTIVES["trace_elbo"]
-    svi = SVI(vae.model, vae.guide, pvae.SingleOptimizer(adam), objective.elbo(1))
-    Trainer(
-        vae,
-        svi,
-        objective,
-        study.observed,
-        epochs=args.num_epochs,
-        batch_size=args.batch_size,
-        kl_warmup=0.05,
-        lr_warmup=0.05,
-        seed=args.seed,
-        quiet=args.quiet,
-    ).fit()
-    return vae
-
-
-def drawn(path: dict[int, float], estimates: dict[str, evaluate.Estimate], gaps: Tensor) -> Figure:
+def drawn(path: Mapping[int, float], estimates: Mapping[str, Estimate], gaps: Tensor) -> Figure:
     """Left: the factors' ELBO on its way from the encoder's; right: the gap of each image."""
     figure = Figure((9, 3.8), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -21,7 +21,7 @@ arXiv:1802.02538; Sandwiching the marginal likelihood using bidirectional Monte 
 arXiv:1511.02543; The No-U-Turn Sampler (2011), arXiv:1111.4246.
 """
 
-import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -30,15 +30,17 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import pvae
-from pvae import cli, evaluate, plots, report, run
+from pvae import cli, evaluate, tables
 from pvae.closed_form import LinearGaussian, collapsed
 from pvae.heads import NormalFixedScale
 from pvae.priors import StandardNormal
+from pvae.study import start
 
 EXACT = LinearGaussian(
     torch.tensor([[1.6, 1.0], [-0.4, 1.2], [0.9, -0.2], [0.5, 0.6]]), torch.zeros(4), 0.8
 )
 BLUE, RED, PURPLE = "#3f90da", "#bd1f01", "#832db6"
+Row = dict[str, Any]  # of a table
 
 
 class Posterior(nn.Module):
@@ -60,7 +62,7 @@ def linear_model() -> pvae.Model:
     return pvae.Model(StandardNormal(2), likelihood)
 
 
-def bounds(model: pvae.Model, x: Tensor, c: float) -> list[dict[str, float]]:
+def bounds(model: pvae.Model, x: Tensor, c: float) -> list[Row]:
     """log p(x) - IWAE-k, means over `x`, against k."""
     guide, exact, rows = pvae.Guide(Posterior(c)), EXACT.log_evidence(x), []
     for k in (1, 2, 5, 10, 30, 100, 300, 1000):
@@ -69,90 +71,68 @@ def bounds(model: pvae.Model, x: Tensor, c: float) -> list[dict[str, float]]:
     return rows
 
 
-def tails(model: pvae.Model, x: Tensor) -> list[dict[str, float]]:
+def tails(model: pvae.Model, x: Tensor) -> list[Row]:
     """k-hat against the width c of the guide."""
     rows = []
     for c in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.2):
         guide = pvae.Guide(Posterior(c))
-        found = evaluate.importance_sampling(model, guide, x, num_samples=2000)
-        rows.append(
-            {
-                "c": c,
-                "pareto_k": found.pareto_k.nanmean().item(),
-                "theory": 1 - c**2,
-                "ess": found.ess.mean().item() / 2000,
-            }
-        )
+        found = evaluate.ImportanceSampler(model, guide, num_samples=2000)(x)
+        k_hat, ess = found.pareto_k.nanmean().item(), found.ess.mean().item() / 2000
+        rows.append({"c": c, "pareto_k": k_hat, "theory": 1 - c**2, "ess": ess})
     return rows
 
 
-def sandwiches(model: pvae.Model, x: Tensor) -> list[dict[str, float]]:
+def sandwiches(model: pvae.Model, x: Tensor) -> list[Row]:
     """Both bounds of annealing less log p(x), against the number of temperatures."""
     made, rows = evaluate.simulate(model, x), []
     exact = EXACT.log_evidence(made.x)
     for steps in (3, 5, 10, 20, 50, 100):
-        settings: Any = {"num_temperatures": steps, "num_leapfrogs": 5, "num_chains": 1}
-        lower = evaluate.annealed(model, made.x, **settings).log_evidence - exact
-        upper = evaluate.annealed_back(model, made, **settings).log_evidence - exact
-        low, high = evaluate.estimate(lower), evaluate.estimate(upper)
-        rows.append(
-            {
-                "temperatures": steps,
-                "lower": low.mean,
-                "lower_se": low.se,
-                "upper": high.mean,
-                "upper_se": high.se,
-            }
-        )
+        anneal = evaluate.Annealer(model, num_temperatures=steps, num_leapfrogs=5, num_chains=1)
+        row: Row = {"temperatures": steps}
+        for key, found in (("lower", anneal(made.x)), ("upper", anneal.back(made))):
+            row[key], row[f"{key}_se"] = evaluate.estimate(found.log_evidence - exact)
+        rows.append(row)
     return rows
 
 
-def figure(results: dict[str, Any], draws: Tensor, x: Tensor) -> Figure:
-    """Four panels, one for each law."""
+def column(rows: Sequence[Row], key: str) -> list[float]:
+    return [row[key] for row in rows]
+
+
+def figure(results: Mapping[str, Any], draws: Tensor, x: Tensor) -> Figure:
+    """Four panels, one for each law; the titles say what came."""
     drawn = Figure((9.5, 7.4), dpi=110, layout="constrained")
     (one, two), (three, four) = drawn.subplots(2, 2)
+    left = []  # what the last bound lacks
     for c, colour in (("0.5", RED), ("1.5", BLUE)):
         rows = results["bounds"][c]
-        one.errorbar(
-            [r["k"] for r in rows],
-            [r["mean"] for r in rows],
-            [2 * r["se"] for r in rows],
-            marker=".",
-            color=colour,
-            label=f"guide of c = {c}",
-        )
+        k, mean, se = (column(rows, key) for key in ("k", "mean", "se"))
+        label = f"guide of c = {c}"
+        one.errorbar(k, mean, [2 * s for s in se], marker=".", color=colour, label=label)
+        left.append(f"{round(mean[-1], 3) + 0:.3f} nats (c = {c})")  # not -0.000
     one.axhline(0, color="0.6", linestyle="--")
     one.set(xscale="log", xlabel="k", ylabel="log p(x) - IWAE-k, nats")
-    one.set_title("The bound rises to log p(x)", fontsize=10)
-    one.legend(fontsize=8)
+    one.set_title(f"IWAE-1,000 lacks {', '.join(left)}", fontsize=10)
 
     rows = results["tails"]
     narrow = [r for r in rows if r["c"] < 1]
-    two.plot(
-        [r["c"] for r in narrow], [r["theory"] for r in narrow], color="0.5", label="1 - c² (exact)"
-    )
-    two.plot(
-        [r["c"] for r in rows], [r["pareto_k"] for r in rows], "o", color=PURPLE, label="k-hat"
-    )
+    two.plot(column(narrow, "c"), column(narrow, "theory"), color="0.5", label="1 - c² (exact)")
+    two.plot(column(rows, "c"), column(rows, "pareto_k"), "o", color=PURPLE, label="k-hat")
     two.axhline(evaluate.UNRELIABLE, color=RED, linestyle="--", label="0.7")
     two.set(xlabel="c, width of the guide", ylabel="tail index of the weights", ylim=(-1, 1.1))
-    two.set_title("k-hat exposes a guide that is too narrow", fontsize=10)
-    two.legend(fontsize=8)
+    exposed = [f"{r['c']}" for r in rows if r["pareto_k"] > evaluate.UNRELIABLE]
+    two.set_title(f"k-hat is above 0.7 for c = {', '.join(exposed) or 'none'}", fontsize=10)
 
     rows = results["annealing"]
     for key, label, colour in (("upper", "backward", RED), ("lower", "forward", BLUE)):
-        three.errorbar(
-            [r["temperatures"] for r in rows],
-            [r[key] for r in rows],
-            [2 * r[f"{key}_se"] for r in rows],
-            marker=".",
-            color=colour,
-            label=label,
-        )
+        error = [2 * se for se in column(rows, f"{key}_se")]
+        at, bound = column(rows, "temperatures"), column(rows, key)
+        three.errorbar(at, bound, error, marker=".", color=colour, label=label)
     three.axhline(0, color="0.6", linestyle="--")
     three.set(xscale="log", xlabel="temperatures", ylabel="bound - log p(x), nats")
-    three.set_title("Annealing holds log p(x) between two bounds", fontsize=10)
-    three.legend(fontsize=8)
+    low, high = rows[-1]["lower"], rows[-1]["upper"]
+    title = f"100 temperatures: bounds {low:+.3f} and {high:+.3f} off log p(x)"
+    three.set_title(title, fontsize=10)
 
     four.scatter(*draws.T.numpy(), s=3, alpha=0.5, linewidths=0, color=BLUE, label="NUTS")
     angle = torch.linspace(0, 2 * torch.pi, 100)
@@ -162,8 +142,8 @@ def figure(results: dict[str, Any], draws: Tensor, x: Tensor) -> Figure:
         four.plot(*line.numpy(), color="black", linewidth=1, label="exact" if scale == 1 else None)
     four.set(xlabel="z0", ylabel="z1", aspect="equal")
     four.set_title("NUTS and p(z|x): 1 and 2 standard deviations", fontsize=10)
-    four.legend(fontsize=8)
     for axes in (one, two, three, four):
+        axes.legend(fontsize=8)
         axes.grid(color="0.92", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     return drawn
@@ -174,9 +154,9 @@ def collapsed_figure(mean: Tensor, name: str) -> Figure:
     cost = -(torch.xlogy(mean, mean) + torch.xlogy(1 - mean, 1 - mean)).sum(0)  # over channels
     drawn = Figure((7.5, 3.6), dpi=110, layout="constrained")
     left, right = drawn.subplots(1, 2)
-    left.imshow(mean.movedim(0, -1).squeeze(-1), cmap="gray", vmin=0, vmax=1)
+    left.imshow(mean.movedim(0, -1).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
     left.set_title("All that a collapsed model says: m", fontsize=10)
-    shown = right.imshow(cost, cmap="viridis", vmin=0)
+    shown = right.imshow(cost.numpy(), cmap="viridis", vmin=0)
     drawn.colorbar(shown, ax=right, label="nats")
     right.set_title(f"What each pixel costs, {cost.sum():.1f} nats in all", fontsize=10)
     drawn.suptitle(f"{name}: the best model that ignores z", fontsize=11)
@@ -185,13 +165,37 @@ def collapsed_figure(mean: Tensor, name: str) -> Figure:
     return drawn
 
 
-def main() -> None:
+def shown(results: Mapping[str, Any]) -> str:
+    """The three tables."""
+    parts = [
+        tables.columns(
+            f"log p(x) - IWAE-k, guide of c = {c}, nats per image",
+            ["k", "mean", "se"],
+            [[f"{r['k']:,}", f"{r['mean']:.4f}", f"{r['se']:.4f}"] for r in rows],
+        )
+        for c, rows in results["bounds"].items()
+    ]
+    title = "the weights of 2,000 draws, means over at most 100 images"
+    cells = [
+        [f"{r['c']}", f"{r['pareto_k']:.2f}", f"{max(r['theory'], 0):.2f}", f"{r['ess']:.3f}"]
+        for r in results["tails"]
+    ]
+    parts.append(tables.columns(title, ["c", "k-hat", "exact", "effective share"], cells))
+    title = "annealing less log p(x), nats per image"
+    keys = ("lower", "lower_se", "upper", "upper_se")
+    cells = [
+        [f"{r['temperatures']}", *(f"{r[key]:+.4f}" for key in keys)] for r in results["annealing"]
+    ]
+    parts.append(tables.columns(title, ["temperatures", "forward", "se", "backward", "se"], cells))
+    return "\n".join(parts)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.study_parser("Known numbers, and what evaluation finds.", training=False)
-    parser.add_argument("--images", type=cli.NATURAL, default=500, metavar="N", help="drawn")
-    parser.add_argument("--draws", type=cli.NATURAL, default=1000, metavar="S", help="of NUTS")
-    args = parser.parse_args()
-    start = time.perf_counter()
-    study = cli.start_study(args, "anchors", "grey")
+    cli.option(parser, "--images", "drawn from the linear model", cli.NATURAL, 500, "N")
+    cli.option(parser, "--draws", "of NUTS", cli.NATURAL, 1000, "S")
+    args = parser.parse_args(argv)
+    study = start(args, "anchors", "grey")
 
     model = linear_model()
     x = evaluate.simulate(model, torch.zeros(args.images, 4)).x
@@ -201,52 +205,21 @@ def main() -> None:
         "annealing": sandwiches(model, x),
     }
     draws = evaluate.nuts(model, x[:1], num_samples=args.draws, seed=args.seed)["z"]
-    images = torch.cat([study.observed.train.images, study.observed.validation.images])
-    mean = images.double().mean(0).cpu() / 255
+    images = torch.cat([study.data.train.images, study.data.validation.images])
+    # summed as integers, without a float copy of the data set
+    mean = images.sum(0).double().cpu() / (255 * len(images))
     results["collapsed"] = collapsed(mean).item()
 
-    for c, rows in results["bounds"].items():
-        print(
-            report.columns(
-                f"log p(x) - IWAE-k, guide of c = {c}, nats per image",
-                ["k", "mean", "se"],
-                [[f"{r['k']:,}", f"{r['mean']:.4f}", f"{r['se']:.4f}"] for r in rows],
-            )
-        )
+    print(shown(results))
+    name = study.dataset.name
     print(
-        report.columns(
-            "the weights of 2,000 draws, means over 100 images",
-            ["c", "k-hat", "exact", "effective share"],
-            [
-                [
-                    f"{r['c']}",
-                    f"{r['pareto_k']:.2f}",
-                    f"{max(r['theory'], 0):.2f}",
-                    f"{r['ess']:.3f}",
-                ]
-                for r in results["tails"]
-            ],
-        )
-    )
-    print(
-        report.columns(
-            "annealing less log p(x), nats per image",
-            ["temperatures", "forward", "se", "backward", "se"],
-            [
-                [f"{r['temperatures']}"]
-                + [f"{r[key]:+.4f}" for key in ("lower", "lower_se", "upper", "upper_se")]
-                for r in results["annealing"]
-            ],
-        )
-    )
-    print(
-        f"{study.dataset.name}, {len(images):,} images: the best model that ignores z scores "
+        f"{name}, {len(images):,} images: the best model that ignores z scores "
         f"{results['collapsed']:.1f} nats per image, in expectation over binarisations"
     )
-    plots.save(figure(results, draws, x[:1]), study.folder / "anchors.png")
-    plots.save(collapsed_figure(mean, study.dataset.name), study.folder / "collapsed.png")
-    run.write_json(study.folder / "results.json", results)
-    print(f"{time.perf_counter() - start:.0f} s; pictures and numbers: {study.folder}/")
+    study.save(
+        results, anchors=figure(results, draws, x[:1]), collapsed=collapsed_figure(mean, name)
+    )
+    print(f"{study.seconds:.0f} s; pictures and numbers: {study.folder}/")
 
 
 if __name__ == "__main__":

@@ -13,12 +13,15 @@ a constant). It reconstructs better, as no KL holds its codes to N(0, I). For th
 draws from N(0, I) miss its codes and decode to little; a normal fitted to the codes afterwards
 meets their mean and covariance, but not their shape. The VAE is sampled from its own prior.
 
+Both are run folders, which `pvae.load` takes. The log-variance of the autoencoder is not trained:
+it has codes and images, but no posterior and so no ELBO.
+
 Source: Auto-Encoding Variational Bayes (2013), arXiv:1312.6114.
 """
 
 import argparse
 import math
-import time
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyro
@@ -26,19 +29,18 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
-from pyro.infer import SVI
+from pyro.infer import SVI, TraceMeanField_ELBO
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import trange
 
 import pvae
-from pvae import cli, data, evaluate, plots, report, run
-from pvae.builder import LIKELIHOODS, OBJECTIVES
-from pvae.train import Trainer, learning_rate_factor
+from pvae import cli, data, evaluate, plots, results, tables
+from pvae.builder import LIKELIHOODS
+from pvae.results import Subject
+from pvae.study import DEFAULT, Study, finish, fit, start
 from pvae.vae import VAE
-
-WARMUP = 0.05  # fraction of training in which learning rate and KL weight rise
 
 
 def cross_entropy(h: Tensor, x: Tensor) -> Tensor:
@@ -60,34 +62,31 @@ def autoencoder_loss(x: Tensor, encoder: nn.Module, decoder: nn.Module, likeliho
     return LOSSES[likelihood](decoder(loc), x)
 
 
-def main() -> None:
-    args = arguments()
-    start = time.perf_counter()
-    binary = LIKELIHOODS[args.likelihood].binary
-    study = cli.start_study(args, "autoencoder", "dynamic" if binary else "grey")
-    pairs = {"autoencoder": build(study, args), "VAE": build(study, args)}
-    train_autoencoder(pairs["autoencoder"], study, args)
-    train_vae(pairs["VAE"], study, args)
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    study = start(args, "autoencoder", data.usual_observation(LIKELIHOODS[args.likelihood].data))
+    pairs = {"autoencoder": build(study), "VAE": build(study)}
+    train_autoencoder(pairs["autoencoder"], study.part("autoencoder"))
+    bound = train_vae(pairs["VAE"], study.part("vae"))
 
-    numbers: dict[str, Any] = {name: at_codes(pair, study) for name, pair in pairs.items()}
-    numbers["VAE"] |= bound(pairs["VAE"], study, args.seed)  # the autoencoder has no posterior
+    subjects = {name: Subject(p, study.data, args.seed, quiet=True) for name, p in pairs.items()}
+    numbers: dict[str, Any] = {name: at_codes(subject) for name, subject in subjects.items()}
+    numbers["VAE"] |= bound
     with evaluate.evaluating(*pairs.values()), evaluate.fixed_noise(study.device, args.seed):
         figures = {
             "reconstructions": reconstructions(pairs, numbers, study),
-            "samples": samples(pairs, study),
+            "samples": samples(subjects),
         }
         if args.latent_dim == 2:
-            figures |= {f"codes_{name}": plane(name, pair, study) for name, pair in pairs.items()}
-    for name, figure in figures.items():
-        plots.save(figure, study.folder / f"{name}.png")
-    numbers["seconds"] = time.perf_counter() - start
-    run.write_json(study.folder / "results.json", numbers)
-    print(table(numbers, study, args))
-    print(f"{numbers['seconds']:.0f} s; pictures and numbers: {study.folder}/")
+            figures |= {f"codes_{name}": plane(name, s, study) for name, s in subjects.items()}
+    study.save({**numbers, "seconds": study.seconds}, **figures)
+    print(table(numbers, study))
+    print(f"{study.seconds:.0f} s; pictures and numbers: {study.folder}/")
 
 
-def build(study: cli.Study, args: argparse.Namespace) -> VAE:
+def build(study: Study) -> VAE:
     """The same networks from the same start, for the one and the other."""
+    args = study.args
     pyro.set_rng_seed(args.seed)
     return pvae.build(
         study.dataset.image_shape,
@@ -95,24 +94,24 @@ def build(study: cli.Study, args: argparse.Namespace) -> VAE:
         "mlp",
         args.likelihood,
         hidden=400,
-        mean_image=data.pixels(study.dataset.train.images).mean(0),
+        mean_image=study.dataset.mean_image,
     ).to(study.device)
 
 
-def train_autoencoder(pair: VAE, study: cli.Study, args: argparse.Namespace) -> None:
+def train_autoencoder(pair: VAE, study: Study) -> None:
     """Trains the pair's two networks alone: neither Pyro nor a distribution takes part."""
+    args, images = study.args, len(study.data.train.images)
     encoder = pair.guide.posterior.get_submodule("net")
     decoder = pair.model.likelihood.get_submodule("net")
-    images = len(study.observed.train.images)
-    total = args.num_epochs * -(-images // args.batch_size)
+    total = args.num_epochs * math.ceil(images / args.batch_size)
     adam = torch.optim.Adam(
         [*encoder.parameters(), *decoder.parameters()], lr=args.learning_rate, fused=True
     )
-    schedule = LambdaLR(adam, lambda step: learning_rate_factor(step, total, warmup=WARMUP))
+    schedule = LambdaLR(adam, lambda step: DEFAULT.learning_rate_factor(step, total))
     epochs = trange(args.num_epochs, desc="autoencoder", disable=True if args.quiet else None)
     for epoch in epochs:
         summed = 0.0
-        for x, _ in study.observed.batches(args.batch_size, seed=args.seed, epoch=epoch):
+        for x, _ in study.data.batches(args.batch_size, seed=args.seed, epoch=epoch):
             loss = autoencoder_loss(x, encoder, decoder, args.likelihood)
             adam.zero_grad()
             loss.backward()
@@ -120,76 +119,64 @@ def train_autoencoder(pair: VAE, study: cli.Study, args: argparse.Namespace) -> 
             schedule.step()
             summed += loss.item()
         epochs.set_postfix(loss=summed / images)
+    pvae.save(pair, study.folder / "best.pt")
 
 
-def train_vae(vae: VAE, study: cli.Study, args: argparse.Namespace) -> None:
-    objective = OBJECTIVES["trace_mean_field_elbo"]  # its KL in closed form
-    adam = torch.optim.Adam(vae.parameters(), lr=args.learning_rate, fused=True)
-    svi = SVI(vae.model, vae.guide, pvae.SingleOptimizer(adam), objective.elbo(1))
-    Trainer(
-        vae,
-        svi,
-        objective,
-        study.observed,
-        epochs=args.num_epochs,
-        batch_size=args.batch_size,
-        kl_warmup=WARMUP,
-        lr_warmup=WARMUP,
-        seed=args.seed,
-        quiet=args.quiet,
-    ).fit()
+def train_vae(vae: VAE, study: Study) -> dict[str, float]:
+    """The same schedule, by SVI with the KL in closed form; the test set's ELBO and its terms."""
+    adam = torch.optim.Adam(vae.parameters(), lr=study.args.learning_rate, fused=True)
+    svi = SVI(vae.model, vae.guide, pvae.SingleOptimizer(adam), TraceMeanField_ELBO())
+    rows = finish(study, fit(study, vae, svi), quiet=True)
+    return {r.key: r.value.mean for r in rows if r.key in ("elbo", "distortion", "rate")}
 
 
 # ---- what each is worth ----
 
 
 class AtCode(NamedTuple):
-    """At `z = loc(x)`, for each image: the code `(B, D)`; log p(x|z) in nats and the squared error
+    """At `z = loc(x)`, for each image: the code `(B, D)`; -log p(x|z) in nats and the squared error
     of the mean image, both summed over pixels, `(B,)`."""
 
     code: Tensor
-    log_prob: Tensor
+    distortion: Tensor
     squared_error: Tensor
 
 
-def at_codes(pair: VAE, study: cli.Study) -> dict[str, float]:
+def at_codes(subject: Subject) -> dict[str, float]:
     """Means over the test images, and how many units of the code vary over them."""
+    pair = subject.vae
 
     def at_code(x: Tensor, y: Tensor | None) -> AtCode:
         z = pair.encode(x).mean
         p = pair.decode(z)
-        return AtCode(z, p.log_prob(x), (p.mean - x).square().sum(dim=(1, 2, 3)))
+        return AtCode(z, -p.log_prob(x), (p.mean - x).square().sum(dim=(1, 2, 3)))
 
     with evaluate.evaluating(pair):
-        at = evaluate.over(study.observed.test, at_code, batch_size=500, seed=0)
+        at = subject.over(subject.data.test, at_code, batch_size=500)
     return {
-        "log_prob_at_code": at.log_prob.mean().item(),
+        "distortion_at_code": at.distortion.mean().item(),
         "squared_error": at.squared_error.mean().item(),
-        "active_units": int((evaluate.unit_variances(at.code) > 0.01).sum()),
+        "active_units": evaluate.active_units(at.code),
     }
 
 
-def bound(vae: VAE, study: cli.Study, seed: int) -> dict[str, float]:
-    def elbo(x: Tensor, y: Tensor | None) -> evaluate.Bound:
-        return evaluate.elbo(vae.model, vae.guide, x)
-
-    terms = evaluate.over(study.observed.test, elbo, batch_size=500, seed=seed)
-    return {name: term.mean().item() for name, term in terms._asdict().items()}
-
-
-def table(numbers: dict[str, Any], study: cli.Study, args: argparse.Namespace) -> str:
-    keys = ("log_prob_at_code", "reconstruction", "kl", "elbo", "squared_error")
+def table(numbers: Mapping[str, Mapping[str, float]], study: Study) -> str:
+    columns = {
+        "distortion_at_code": "-log p(x|z = loc)",
+        "distortion": "distortion, -E_q log p(x|z)",
+        "rate": "rate (KL)",
+        "elbo": "ELBO",
+        "squared_error": "squared error",
+    }
     rows = []
-    for name in ("autoencoder", "VAE"):
-        of = numbers[name]
-        cells = [f"{of[key]:.2f}" if key in of else "none" for key in keys]
-        rows.append([name, *cells, f"{of['active_units']} of {args.latent_dim}"])
-    header = ["log p(x|z = loc)", "E_q log p(x|z)", "KL", "ELBO", "squared error", "active units"]
-    what = f"{study.dataset.name} test set, {args.likelihood} pixels ({study.observed.how})"
-    return report.columns(
-        f"{what}, per image, in nats but for the squared error\n"
-        "  (log p(x|z = loc) is a reconstruction term only: it bounds nothing)",
-        ["", *header],
+    for name, of in numbers.items():
+        cells = [f"{of[key]:.2f}" if key in of else "none" for key in columns]
+        rows.append([name, *cells, f"{of['active_units']} of {study.args.latent_dim}"])
+    return tables.columns(
+        f"{study.dataset.name} test set, {study.data.label}, {study.args.likelihood} pixels; per "
+        "image, in nats but for the squared error\n"
+        "  (-log p(x|z = loc) is a reconstruction term only: it bounds nothing)",
+        ["", *columns.values(), "active units"],
         rows,
     )
 
@@ -197,27 +184,27 @@ def table(numbers: dict[str, Any], study: cli.Study, args: argparse.Namespace) -
 # ---- pictures ----
 
 
-def reconstructions(pairs: dict[str, VAE], numbers: dict[str, Any], study: cli.Study) -> Figure:
-    x = data.pixels(study.observed.test.images[:16])
+def reconstructions(
+    pairs: Mapping[str, VAE], numbers: Mapping[str, Mapping[str, float]], study: Study
+) -> Figure:
+    x = data.pixels(study.data.test.first(16).images)
     rows = [x, *(pair.reconstruct(x).clamp(0, 1) for pair in pairs.values())]
-    nats = ", ".join(f"{name} {numbers[name]['log_prob_at_code']:.1f}" for name in pairs)
+    nats = ", ".join(f"{name} {numbers[name]['distortion_at_code']:.1f}" for name in pairs)
     return plots.grid(
         torch.cat(rows),
         len(x),
-        title=f"Test images and reconstructions; log p(x|z = loc), nats an image: {nats}",
+        title=f"Test images and reconstructions; -log p(x|z = loc), nats an image: {nats}",
         row_labels=["x", *pairs],
     )
 
 
-def samples(pairs: dict[str, VAE], study: cli.Study, count: int = 32) -> Figure:
+def samples(subjects: Mapping[str, Subject], count: int = 32) -> Figure:
     """Mean images of both at N(0, I), of the autoencoder at a normal fitted to its codes too."""
-    autoencoder, vae = pairs.values()
-    training = torch.cat(
-        [autoencoder.encode(x).mean for x, _ in data.chunks(study.observed.train, 500)]
-    )
+    autoencoder, vae = (subject.vae for subject in subjects.values())
+    training = results.codes(subjects["autoencoder"], subjects["autoencoder"].data.train)
     dim = training.shape[1]
     # a little is added to the variances, as a code that never varies would make them singular
-    covariance = training.T.cov().reshape(dim, dim) + 1e-6 * torch.eye(dim, device=study.device)
+    covariance = training.T.cov().reshape(dim, dim) + 1e-6 * torch.eye(dim).to(training)
     fitted = MultivariateNormal(training.mean(0), covariance)
     prior = vae.model.prior()
     blocks = {
@@ -235,34 +222,28 @@ def samples(pairs: dict[str, VAE], study: cli.Study, count: int = 32) -> Figure:
     )
 
 
-def plane(name: str, pair: VAE, study: cli.Study) -> Figure:
+def plane(name: str, subject: Subject, study: Study) -> Figure:
     """The codes of test images, and the circle that holds 95 % of N(0, I)."""
-    images, y = study.observed.test
-    z = torch.cat([pair.encode(x).mean for x, _ in data.chunks(data.Split(images, y), 500)])
-    figure = plots.latents(z, y, title=f"{name}: codes of test images; circle: 95 % of N(0, I)")
+    test = study.data.test
+    figure = plots.latents(
+        results.codes(subject, test),
+        test.labels,
+        names=study.dataset.class_names,
+        title=f"{name}: codes of test images; circle: 95 % of N(0, I)",
+    )
     radius = math.sqrt(-2 * math.log(0.05))  # |z|^2 / 2 of a 2-D standard normal is exponential
     figure.axes[0].add_patch(Circle((0, 0), radius, fill=False, linewidth=1.2, linestyle="--"))
     return figure
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.study_parser("An autoencoder beside the VAE of the same networks.")
     parser.set_defaults(learning_rate=2e-3)
     group = parser.add_argument_group("networks")
-    group.add_argument(
-        "--likelihood",
-        choices=list(LOSSES),
-        default="bernoulli",
-        help="p(x|z): cross-entropy on binarised pixels, or squared error on grey ones",
-    )
-    group.add_argument(
-        "--latent-dim",
-        type=int,
-        default=20,
-        metavar="D",
-        help="latent dimension; with 2 the codes are drawn too",
-    )
-    return parser.parse_args()
+    what = "p(x|z): cross-entropy on binarised pixels, or squared error on grey ones"
+    cli.choice(group, "--likelihood", list(LOSSES), "bernoulli", what)
+    cli.option(group, "--latent-dim", "of z; with 2 the codes are drawn too", cli.NATURAL, 20, "D")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

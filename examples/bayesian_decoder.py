@@ -12,11 +12,16 @@ subsample, so that Pyro scales what lies inside by N / B, and counts the KL of w
 each data set, not once for each batch. With more data that KL grows, but more slowly than N: the
 posterior of the weights narrows, and so does the band of images that it decodes to.
 
+Beside each pair a decoder with point weights is trained, the same way on the same images. It is a
+run folder inside the study's, which `pvae.load` and `python -m pvae.evaluate` take; the Bayesian
+pair is composed here by hand and has no recipe.
+
 Source: Auto-Encoding Variational Bayes (2013), arXiv:1312.6114, appendix F.
 """
 
 import copy
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, count, islice
@@ -33,8 +38,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 import pvae
-from pvae import cli, data, evaluate, plots, report, run
+from pvae import cli, data, evaluate, plots, tables
 from pvae.programs import Program
+from pvae.study import Study, start
 from pvae.vae import VAE
 
 
@@ -115,7 +121,7 @@ class Decoders(NamedTuple):
     numbers: dict[str, float]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.study_parser("A decoder with Bayesian weights, for more and more training images.")
     parser.add_argument(
         "--train-images",
@@ -125,43 +131,44 @@ def main() -> None:
         metavar="N",
         help="sizes of the training set",
     )
-    parser.add_argument("--latent-dim", type=cli.NATURAL, default=8, metavar="D", help="of z")
-    args = parser.parse_args()
-    study = cli.start_study(args, "bayesian_decoder", "dynamic")
+    cli.option(parser, "--latent-dim", "dimension of z", cli.NATURAL, 8, "D")
+    args = parser.parse_args(argv)
+    study = start(args, "bayesian_decoder", "dynamic")
     there = len(study.dataset.train.images)
     sizes = sorted({min(size, there) for size in args.train_images})
     # the steps of these epochs on the whole data set are shared out, the same to every size
     steps = math.ceil(args.num_epochs * there / args.batch_size / len(sizes))
-    x = data.pixels(study.observed.test.images[:1000])
+    x = data.pixels(study.data.test.first(1000).images)
 
     decoders = {}
     with tqdm(total=2 * steps * len(sizes), leave=False, disable=args.quiet or None) as bar:
         for size in sizes:
             bar.set_description(f"{size:,} images")
-            images, labels = study.observed.train
-            kept = data.Split(images[:size], None if labels is None else labels[:size])
-            observed = replace(study.observed, train=kept)
-            decoders[size] = at_size(args, observed, x, steps, bar)
+            decoders[size] = at_size(study, size, x, steps, bar)
 
     numbers = {size: d.numbers for size, d in decoders.items()}
-    run.write_json(study.folder / "results.json", {str(n): row for n, row in numbers.items()})
-    plots.save(drawn(x[:12], decoders), study.folder / "uncertainty.png")
+    study.save({str(n): row for n, row in numbers.items()}, uncertainty=drawn(x[:12], decoders))
     print(
-        report.columns(
-            f"{study.dataset.name}, {len(x):,} test images, binarised, nats",
+        tables.columns(
+            f"{study.dataset.name}, {len(x):,} test images, {study.data.label}, nats",
             ["training images", *next(iter(numbers.values()))],
             [[f"{n:,}", *(f"{v:.4g}" for v in row.values())] for n, row in numbers.items()],
         )
     )
-    print(f"picture and numbers: {study.folder}/")
+    print(f"{study.seconds:.0f} s; picture and numbers: {study.folder}/")
 
 
-def at_size(args: Any, observed: data.Observed, x: Tensor, steps: int, bar: Any) -> Decoders:
-    """Trains both decoders on the same images, and looks at the test images `x`."""
-    n = len(observed.train.images)
-    train = partial(fit, observed, args, steps, bar)
-    point, vae = (built(args, observed) for _ in range(2))
+def at_size(study: Study, n: int, x: Tensor, steps: int, bar: Any) -> Decoders:
+    """Trains both decoders on the first `n` images, and looks at the test images `x`."""
+    args, kept = study.args, study.data.train.first(n)
+    train = partial(fit, replace(study.data, train=kept), args, steps, bar)
+    mean_image = replace(study.dataset, train=kept).mean_image
+    point, vae = (
+        pvae.build(x.shape[1:], args.latent_dim, "mlp", mean_image=mean_image).to(study.device)
+        for _ in range(2)
+    )
     train(point.model, point.guide, list(point.parameters()))
+    pvae.save(point, study.part(f"point_{n}").folder / "best.pt")
     with evaluate.fixed_noise(x.device, args.seed):
         point_elbo = evaluate.elbo(point.model, point.guide, x).elbo
 
@@ -189,12 +196,6 @@ def at_size(args: Any, observed: data.Observed, x: Tensor, steps: int, bar: Any)
     )
 
 
-def built(args: Any, observed: data.Observed) -> VAE:
-    images = data.pixels(observed.train.images)
-    vae = pvae.build(images.shape[1:], args.latent_dim, "mlp", mean_image=images.mean(0))
-    return vae.to(images.device)
-
-
 def fit(
     observed: data.Observed,
     args: Any,
@@ -215,7 +216,7 @@ def fit(
         bar.update()
 
 
-def drawn(x: Tensor, decoders: dict[int, Decoders]) -> Figure:
+def drawn(x: Tensor, decoders: Mapping[int, Decoders]) -> Figure:
     """Test images, and for each size of the training set what the drawn weights make of them."""
     top = max(d.std.max() for d in decoders.values())  # one scale for all, to compare them
     rows = [x, *(image for d in decoders.values() for image in (d.mean, d.std / top))]

@@ -24,6 +24,8 @@ error in which x and m enter otherwise, it even changes with z, and the pair is 
 So the number that is optimized bounds no log p(x), and how it weighs against the KL is w, a matter
 of taste. What all four can be compared by: squared error, KL, active units, and MMD^2 to the prior.
 
+The pairs are composed by hand and are not kept.
+
 Sources: InfoVAE: Balancing Learning and Inference in Variational Autoencoders (2017),
 arXiv:1706.02262; Wasserstein Auto-Encoders (2017), arXiv:1711.01558; the scale as a network: What
 Uncertainties Do We Need in Bayesian Deep Learning for Computer Vision? (2017), arXiv:1703.04977.
@@ -31,8 +33,7 @@ Uncertainties Do We Need in Bayesian Deep Learning for Computer Vision? (2017), 
 
 import argparse
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,14 +46,16 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 import pvae
-from pvae import Conditional, Guide, Model, cli, data, evaluate, plots, report, run
+from pvae import Conditional, Guide, Model, cli, data, evaluate, plots, tables
 from pvae.heads import Head, Normal, NormalFixedScale
 from pvae.nets import MLP
 from pvae.objectives import inverse_multiquadric, mmd
 from pvae.priors import StandardNormal
 from pvae.programs import Program
+from pvae.study import Study, start
 
 SCALE = 0.1  # of pixels in [0, 1], where it is fixed
+DRAWS = 2000  # at most so many of the reported MMD^2
 
 
 class AggregateModel(Program):
@@ -189,7 +192,7 @@ def measured(pair: Pair, test: data.Split, seed: int) -> dict[str, float | None]
     over = partial(evaluate.over, test, batch_size=500, seed=seed)
     with evaluate.evaluating(pair.model, pair.guide):
         at = over(at_draw)
-    z = at.z[:2000]
+    z = at.z[:DRAWS]
     with evaluate.fixed_noise(z.device, seed + 1):  # not the noise that z was drawn with
         discrepancy = latent_mmd(z, prior.sample((len(z),))).item()
     elbo = None
@@ -200,7 +203,7 @@ def measured(pair: Pair, test: data.Split, seed: int) -> dict[str, float | None]
         "squared_error": at.squared_error.mean().item(),
         "kl": at.kl.mean().item(),
         "mmd_squared": discrepancy,
-        "active_units": int((evaluate.unit_variances(at.mean) > 0.01).sum()),
+        "active_units": evaluate.active_units(at.mean),
     }
 
 
@@ -226,46 +229,48 @@ def drawn(made: dict[str, Pair], numbers: dict[str, Any], x: Tensor, seed: int) 
     )
 
 
-def table(numbers: dict[str, Any], title: str, latent_dim: int) -> str:
+def table(numbers: dict[str, Any], study: Study) -> str:
     rows = []
     for name, of in numbers.items():
         elbo = "none" if of["elbo"] is None else f"{of['elbo']:.1f}"
         cells = [elbo, f"{of['squared_error']:.2f}", f"{of['kl']:.1f}", f"{of['mmd_squared']:.5f}"]
-        rows.append([name, *cells, f"{of['active_units']} of {latent_dim}"])
+        rows.append([name, *cells, f"{of['active_units']} of {study.args.latent_dim}"])
+    draws = min(DRAWS, len(study.data.test.images))
+    title = (
+        f"{study.dataset.name} test set, {study.data.label}, per image; MMD^2 of {draws:,} draws\n"
+        "  (own error: exp(-w e) is not a likelihood, so there is no ELBO to compare)"
+    )
     header = ["", "ELBO, nats", "squared error", "KL, nats", "MMD^2 to prior", "active units"]
-    return report.columns(title, header, rows)
+    return tables.columns(title, header, rows)
 
 
-def main() -> None:
-    args = arguments()
-    start = time.perf_counter()
-    study = cli.start_study(args, "beyond_elbo", "dequantized")
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    for name in ("mmd_weight", "error_weight"):
+        if getattr(args, name) < 0:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} must be at least 0, not {getattr(args, name):g}")
+    study = start(args, "beyond_elbo", "dequantized")
     made = pairs(args, study.dataset.mean_image)
     numbers: dict[str, Any] = {}
     for name, pair in made.items():
         nn.ModuleList([pair.model, pair.guide]).to(study.device)
-        fit(name, pair, study.observed, args)
-        numbers[name] = measured(pair, study.observed.test, args.seed)
-    x = data.pixels(study.observed.test.images[:10])
-    plots.save(drawn(made, numbers, x, args.seed), study.folder / "beyond_elbo.png")
-    run.write_json(study.folder / "results.json", numbers)
-    what = f"{study.dataset.name} test set, dequantised, per image; MMD^2 of 2,000 draws"
-    print(table(numbers, what, args.latent_dim))
-    print(f"{time.perf_counter() - start:.0f} s; picture and numbers: {study.folder}/")
+        fit(name, pair, study.data, args)
+        numbers[name] = measured(pair, study.data.test, args.seed)
+    x = data.pixels(study.data.test.first(10).images)
+    study.save(numbers, beyond_elbo=drawn(made, numbers, x, args.seed))
+    print(table(numbers, study))
+    print(f"{study.seconds:.0f} s; picture and numbers: {study.folder}/")
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.study_parser("Another likelihood, regularizer and reconstruction error.")
     parser.set_defaults(learning_rate=1e-3)
     group = parser.add_argument_group("model and guide")
-    group.add_argument("--latent-dim", type=cli.NATURAL, default=16, metavar="D", help="of z")
-    group.add_argument(
-        "--mmd-weight", type=float, default=5000.0, metavar="L", help="lambda of the MMD, nats"
-    )
-    group.add_argument(
-        "--error-weight", type=float, default=5.0, metavar="W", help="w of the own error"
-    )
-    return parser.parse_args()
+    cli.option(group, "--latent-dim", "of z", cli.NATURAL, 16, "D")
+    cli.option(group, "--mmd-weight", "lambda of the MMD, nats", float, 5000.0, "L")
+    cli.option(group, "--error-weight", "w of the own error", float, 5.0, "W")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,7 @@ Sources: Auto-Encoding Variational Bayes (2013), arXiv:1312.6114; Probabilistic 
 analysis (1999), J. R. Statist. Soc. B 61; Don't blame the ELBO! (2019), arXiv:1911.02469.
 """
 
-import time
 from collections.abc import Sequence
-from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -34,10 +32,11 @@ from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
 import pvae
-from pvae import cli, data, evaluate, heads, plots, report, run
+from pvae import cli, data, evaluate, heads, tables
 from pvae.closed_form import LinearGaussian
 from pvae.nets import MLP
 from pvae.priors import StandardNormal
+from pvae.study import Study, start
 
 
 class SharedCovariance(heads.Head):
@@ -79,6 +78,11 @@ def small(x: Tensor) -> Tensor:
     return adaptive_avg_pool2d(x, 7)
 
 
+def small_images(split: data.Split) -> Tensor:
+    """All images of a split so, in float64, without a float copy of the large ones."""
+    return torch.cat([small(x).double() for x, _ in data.chunks(split, 5000)])
+
+
 def turned(exact: LinearGaussian) -> LinearGaussian:
     """The same p(x) with the latent axes turned at random: W R for an orthogonal R."""
     rotation, _ = torch.linalg.qr(torch.randn_like(exact.precision))
@@ -106,23 +110,23 @@ def measure(
 
 
 def train(
-    exact: LinearGaussian, head: heads.Head, study: cli.Study, args: Any, title: str
+    exact: LinearGaussian, head: heads.Head, study: Study, title: str
 ) -> list[dict[str, float]]:
     """Trains a guide by stock SVI; the bound on 500 test images, over the steps."""
-    x_test = small(data.pixels(study.observed.test.images[:500]))
+    args, x_test = study.args, small(data.pixels(study.data.test.first(500).images))
     model = linear_model(exact, x_test.shape[1:]).float().to(study.device)
     guide = linear_guide(head, x_test.shape[1:]).to(study.device)
     adam = torch.optim.Adam(guide.parameters(), lr=args.learning_rate)
     svi = SVI(model, guide, pvae.SingleOptimizer(adam), Trace_ELBO(max_plate_nesting=1))
 
-    steps = args.num_epochs * -(-len(study.observed.train.images) // args.batch_size)
+    steps = args.num_epochs * -(-len(study.data.train.images) // args.batch_size)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)  # to 0: no noise is left
     watched = {round(steps ** (i / 60)) for i in range(61)}  # evenly in the logarithm
     rows = [{"step": 0, **measure(exact, model, guide, x_test)}]
     batches = (
         x
         for epoch in range(args.num_epochs)
-        for x, _ in study.observed.batches(args.batch_size, seed=args.seed, epoch=epoch)
+        for x, _ in study.data.batches(args.batch_size, seed=args.seed, epoch=epoch)
     )
     bar = tqdm(batches, title, total=steps, leave=False, disable=args.quiet or None)
     for step, x in enumerate(bar, start=1):
@@ -135,23 +139,13 @@ def train(
 
 def table(title: str, rows: Sequence[dict[str, float]]) -> str:
     """Every sixth row, with the identity's two sides beside one another."""
-    shown = [*rows[:-1:6], rows[-1]]
+    cells = []
+    for row in [*rows[:-1:6], rows[-1]]:
+        both = row["elbo"] + row["kl"]
+        numbers = (row["elbo"], row["kl"], both, row["log_evidence"], row["draw_sd"])
+        cells.append([f"{row['step']:,}", *(f"{v:.3f}" for v in numbers)])
     header = ["step", "ELBO", "KL(q || p(z|x))", "ELBO + KL", "log p(x)", "sd of one draw"]
-    return report.columns(
-        title,
-        header,
-        [
-            [
-                f"{row['step']:,}",
-                f"{row['elbo']:.3f}",
-                f"{row['kl']:.3f}",
-                f"{row['elbo'] + row['kl']:.3f}",
-                f"{row['log_evidence']:.3f}",
-                f"{row['draw_sd']:.3f}",
-            ]
-            for row in shown
-        ],
-    )
+    return tables.columns(title, header, cells)
 
 
 def figure(curves: dict[str, list[dict[str, float]]], least: dict[str, float]) -> Figure:
@@ -191,21 +185,19 @@ def figure(curves: dict[str, list[dict[str, float]]], least: dict[str, float]) -
     return fig
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.study_parser("What the ELBO is, on a model whose evidence is known.")
-    parser.add_argument("--latent-dim", type=int, default=8, metavar="D", help="latent dimension")
+    cli.option(parser, "--latent-dim", "latent dimension", cli.NATURAL, 8, "D")
     parser.set_defaults(learning_rate=0.03)
-    args = parser.parse_args()
-    start = time.perf_counter()
-    study = cli.start_study(args, "elbo", "grey")
+    args = parser.parse_args(argv)
+    study = start(args, "elbo", "grey")
 
-    x = small(data.pixels(study.dataset.train.images)).double()
-    exact = turned(LinearGaussian.fit(x, args.latent_dim))
+    exact = turned(LinearGaussian.fit(small_images(study.dataset.train), args.latent_dim))
     masks = {
         "mean-field": torch.eye(args.latent_dim),
         "full covariance": torch.ones(args.latent_dim, args.latent_dim),
     }
-    curves = {n: train(exact, SharedCovariance(m), study, args, n) for n, m in masks.items()}
+    curves = {n: train(exact, SharedCovariance(m), study, n) for n, m in masks.items()}
     least = {"mean-field": exact.mean_field_gap(), "full covariance": 0.0}
 
     for name, rows in curves.items():
@@ -213,12 +205,9 @@ def main() -> None:
         print(f"  the least KL of this family: {least[name]:.3f}")
     error = max(row["error"] for rows in curves.values() for row in rows)
     print(f"ELBO + KL - log p(x), the largest of any image and step: {error:.1e} nats")
-    plots.save(figure(curves, least), study.folder / "elbo.png")
     numbers = {"curves": curves, "least_kl": least, "largest_error": error}
-    run.write_json(
-        study.folder / "results.json", {**numbers, "seconds": time.perf_counter() - start}
-    )
-    print(f"{time.perf_counter() - start:.0f} s; picture and numbers: {study.folder}/")
+    study.save({**numbers, "seconds": study.seconds}, elbo=figure(curves, least))
+    print(f"{study.seconds:.0f} s; picture and numbers: {study.folder}/")
 
 
 if __name__ == "__main__":

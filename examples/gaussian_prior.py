@@ -15,22 +15,25 @@ Source: Tutorial on Variational Autoencoders (2016), arXiv:1606.05908, figure 2.
 """
 
 import math
+from argparse import Namespace
+from collections.abc import Sequence
 
 import pyro
 import pyro.distributions as dist
 import torch
 from matplotlib.figure import Figure
-from pyro.infer import ELBO, SVI
+from pyro.infer import ELBO, SVI, Trace_ELBO
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import trange
 
 import pvae
-from pvae import VAE, Conditional, Guide, Model, cli, evaluate, plots, report, run
-from pvae.builder import OBJECTIVES
+from pvae import VAE, Conditional, Guide, Model, cli, evaluate, plots, run, tables
 from pvae.heads import Normal, NormalSharedScale
 from pvae.nets import MLP
+from pvae.objectives import OBJECTIVES
 from pvae.priors import StandardNormal
+from pvae.study import find_device, num_epochs
 
 
 def g(z: Tensor) -> Tensor:
@@ -56,43 +59,36 @@ def ring_vae(hidden: int = 64) -> VAE:
     )
 
 
-def train(
-    vae: VAE, x: Tensor, elbo: ELBO, *, steps: int, batch_size: int, rate: float, quiet: bool
-) -> None:
-    """Stock SVI; each step sees points drawn from `x` `(N, 2)`."""
-    adam = torch.optim.Adam(vae.parameters(), lr=rate)
+def trained(args: Namespace, x: Tensor, name: str, elbo: ELBO) -> VAE:
+    """A pair by stock SVI; each step sees points drawn from `x` `(N, 2)`."""
+    vae = ring_vae().to(x.device)
+    steps = num_epochs(args, len(x)) * math.ceil(len(x) / args.batch_size)
+    adam = torch.optim.Adam(vae.parameters(), lr=args.learning_rate)
     schedule = CosineAnnealingLR(adam, steps)
     svi = SVI(vae.model, vae.guide, pvae.SingleOptimizer(adam), elbo)
-    for _ in trange(steps, desc="ring", leave=False, disable=quiet or None):
-        svi.step(x[torch.randint(len(x), (batch_size,), device=x.device)])
+    for _ in trange(steps, desc=name, leave=False, disable=args.quiet or None):
+        svi.step(x[torch.randint(len(x), (args.batch_size,), device=x.device)])
         schedule.step()
+    return vae
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.study_parser("A Gaussian prior, pushed onto a ring.", images=False)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     pyro.set_rng_seed(args.seed)
+    device = find_device(args.device)
     folder = run.new_folder(args.out, "gaussian_prior")
-    device = cli.device(args.device)
     config = {"arguments": vars(args), "seed": args.seed, "versions": run.versions()}
     run.write_json(folder / "config.json", config)
 
     x, held_out = g(torch.randn(17_000, 2, device=device)).split([15_000, 2_000])
-    steps = math.ceil(len(x) / args.batch_size) * cli.num_epochs(args, len(x))
     gaussian = dist.MultivariateNormal(x.mean(0), x.T.cov())
     log_density = {"a Gaussian fitted to the ring": gaussian.log_prob(held_out)}
     # the ELBO also asks for a Gaussian posterior, the importance-weighted bound much less so
     vaes = {}
-    for name, particles in {"ELBO": 1, "IWAE-8": 8}.items():
-        elbo = OBJECTIVES["trace_elbo" if particles == 1 else "iwae"].elbo(particles)
-        vaes[name] = ring_vae().to(device)
-        train(
-            *(vaes[name], x, elbo),
-            steps=steps,
-            batch_size=args.batch_size,
-            rate=args.learning_rate,
-            quiet=args.quiet,
-        )
+    elbos = {"ELBO": Trace_ELBO(max_plate_nesting=1), "IWAE-8": OBJECTIVES["iwae"].elbo(8)}
+    for name, elbo in elbos.items():
+        vaes[name] = trained(args, x, name, elbo)
         # the mean log density of points that no model has seen, bounded
         with evaluate.fixed_noise(device, args.seed):
             log_density[f"VAE by the {name}, IWAE-500 bound"] = evaluate.importance_weighted(
@@ -104,7 +100,7 @@ def main() -> None:
     run.write_json(folder / "results.json", {name: e._asdict() for name, e in estimates.items()})
     plots.save(drawn(vaes, torch.randn(3000, 2, device=device)), folder / "ring.png")
     print(
-        report.columns(
+        tables.columns(
             f"log p(x), {len(held_out):,} points not trained on, nats per point",
             ["", "mean", "standard error"],
             [[name, f"{e.mean:.3f}", f"{e.se:.3f}"] for name, e in estimates.items()],

@@ -13,7 +13,8 @@ value of f, so that it also serves for discrete z; the second needs the derivati
 In Pyro the distribution decides: `has_rsample` true, and TraceGraph_ELBO reparameterizes; false,
 and it takes the score function, with the baseline that the site's `infer` asks for. The gradient
 is held against the exact one, by autograd of the closed-form ELBO of the linear Gaussian model of
-examples/elbo.py. Then a VAE is trained by each, from the same start.
+examples/elbo.py. Then a VAE is trained by each, from the same start; each of them is a run folder
+inside the study's, which `pvae.load` and `python -m pvae.evaluate` take.
 
 Sources: Simple statistical gradient-following algorithms (1992), Machine Learning 8; Neural
 variational inference and learning in belief networks (2014), arXiv:1402.0030; Auto-Encoding
@@ -21,14 +22,12 @@ Variational Bayes (2013), arXiv:1312.6114; Monte Carlo gradient estimation in ma
 (2019), arXiv:1906.10652.
 """
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
-from elbo import linear_guide, linear_model, small
+from elbo import linear_guide, linear_model, small_images
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from pyro import poutine
@@ -38,10 +37,12 @@ from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
 
 import pvae
-from pvae import cli, data, evaluate, heads, plots, report, run
+from pvae import cli, evaluate, heads, tables
 from pvae.closed_form import LinearGaussian
 from pvae.nets import MLP
-from pvae.priors import StandardNormal
+from pvae.objectives import OBJECTIVES
+from pvae.schedule import Schedule
+from pvae.study import Study, fit, start
 
 LATENT_DIM = 8
 SAMPLES = (1, 10, 100)  # L
@@ -51,22 +52,6 @@ COLOURS = {
     "score function, neural baseline": "#832db6",
     "reparameterized": "#3f90da",
 }
-
-
-class _NonreparameterizedNormal(dist.Normal):
-    """A normal that is not differentiated through its draws. (Not `.has_rsample_(False)`, which
-    does not survive `to_event` inside a plate.)"""
-
-    has_rsample = False
-
-
-class ScoreNormal(heads.Normal):
-    """The head of a mean-field guide whose gradient Pyro estimates by the score function."""
-
-    def forward(self, h: Tensor) -> dist.Distribution:
-        loc, raw_scale = h.chunk(2, dim=-self.event_dim)
-        scale = self.min_scale + self.link(raw_scale)
-        return _NonreparameterizedNormal(loc, scale).to_event(self.event_dim)
 
 
 Options = Callable[[Tensor], Mapping[str, Any]]  # of the images x, to Pyro's baseline options
@@ -171,19 +156,20 @@ def projections(estimates: Tensor, truth: Tensor, count: int = 20) -> Tensor:
     return errors.mean(0) / (errors.std(0) / len(errors) ** 0.5)
 
 
-def study_gradients(study: cli.Study, args: Any) -> dict[str, dict[str, list[float]]]:
+def study_gradients(study: Study) -> dict[str, dict[str, list[float]]]:
     """For each estimator the variance at each L, over the squared norm of the exact gradient, and
     the projected errors at the first L."""
-    x = small(data.pixels(study.dataset.train.images)).double()
+    x = small_images(study.dataset.train)
     exact = LinearGaussian.fit(x, LATENT_DIM)
     x = x[:16]
-    model = linear_model(exact, x.shape[1:]).double()
-    reparameterized = linear_guide(heads.Normal((LATENT_DIM,)), x.shape[1:]).double()
-    score = linear_guide(ScoreNormal((LATENT_DIM,)), x.shape[1:]).double()
+    shape = x.shape[1:]
+    model = linear_model(exact, shape).double()
+    reparameterized = linear_guide(heads.Normal((LATENT_DIM,)), shape).double()
+    score = linear_guide(heads.ScoreFunctionNormal((LATENT_DIM,)), shape).double()
     score.load_state_dict(reparameterized.state_dict())
     truth = exact_gradient(exact, reparameterized, x)
 
-    baseline = MLP(x.shape[1:], (1,), hidden=(64,)).double()
+    baseline = MLP(shape, (1,), hidden=(64,)).double()
     fit_baseline(model, score, baseline, x)
     plans: dict[str, tuple[pvae.Guide, Callable[[int], Options]]] = {
         "score function": (score, lambda _: no_baseline),
@@ -192,10 +178,11 @@ def study_gradients(study: cli.Study, args: Any) -> dict[str, dict[str, list[flo
         "reparameterized": (reparameterized, lambda _: no_baseline),
     }
     found = {}
-    bar = tqdm(plans.items(), "gradients", leave=False, disable=args.quiet or None)
+    bar = tqdm(plans.items(), "gradients", leave=False, disable=study.args.quiet or None)
     for name, (guide, options) in bar:
         estimates = [
-            gradients(model, guide, options(n), x, n, args.replicates).detach() for n in SAMPLES
+            gradients(model, guide, options(n), x, n, study.args.replicates).detach()
+            for n in SAMPLES
         ]
         found[name] = {
             "variance": [total_variance(e) / truth.square().sum().item() for e in estimates],
@@ -207,61 +194,45 @@ def study_gradients(study: cli.Study, args: Any) -> dict[str, dict[str, list[flo
 # ---- training by each ----
 
 
-def train(study: cli.Study, args: Any, head: heads.Head, baseline: bool, title: str) -> list[float]:
+def train(study: Study, guide: str) -> list[float]:
     """Trains a VAE by stock SVI with one draw; the validation ELBO before and after each epoch."""
+    args, dataset = study.args, study.dataset
     pyro.set_rng_seed(args.seed)
-    shape = study.dataset.image_shape
-    likelihood = heads.Bernoulli(shape)
-    decoder = MLP((LATENT_DIM,), likelihood.param_shape, (200,))
-    decoder.set_output_bias(likelihood.raw_mean(data.pixels(study.dataset.train.images).mean(0)))
-    model = pvae.Model(
-        StandardNormal(LATENT_DIM), pvae.Conditional(decoder, likelihood, event_dim=1)
+    vae = pvae.build(
+        dataset.image_shape,
+        LATENT_DIM,
+        "mlp",
+        guide=guide,
+        hidden=200,
+        mean_image=dataset.mean_image,
     ).to(study.device)
-    guide = pvae.Guide(pvae.Conditional(MLP(shape, head.param_shape, (200,)), head, event_dim=3))
-    options: Options = no_baseline
-    if baseline:  # a part of the guide, so that SVI trains it too
-        guide.baseline = MLP(shape, (1,), (200,))
-        options = neural(guide.baseline, 1)
-    guide.to(study.device)
-
-    parameters = [*model.parameters(), *guide.parameters()]
-    adam = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
-    svi = SVI(model, with_baseline(guide, options), pvae.SingleOptimizer(adam), objective(1))
-
-    def validation() -> float:
-        return (
-            evaluate.over(
-                study.observed.validation,
-                lambda x, _: evaluate.elbo(model, guide, x).elbo,
-                batch_size=500,
-                seed=args.seed,
-            )
-            .mean()
-            .item()
-        )
-
-    history = [validation()]
-    for epoch in tqdm(range(args.num_epochs), title, leave=False, disable=args.quiet or None):
-        for x, _ in study.observed.batches(args.batch_size, seed=args.seed, epoch=epoch):
-            svi.step(x)
-        history.append(validation())
-    return history
+    adam = torch.optim.Adam(vae.parameters(), lr=args.learning_rate, fused=True)
+    elbo = OBJECTIVES["trace_graph_elbo"].elbo(1)
+    svi = SVI(vae.model, vae.guide, pvae.SingleOptimizer(adam), elbo)
+    before = evaluate.over(
+        study.data.validation,
+        lambda x, _: evaluate.elbo(vae.model, vae.guide, x).elbo,
+        batch_size=500,
+        seed=args.seed,
+    )
+    trainer = fit(study, vae, svi, schedule=Schedule(cosine=False))
+    return [before.mean().item(), *(row["validation_elbo"] for row in trainer.history)]
 
 
 # ---- what is shown ----
 
 
-def tables(found: dict[str, dict[str, list[float]]], curves: dict[str, list[float]]) -> str:
-    gradient = report.columns(
+def shown(found: Mapping[str, Mapping[str, list[float]]], curves: Mapping[str, list[float]]) -> str:
+    gradient = tables.columns(
         "variance of the gradient, over the squared norm of the exact one; its bias in 20 random "
         "directions",
         ["estimator", *(f"L = {n}" for n in SAMPLES), "largest error / se"],
         [
-            [name, *(f"{v:.3g}" for v in f["variance"]), f"{max(map(abs, f['errors'])):.2f}"]
+            [name, *(f"{v:.3g}" for v in f["variance"]), f"{largest(f['errors']):.2f}"]
             for name, f in found.items()
         ],
     )
-    training = report.columns(
+    training = tables.columns(
         "validation ELBO of a VAE trained with L = 1, nats per image",
         ["estimator", "before", "first epoch", "last epoch"],
         [[name, f"{c[0]:.1f}", f"{c[1]:.1f}", f"{c[-1]:.1f}"] for name, c in curves.items()],
@@ -269,7 +240,13 @@ def tables(found: dict[str, dict[str, list[float]]], curves: dict[str, list[floa
     return f"{gradient}\n{training}"
 
 
-def figure(found: dict[str, dict[str, list[float]]], curves: dict[str, list[float]]) -> Figure:
+def largest(errors: Sequence[float]) -> float:
+    return max(map(abs, errors))
+
+
+def figure(
+    found: Mapping[str, Mapping[str, list[float]]], curves: Mapping[str, list[float]]
+) -> Figure:
     fig = Figure((13, 4), dpi=110, layout="constrained")
     bias, variance, training = fig.subplots(1, 3)
     bias.axhspan(-4, 4, color="0.95", zorder=0)
@@ -280,10 +257,14 @@ def figure(found: dict[str, dict[str, list[float]]], curves: dict[str, list[floa
         variance.loglog(
             SAMPLES, [f["variance"][0] / n for n in SAMPLES], ":", color="0.5", linewidth=0.8
         )
-    bias.set_ylim(-6, 6)
+    errors = [error for f in found.values() for error in f["errors"]]
+    bias.set_ylim(-max(6, largest(errors) + 1), max(6, largest(errors) + 1))
     bias.set_xticks(range(len(found)), [name.replace(" ", "\n") for name in found], fontsize=7)
     bias.set_ylabel("error of the mean / its standard error")
-    bias.set_title("unbiased: 20 random projections each, L = 1", fontsize=10)
+    bias.set_title(
+        f"mean gradients, L = 1: the largest of {len(errors)} errors is {largest(errors):.1f} se",
+        fontsize=10,
+    )
     variance.set_xlabel("draws L (dotted: 1/L)")
     variance.set_ylabel("variance / |exact gradient|$^2$")
     variance.set_title("variance of the gradient", fontsize=10)
@@ -302,34 +283,26 @@ def figure(found: dict[str, dict[str, list[float]]], curves: dict[str, list[floa
     return fig
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.study_parser("Score-function and reparameterized gradients of the ELBO.")
-    parser.add_argument(
-        "--replicates", type=int, default=200, metavar="R", help="estimates of each gradient"
-    )
+    cli.option(parser, "--replicates", "estimates of each gradient", cli.NATURAL, 200, "R")
     parser.set_defaults(learning_rate=1e-3)
-    args = parser.parse_args()
-    start = time.perf_counter()
-    study = cli.start_study(args, "gradient_estimators", "dynamic")
+    args = parser.parse_args(argv)
+    if args.replicates < 2:
+        parser.error("--replicates must be at least 2, for a variance, not 1")
+    study = start(args, "gradient_estimators", "dynamic")
 
-    found = study_gradients(study, args)
-    plans = {
-        "score function": (ScoreNormal, False),
-        "score function, neural baseline": (ScoreNormal, True),
-        "reparameterized": (heads.Normal, False),
+    found = study_gradients(study)
+    guides = {
+        "score function": "score_function",
+        "score function, neural baseline": "score_function_baseline",
+        "reparameterized": "normal",
     }
-    curves = {
-        name: train(study, args, head((LATENT_DIM,)), baseline, name)
-        for name, (head, baseline) in plans.items()
-    }
-    print(tables(found, curves))
-    plots.save(figure(found, curves), study.folder / "gradient_estimators.png")
-    seconds = time.perf_counter() - start
-    run.write_json(
-        study.folder / "results.json",
-        {"gradients": found, "validation_elbo": curves, "seconds": seconds},
-    )
-    print(f"{seconds:.0f} s; picture and numbers: {study.folder}/")
+    curves = {name: train(study.part(guide), guide) for name, guide in guides.items()}
+    print(shown(found, curves))
+    numbers = {"gradients": found, "validation_elbo": curves, "seconds": study.seconds}
+    study.save(numbers, gradient_estimators=figure(found, curves))
+    print(f"{study.seconds:.0f} s; picture and numbers: {study.folder}/")
 
 
 if __name__ == "__main__":

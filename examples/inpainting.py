@@ -6,7 +6,8 @@ Pixels are independent given z, so the missing ones integrate to 1 and drop out 
 
 which `Masked` says in Pyro's own terms (a mask on the pixels, beneath `to_event`), and the encoder
 is given zeros for them, and the mask beside. In the stock programs the mask stands where a label
-would: model(x, mask), guide(x, mask). What is missing follows from
+would, model(x, mask) and guide(x, mask), and in the data it is `Split.mask`. What is missing
+follows from
 
     p(x_missing | x_seen)  ~  E_q(z|x_seen)[ p(x_missing|z) ],
 
@@ -16,13 +17,15 @@ One pair is trained for each way in which pixels are missing. Each training imag
 pixels in every epoch, and nobody looks at them. That they are missing at random matters: a mask
 which depends on what it hides would have to be modelled too.
 
+Each pair has a run folder of its own. It is composed by hand and has no recipe: build it again by
+`masked_vae`, and hand the state in best.pt to `pvae.checkpoint.restore`.
+
 Sources: MIWAE: Deep Generative Modelling and Imputation of Incomplete Data (2018),
 arXiv:1812.02633; Handling Incomplete Heterogeneous Data using VAEs (2018), arXiv:1807.03653.
 """
 
 import argparse
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,17 +33,15 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from matplotlib.figure import Figure
-from pyro.infer import SVI
+from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
 import pvae
-from pvae import Conditional, Guide, Model, cli, data, evaluate, plots, report, run
-from pvae.builder import OBJECTIVES
-from pvae.conditional import Masked, concat_mask
+from pvae import Conditional, Guide, Masked, Model, cli, concat_mask, data, evaluate, plots, tables
 from pvae.heads import Bernoulli, Normal
 from pvae.nets import MLP
 from pvae.priors import StandardNormal
-from pvae.train import Trainer
+from pvae.study import Study, fit, start
 
 Missing = Callable[[Tensor], Tensor]  # images (N, C, H, W) to a mask (N, 1, H, W), True where seen
 
@@ -73,9 +74,9 @@ WAYS: Mapping[str, Missing] = {
 
 
 def with_masks(observed: data.Observed, missing: Missing) -> data.Observed:
-    """The data set with a mask for each image in the place of its label."""
+    """The data set with a mask for each image."""
     train, validation, test = (
-        data.Split(split.images, missing(split.images))
+        split._replace(mask=missing(split.images))
         for split in (observed.train, observed.validation, observed.test)
     )
     return replace(observed, train=train, validation=validation, test=test)
@@ -130,90 +131,68 @@ def measured(vae: pvae.VAE, test: data.Split, seed: int) -> dict[str, float | No
     }
 
 
-def train(vae: pvae.VAE, observed: data.Observed, args: argparse.Namespace) -> None:
-    """Stock SVI; the masks are what the trainer takes for labels."""
+def train(study: Study, name: str) -> tuple[pvae.VAE, data.Observed]:
+    """The pair for one way in which pixels are missing, and the data with its masks."""
+    args = study.args
+    pyro.set_rng_seed(args.seed)
+    part = study.part(name.replace(" ", "_"))
+    part = replace(part, data=with_masks(study.data, WAYS[name]))
+    vae = masked_vae(study.dataset.mean_image, args.latent_dim).to(study.device)
     adam = torch.optim.Adam(vae.parameters(), lr=args.learning_rate, fused=True)
-    objective = OBJECTIVES["trace_elbo"]
-    svi = SVI(vae.model, vae.guide, pvae.SingleOptimizer(adam), objective.elbo(1))
-    Trainer(
-        vae,
-        svi,
-        objective,
-        observed,
-        epochs=args.num_epochs,
-        batch_size=args.batch_size,
-        kl_warmup=0.05,
-        lr_warmup=0.05,
-        labels=True,
-        seed=args.seed,
-        quiet=args.quiet,
-    ).fit()
+    svi = SVI(vae.model, vae.guide, pvae.SingleOptimizer(adam), Trace_ELBO())
+    fit(part, vae, svi).restore_best()
+    return vae, part.data
 
 
-def main() -> None:
-    args = arguments()
-    start = time.perf_counter()
-    study = cli.start_study(args, "inpainting", "dynamic")
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    study = start(args, "inpainting", "dynamic")
     numbers: dict[str, Any] = {}
     blocks: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-    for name, missing in WAYS.items():
-        pyro.set_rng_seed(args.seed)
-        observed = with_masks(study.observed, missing)
-        vae = masked_vae(study.dataset.mean_image, args.latent_dim).to(study.device)
+    for name in WAYS:
         if not args.quiet:
             print(f"missing: {name}")
-        train(vae, observed, args)
+        vae, observed = train(study, name)
         numbers[name] = measured(vae, observed.test, args.seed)
         if name in ("75 %", "a half"):
             blocks[name] = completed(vae, observed.test, args.seed)
-    x = data.pixels(study.observed.test.images)
+    x = data.pixels(study.data.test.images)
     mean_image = study.dataset.mean_image.to(x).clamp(0.001, 0.999)
     alone = torch.distributions.Bernoulli(mean_image).log_prob(x).mean().item()
-    numbers |= {"mean_image_per_pixel": alone, "seconds": time.perf_counter() - start}
-    run.write_json(study.folder / "results.json", numbers)
-    plots.save(drawn(blocks), study.folder / "inpainting.png")
+    numbers |= {"mean_image_per_pixel": alone, "seconds": study.seconds}
+    study.save(numbers, inpainting=drawn(blocks))
     print(table(numbers, study))
-    print(f"{numbers['seconds']:.0f} s; picture and numbers: {study.folder}/")
+    print(f"{study.seconds:.0f} s; picture and numbers: {study.folder}/")
 
 
-def table(numbers: Mapping[str, Any], study: cli.Study) -> str:
+def table(numbers: Mapping[str, Any], study: Study) -> str:
+    columns = {
+        "seen_elbo": ("ELBO, seen pixels", ".2f"),
+        "seen_elbo_per_pixel": ("a seen pixel", ".4f"),
+        "missing_per_pixel": ("E_q log p(x|z) a missing pixel", ".4f"),
+        "complete_elbo": ("ELBO, complete images", ".2f"),
+    }
     rows = []
     for name in WAYS:
-        of = numbers[name]
-        missing = of["missing_per_pixel"]
-        rows.append(
-            [
-                name,
-                f"{of['seen_elbo']:.2f}",
-                f"{of['seen_elbo_per_pixel']:.4f}",
-                "none" if missing is None else f"{missing:.4f}",
-                f"{of['complete_elbo']:.2f}",
-            ]
-        )
-    return report.columns(
-        f"{study.dataset.name} test set, {len(study.observed.test.images):,} images, binarised, "
-        f"nats; pixels missing as in training\n  (a pixel of the mean image: "
+        cells = [(numbers[name][key], how) for key, (_, how) in columns.items()]
+        rows.append([name, *("none" if v is None else f"{v:{how}}" for v, how in cells)])
+    return tables.columns(
+        f"{study.dataset.name} test set, {len(study.data.test.images):,} images, "
+        f"{study.data.label}; nats; pixels missing as in training\n  (a pixel of the mean image: "
         f"{numbers['mean_image_per_pixel']:.4f})",
-        [
-            "missing",
-            "ELBO, seen pixels",
-            "a seen pixel",
-            "E_q log p(x|z) a missing pixel",
-            "ELBO, complete images",
-        ],
+        ["missing", *(label for label, _ in columns.values())],
         rows,
     )
 
 
-@torch.no_grad()
 def completed(
     vae: pvae.VAE, test: data.Split, seed: int, count: int = 14, draws: int = 4
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What is seen `(N, C, H, W)`, grey where missing; the mean images at draws of z,
     `(draws, N, C, H, W)`; and the whole images."""
-    x, mask = data.pixels(test.images[:count]), test.labels
+    first = test.first(count)
+    x, mask = data.pixels(first.images), first.mask
     assert mask is not None
-    mask = mask[:count]
     with evaluate.evaluating(vae), evaluate.fixed_noise(x.device, seed):
         z = vae.encode(x, mask).sample((draws,))
         means = vae.decode(z, mask).mean
@@ -233,11 +212,11 @@ def drawn(blocks: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Figure:
     )
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.study_parser("Missing pixels, in training and in use.")
     group = parser.add_argument_group("model and guide")
-    group.add_argument("--latent-dim", type=cli.NATURAL, default=16, metavar="D", help="of z")
-    return parser.parse_args()
+    cli.option(group, "--latent-dim", "of z", cli.NATURAL, 16, "D")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

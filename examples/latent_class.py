@@ -11,14 +11,16 @@ Then with a style z beside the class, drawn by a guide q(z | x), while y is stil
 
 Pyro sums out whatever is marked `infer={"enumerate": "parallel"}`, under `TraceEnum_ELBO`. Given z
 the posterior p(y | x, z) is exact, so there is no q(y | x) to train, and none that can collapse.
-The labels of the images serve to name the classes afterwards; no model sees them.
+The labels of the images serve to name the classes afterwards; no model sees them. The pairs are
+composed by hand and are not kept.
 
 Source: Semi-supervised Learning with Deep Generative Models (2014), arXiv:1406.5298, without its
 labels; enumeration: Tensor Variable Elimination for Plated Factor Graphs (2019), arXiv:1902.03210.
 """
 
+import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from typing import Any, NamedTuple
 
@@ -34,11 +36,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 import pvae
-from pvae import Conditional, Guide, cli, data, evaluate, plots, report, run
+from pvae import Conditional, Guide, cli, data, evaluate, plots, tables
 from pvae.heads import Bernoulli, Normal
 from pvae.nets import MLP
 from pvae.priors import StandardNormal
 from pvae.programs import Program
+from pvae.study import Study, start
 
 # one plate, so Pyro enumerates along dimension -2, left of the batch
 ELBO = TraceEnum_ELBO(max_plate_nesting=1)
@@ -138,69 +141,60 @@ def styled(templates: Tensor, style_dim: int) -> tuple[StyledMixture, Guide]:
     return StyledMixture(classes, StandardNormal(style_dim), likelihood), Guide(posterior)
 
 
-def main() -> None:
-    parser = cli.study_parser("Digits as a latent class, summed out exactly.")
-    parser.add_argument("--classes", type=cli.NATURAL, default=10, metavar="K", help="classes")
-    parser.add_argument("--style-dim", type=cli.NATURAL, default=2, metavar="D", help="of z")
-    args = parser.parse_args()
-    study = cli.start_study(args, "latent_class", "dynamic")
-    test, labels = study.observed.test
-    if labels is None:
-        raise ValueError(f"--dataset {args.dataset} has no labels, which are to name the classes")
-    x = data.pixels(test)
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    study = start(args, "latent_class", "dynamic")
+    test = study.data.test
+    if test.labels is None:
+        raise ValueError(f"{study.dataset.name} has no labels, which are to name the classes")
+    x = data.pixels(test.images)
 
     # a quarter of the steps for the mixture, whose templates the styled model starts from
-    mean = data.pixels(study.dataset.train.images).mean(0)
+    mean = study.dataset.mean_image
     plain = mixture(args.classes, Bernoulli(mean.shape).raw_mean(mean)).to(study.device)
-    steps = args.num_epochs * math.ceil(len(study.observed.train.images) / args.batch_size)
-    batches = endless(study.observed, args)
+    steps = args.num_epochs * math.ceil(len(study.data.train.images) / args.batch_size)
+    batches = endless(study.data, args)
     fit(plain, nothing, batches, steps=math.ceil(steps / 4), rate=0.05, quiet=args.quiet)
     with torch.no_grad():
         templates = plain.likelihood.raw(torch.arange(args.classes, device=study.device))
     model, guide = styled(templates, args.style_dim)
     nn.ModuleList([model, guide]).to(study.device)
-    fit(
-        *(model, guide, batches),
-        steps=math.ceil(3 * steps / 4),
-        rate=args.learning_rate,
-        quiet=args.quiet,
+    rate = args.learning_rate
+    fit(model, guide, batches, steps=math.ceil(3 * steps / 4), rate=rate, quiet=args.quiet)
+
+    numbers: dict[str, Any] = {}
+    pairs: list[tuple[str, str, Program, Callable[..., Any]]] = [
+        ("mixture", "log p(x), exact", plain, nothing),
+        ("styled", "ELBO", model, guide),
+    ]
+    for name, what, p, q in pairs:
+        with evaluate.fixed_noise(study.device, args.seed):
+            bound = -math.fsum(elbo_loss(p, q, part) for part in x.split(500)) / len(x)
+            y = torch.cat([most_probable(p, q, part) for part in x.split(500)])
+        classes = named(y, test.labels, args.classes, study.dataset.class_names)
+        purity = sum(c.share * c.purity for c in classes)
+        found = [c._asdict() for c in classes]
+        numbers[name] = {what: bound, "purity": purity, "classes": found}
+        print(table(f"{name}: {what} {bound:.2f} nats per image", purity, classes, study))
+    figures = {"classes": drawn(model, x, y, classes), "styles": styles(model, args.style_dim)}
+    study.save({**numbers, "seconds": study.seconds}, **figures)
+    print(f"{study.seconds:.0f} s; pictures and numbers: {study.folder}/")
+
+
+def table(what: str, purity: float, classes: Sequence["Named"], study: Study) -> str:
+    rows = [
+        [str(k), f"{c.share:.1%}", c.label or "none", f"{c.purity:.1%}"]
+        for k, c in enumerate(classes)
+    ]
+    return tables.columns(
+        f"{what}, purity {purity:.1%}\n  {study.dataset.name} test set, "
+        f"{len(study.data.test.images):,} images, {study.data.label}",
+        ["class", "share", "majority label", "purity"],
+        rows,
     )
 
-    numbers = {}
-    pairs: dict[str, tuple[Program, Callable[..., Any]]] = {
-        "mixture": (plain, nothing),
-        "styled": (model, guide),
-    }
-    for name, pair in pairs.items():
-        with evaluate.fixed_noise(study.device, args.seed):
-            bound = -math.fsum(elbo_loss(*pair, part) for part in x.split(500)) / len(x)
-            y = torch.cat([most_probable(*pair, part) for part in x.split(500)])
-        what = "log p(x), exact" if name == "mixture" else "ELBO"
-        classes = named(y, labels, args.classes)
-        purity = sum(c.share * c.purity for c in classes)
-        numbers[name] = {
-            what: bound,
-            "purity": purity,
-            "classes": [c._asdict() for c in classes],
-        }
-        print(
-            report.columns(
-                f"{name}: {what} {bound:.2f} nats per image, purity {purity:.1%} "
-                f"({study.dataset.name}, {len(x):,} test images, binarised)",
-                ["class", "share", "majority label", "purity"],
-                [
-                    [str(k), f"{c.share:.1%}", str(c.label), f"{c.purity:.1%}"]
-                    for k, c in enumerate(classes)
-                ],
-            )
-        )
-    run.write_json(study.folder / "results.json", numbers)
-    plots.save(drawn(model, x, y, classes), study.folder / "classes.png")
-    plots.save(styles(model, args.style_dim), study.folder / "styles.png")
-    print(f"pictures and numbers: {study.folder}/")
 
-
-def endless(observed: data.Observed, args: Any) -> Iterator[Tensor]:
+def endless(observed: data.Observed, args: argparse.Namespace) -> Iterator[Tensor]:
     """Batches `(B, C, H, W)`, epoch after epoch, without their labels."""
     for epoch in count():
         for x, _ in observed.batches(args.batch_size, seed=args.seed, epoch=epoch):
@@ -237,18 +231,24 @@ class Named(NamedTuple):
     """A class that was found: its share of the images, and the label that most of them have."""
 
     share: float
-    label: int | None
+    label: str | None
     purity: float
 
 
-def named(y: Tensor, labels: Tensor, classes: int) -> list[Named]:
-    """Each class's majority label, from the classes and the labels of all images `(N,)`."""
+def named(
+    y: Tensor, labels: Tensor, classes: int, names: Sequence[str] | None = None
+) -> list[Named]:
+    """Each class's majority label, from the classes and the labels of all images `(N,)`; `names`
+    say what the labels stand for, where they are no digits."""
     found = []
     for k in range(classes):
-        count_of = labels[y == k].bincount()
-        total = int(count_of.sum())
-        majority = int(count_of.argmax()) if total else None
-        found.append(Named(total / len(y), majority, count_of.max().item() / total if total else 0))
+        members = labels[y == k]
+        if len(members) == 0:
+            found.append(Named(0.0, None, 0.0))
+            continue
+        times, label = members.bincount().max(0)
+        name = str(label.item()) if names is None else names[int(label)]
+        found.append(Named(len(members) / len(y), name, times.item() / len(members)))
     return found
 
 
@@ -267,7 +267,7 @@ def drawn(model: StyledMixture, x: Tensor, y: Tensor, classes: list[Named]) -> F
         torch.cat(rows),
         13,
         title="The classes found: decoded at style 0, and the first test images of each",
-        row_labels=[f"label {c.label}: {c.purity:.0%}" for c in classes],
+        row_labels=[f"{c.label or 'none'}: {c.purity:.0%}" for c in classes],
         column_labels=["z = 0"] + [""] * 12,
     )
 
@@ -288,6 +288,13 @@ def styles(model: StyledMixture, style_dim: int) -> Figure:
         title="Classes (rows) in the same styles (columns)",
         column_labels=[f"z{unit + 1} = {t:g}" for unit, t in moved],
     )
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = cli.study_parser("Digits as a latent class, summed out exactly.")
+    cli.option(parser, "--classes", "how many", cli.NATURAL, 10, "K")
+    cli.option(parser, "--style-dim", "of z", cli.NATURAL, 2, "D")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

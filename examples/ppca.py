@@ -17,7 +17,6 @@ Sources: Probabilistic principal component analysis (1999), J. R. Statist. Soc. 
 the ELBO! (2019), arXiv:1911.02469.
 """
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,10 +27,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pvae
-from pvae import cli, data, evaluate, heads, plots, report, run
+from pvae import cli, data, evaluate, heads, tables
 from pvae.closed_form import LinearGaussian
 from pvae.nets import MLP
 from pvae.priors import StandardNormal
+from pvae.study import start
 
 SIZES = (2, 10, 20, 50)  # latent dimensions of the table
 
@@ -125,7 +125,10 @@ def fitted(images: Tensor, latent_dim: int) -> LinearGaussian:
 def figure(
     rows: Sequence[dict[str, float]], best: float, turns: Sequence[dict[str, float]]
 ) -> Figure:
-    """Left: what training still lacks, on a logarithmic scale; right: the gap as W is turned."""
+    """Left: what training still lacks, on a logarithmic scale; right: the gap as W is turned.
+
+    The titles say how far training came, and how much the turns changed.
+    """
     drawn = Figure((9.5, 4), dpi=110, layout="constrained")
     left, right = drawn.subplots(1, 2)
     steps = [row["step"] for row in rows]
@@ -137,7 +140,8 @@ def figure(
     left.axhline(0.5, color="0.6", linestyle="--", label="0.5 nats")
     left.set(xscale="log", yscale="log", xlabel="step of SVI")
     left.set_ylabel("nats per image below the optimum")
-    left.set_title(f"Training reaches probabilistic PCA, log p = {best:.2f}", fontsize=10)
+    lacks = best - rows[-1]["log_evidence"]
+    left.set_title(f"SVI ends {lacks:.2f} nats below probabilistic PCA, {best:.2f}", fontsize=10)
 
     amounts = [row["amount"] for row in turns]
     right.plot(amounts, [row["formula"] for row in turns], color="0.5", label="closed form")
@@ -145,7 +149,11 @@ def figure(
         amounts, [row["pyro"] for row in turns], "o", color="#832db6", label="log p(x) - ELBO, Pyro"
     )
     right.set(xlabel="turn of the latent axes, W exp(t A)", ylabel="nats per image")
-    right.set_title("The gap that turning W opens; p(x) stays", fontsize=10)
+    moved = max(abs(row["log_p"] - best) for row in turns)
+    right.set_title(
+        f"W turned: log p(x) moves by {moved:.0e}, the gap to {turns[-1]['formula']:.2g}",
+        fontsize=10,
+    )
     for axes in (left, right):
         axes.grid(color="0.92", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
@@ -153,26 +161,23 @@ def figure(
     return drawn
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.study_parser("A linear VAE by SVI against probabilistic PCA, its closed form.")
-    parser.add_argument(
-        "--latent-dim", type=cli.NATURAL, default=10, metavar="K", help="latents that SVI trains"
-    )
+    cli.option(parser, "--latent-dim", "latents that SVI trains", cli.NATURAL, 10, "K")
     parser.set_defaults(learning_rate=1e-2, batch_size=500)
-    args = parser.parse_args()
-    start = time.perf_counter()
-    study = cli.start_study(args, "ppca", "grey")
+    args = parser.parse_args(argv)
+    study = start(args, "ppca", "grey")
 
     # all training images, those that other examples validate on too
-    images = torch.cat([study.observed.train.images, study.observed.validation.images])
-    test = study.observed.test.images
+    images = torch.cat([study.data.train.images, study.data.validation.images])
+    test = study.data.test.images
     forms = []
     for k in SIZES:
         best = fitted(images, k)
         on_train, on_test = log_evidence(best, images), log_evidence(best, test)
         forms.append({"k": k, "variance": best.scale**2, "train": on_train, "test": on_test})
     print(
-        report.columns(
+        tables.columns(
             f"{study.dataset.name}, {len(images):,} images / 255: probabilistic PCA, closed form, "
             "log p(x) in nats per image",
             ["k", "s^2", "training", "test"],
@@ -207,7 +212,7 @@ def main() -> None:
         "elbo_optimum": optimum,
     }
     print(
-        report.columns(
+        tables.columns(
             f"k = {args.latent_dim} by SVI, nats per image; s^2 = {found.scale**2:.6f}",
             ["", "trained", "closed form", "lacks"],
             [
@@ -231,7 +236,7 @@ def main() -> None:
         gaps = {"formula": exact.mean_field_gap(), "pyro": log_p - elbo(vae, watched)}
         turns.append({"amount": amount, "log_p": log_p, **gaps})
     print(
-        report.columns(
+        tables.columns(
             "the optimum with its axes turned, nats per image",
             ["turn", "log p(x)", "gap, closed form", "gap, Pyro's ELBO"],
             [
@@ -240,10 +245,9 @@ def main() -> None:
             ],
         )
     )
-    plots.save(figure(rows, optimum, turns), study.folder / "ppca.png")
     numbers = {"closed_form": forms, "svi": rows, "reached": reached, "turned": turns}
-    run.write_json(study.folder / "results.json", numbers)
-    print(f"{time.perf_counter() - start:.0f} s; picture and numbers: {study.folder}/")
+    study.save(numbers, ppca=figure(rows, optimum, turns))
+    print(f"{study.seconds:.0f} s; picture and numbers: {study.folder}/")
 
 
 if __name__ == "__main__":

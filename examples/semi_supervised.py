@@ -17,13 +17,14 @@ is held against the same network trained on the labels alone, which is also wher
 two dimensions needs the class beside it; one of many says all of x, and y means little. The
 second figure shows what z is for: the style of one image, under every class.
 
+The pair is composed by hand and is not kept.
+
 Source: Semi-Supervised Learning with Deep Generative Models (2014), arXiv:1406.5298.
 """
 
 import argparse
 import math
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count, islice
 from typing import Any
@@ -40,11 +41,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 import pvae
-from pvae import ConcatLabel, Conditional, cli, data, evaluate, plots, report, run
+from pvae import ConcatLabel, Conditional, cli, data, evaluate, plots, tables
 from pvae.heads import Bernoulli, Normal
 from pvae.nets import MLP
 from pvae.priors import StandardNormal
 from pvae.programs import LabelGuide, LabelModel
+from pvae.study import Study, start
 
 # one plate, so Pyro enumerates the labels along dimension -2, left of the batch
 UNLABELLED = TraceEnum_ELBO(max_plate_nesting=1)
@@ -155,25 +157,22 @@ def bound(model: LabelModel, guide: LabelGuide, test: data.Split, seed: int) -> 
         return -math.fsum(UNLABELLED.loss(model, guide, part) for part in x.split(200)) / len(x)
 
 
-def main() -> None:
-    args = arguments()
-    start = time.perf_counter()
-    study = cli.start_study(args, "semi_supervised", "dynamic")
-    classes, observed = study.dataset.num_classes, study.observed
-    images, y = observed.train
-    if classes is None or y is None:
-        raise ValueError(f"--dataset {args.dataset} has no labels, a few of which are needed")
-    pool = data.Split(images[: args.unlabelled], None)
-    smallest = int(y.bincount().min()) * classes
-    amounts = args.labels or [n for n in (100, 300, 1000, 3000) if n <= smallest] or [smallest]
-    if not classes <= min(amounts) <= max(amounts) <= smallest:
-        raise ValueError(f"--labels {amounts} must lie between {classes} and {smallest:,}")
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    if args.alpha < 0:
+        raise ValueError(f"--alpha must be at least 0, not {args.alpha:g}")
+    study = start(args, "semi_supervised", "dynamic")
+    classes, train, test = study.dataset.num_classes, study.data.train, study.data.test
+    if classes is None or train.labels is None:
+        raise ValueError(f"{study.dataset.name} has no labels, a few of which are needed")
+    amounts = how_many(args.labels, int(train.labels.bincount().min()) * classes, classes)
+    pool = data.Split(train.images[: args.unlabelled], None)
     steps = args.num_epochs * math.ceil(len(pool.images) / args.batch_size)
 
     rows = []
     for labels in amounts:
-        few = replace(observed, train=per_class(images, y, labels, classes))
-        unlabelled = (x for x, _ in endless(replace(observed, train=pool), args))
+        few = replace(study.data, train=per_class(train.images, train.labels, labels, classes))
+        unlabelled = (x for x, _ in endless(replace(study.data, train=pool), args))
         pyro.set_rng_seed(args.seed)
         model, guide = m2(study.dataset.mean_image, classes, args.latent_dim, args.hidden)
         alone = m2(study.dataset.mean_image, classes, args.latent_dim, args.hidden)[1].classifier
@@ -191,27 +190,36 @@ def main() -> None:
         rows.append(
             {
                 "labels": labels,
-                "labels_alone": accuracy(alone, observed.test)._asdict(),
-                "m2": accuracy(guide.classifier, observed.test)._asdict(),
-                "bound": bound(model, guide, observed.test, args.seed),
+                "labels_alone": accuracy(alone, test)._asdict(),
+                "m2": accuracy(guide.classifier, test)._asdict(),
+                "bound": bound(model, guide, test, args.seed),
             }
         )
-    numbers = {"rows": rows, "seconds": time.perf_counter() - start}
-    run.write_json(study.folder / "results.json", numbers)
-    plots.save(drawn(rows, study.dataset.name), study.folder / "accuracy.png")
-    figure = styles(model, guide, observed.test, amounts[-1])
-    plots.save(figure, study.folder / "styles.png")
+    figures = {
+        "accuracy": drawn(rows, study.dataset.name),
+        "styles": styles(model, guide, study, amounts[-1]),
+    }
+    study.save({"rows": rows, "seconds": study.seconds}, **figures)
     print(table(rows, len(pool.images), study))
-    print(f"{numbers['seconds']:.0f} s; pictures and numbers: {study.folder}/")
+    print(f"{study.seconds:.0f} s; pictures and numbers: {study.folder}/")
 
 
-def table(rows: list[dict[str, Any]], unlabelled: int, study: cli.Study) -> str:
+def how_many(asked: list[int] | None, most: int, classes: int) -> list[int]:
+    """The numbers of labels: those asked for, or the usual ones that there are."""
+    amounts = asked or [n for n in (100, 300, 1000, 3000) if n <= most] or [most]
+    for labels in amounts:
+        if not classes <= labels <= most:
+            raise ValueError(f"--labels must be from {classes} to {most:,}, not {labels:,}")
+    return amounts
+
+
+def table(rows: list[dict[str, Any]], unlabelled: int, study: Study) -> str:
     def share(of: dict[str, float]) -> str:
         return f"{100 * of['mean']:.1f} ± {100 * of['se']:.1f} %"
 
-    return report.columns(
-        f"{study.dataset.name} test set, {len(study.observed.test.images):,} images, binarised; "
-        f"{unlabelled:,} images without labels",
+    return tables.columns(
+        f"{study.dataset.name} test set, {len(study.data.test.images):,} images, "
+        f"{study.data.label}; {unlabelled:,} images without labels",
         ["labels", "accuracy, labels alone", "accuracy, M2", "M2: bound on log p(x), nats"],
         [
             [f"{r['labels']:,}", share(r["labels_alone"]), share(r["m2"]), f"{r['bound']:.2f}"]
@@ -249,7 +257,7 @@ def drawn(rows: list[dict[str, Any]], name: str) -> Figure:
     axes.minorticks_off()
     axes.margins(0.08, 0.15)
     axes.set(xlabel="labelled images", ylabel="accuracy on test images, %")
-    axes.set_title(f"{name}: what images without labels are worth (bars: one standard error)")
+    axes.set_title(f"{name}: accuracy by the number of labels (bars: one standard error)")
     axes.title.set_fontsize(10)
     axes.legend(fontsize=8, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
@@ -257,24 +265,25 @@ def drawn(rows: list[dict[str, Any]], name: str) -> Figure:
 
 
 @torch.no_grad()
-def styles(model: Any, guide: Any, test: data.Split, labels: int) -> Figure:
+def styles(model: Any, guide: Any, study: Study, labels: int) -> Figure:
     """A row for each of ten test images: the image, then its style z under every class."""
-    x = data.pixels(test.images[:10])
+    x = data.pixels(study.data.test.first(10).images)
     y = guide.classifier(x).logits.argmax(-1)
     z = guide.posterior(x, y).mean  # (N, D)
     every = torch.arange(model.num_classes, device=x.device)
     means = model.likelihood(z[:, None], every).mean  # (N, K, C, H, W)
     images = torch.cat([x[:, None], means], 1)
+    names = study.dataset.class_names or [str(k) for k in every.tolist()]
     return plots.grid(
         images.flatten(0, 1),
         images.shape[1],
         title=f"The style of a test image under every class; {labels:,} labels",
-        column_labels=["x", *(f"y = {k}" for k in every.tolist())],
-        row_labels=[f"taken for {k}" for k in y.tolist()],
+        column_labels=["x", *names],
+        row_labels=[f"taken for {names[k]}" for k in y.tolist()],
     )
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.study_parser("Semi-supervised learning, the model M2.")
     group = parser.add_argument_group("semi-supervised")
     group.add_argument(
@@ -285,15 +294,11 @@ def arguments() -> argparse.Namespace:
         help="how many images have labels, one training each (default: those of 100, 300, 1000 "
         "and 3000 that there are)",
     )
-    group.add_argument(
-        "--unlabelled", type=cli.NATURAL, default=10_000, metavar="N", help="images without"
-    )
-    group.add_argument(
-        "--alpha", type=float, default=50.0, help="weight of the classification term, nats"
-    )
-    group.add_argument("--latent-dim", type=cli.NATURAL, default=2, metavar="D", help="of z")
-    group.add_argument("--hidden", type=cli.NATURAL, default=256, metavar="N", help="width")
-    return parser.parse_args()
+    cli.option(group, "--unlabelled", "images without", cli.NATURAL, 10_000, "N")
+    cli.option(group, "--alpha", "weight of the classification term, nats", float, 50.0, "A")
+    cli.option(group, "--latent-dim", "of z", cli.NATURAL, 2, "D")
+    cli.option(group, "--hidden", "width", cli.NATURAL, 256, "N")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

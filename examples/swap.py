@@ -12,14 +12,15 @@ same, so combinations there differ only in how much they say by z.
 
     python examples/swap.py --combinations guide=iaf prior=vamp guide=iaf,prior=vamp objective=dreg
 
+Each combination is a run folder of its own: `pvae.load` and `python -m pvae.evaluate` take it.
+
 Sources: Fixing a Broken ELBO (2017), arXiv:1711.00464 (rate and distortion); the parts name theirs.
 """
 
 import argparse
-import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
+from typing import Any
 
 import pyro
 import torch
@@ -28,9 +29,10 @@ from matplotlib.figure import Figure
 from pyro.infer import SVI
 
 import pvae
-from pvae import checkpoint, cli, plots, report, run
-from pvae.builder import GUIDES, LIKELIHOODS, OBJECTIVES, PRIORS, choose
-from pvae.train import Trainer
+from pvae import cli, data, results, tables
+from pvae.builder import GUIDES, LIKELIHOODS, PRIORS, Likelihood, choose
+from pvae.objectives import OBJECTIVES
+from pvae.study import DEFAULT, Study, finish, fit, start
 
 BASE = {
     "likelihood": "bernoulli",
@@ -45,8 +47,7 @@ TABLES: Mapping[str, Mapping[str, object]] = {
     "prior": PRIORS,
     "objective": OBJECTIVES,
 }
-DEFAULT = [
-    "",
+DEFAULT_COMBINATIONS = [
     "objective=trace_mean_field_elbo",
     "guide=full_covariance",
     "guide=mixture",
@@ -62,7 +63,6 @@ DEFAULT = [
     "beta=0.5",
     "beta=2",
 ]
-OBSERVE = {"binary": "dynamic", "levels": "grey", "grey": "dequantized"}
 PARTICLES = 5  # of the objectives that need several
 
 
@@ -76,7 +76,7 @@ def combination(text: str) -> dict[str, str]:
         if name in TABLES:
             choose(name, value, TABLES[name])
         elif not _is_weight(value):
-            raise ValueError(f"{change}: beta is a number of at least 0")
+            raise ValueError(f"beta must be a number of at least 0, not {value!r}")
         parts[name] = value
     return parts
 
@@ -88,148 +88,144 @@ def _is_weight(text: str) -> bool:
         return False
 
 
-def common_data(combinations: Sequence[Mapping[str, str]]) -> str:
-    """What all the likelihoods are of; numbers on different data are not to be compared."""
-    kinds = {LIKELIHOODS[parts["likelihood"]].data for parts in combinations}
+def common_observation(combinations: Iterable[Mapping[str, str]]) -> str:
+    """How all of them observe the data; numbers on different data are not to be compared, nor
+    those of a likelihood with those of what is none."""
+    chosen = [LIKELIHOODS[parts["likelihood"]] for parts in combinations]
+    kinds = {p.data if is_normalized(p) else f"{p.data}, not a likelihood" for p in chosen}
     if len(kinds) > 1:
         raise ValueError(
-            f"the likelihoods are of different data ({', '.join(sorted(kinds))}), whose numbers do "
-            "not compare: run them apart"
+            f"the likelihoods must be of one kind of data, not of {'; '.join(sorted(kinds))}: "
+            "their numbers do not compare, run them apart"
         )
-    return OBSERVE[kinds.pop()]
+    # a density of grey levels as they are has no upper bound
+    kind = chosen[0].data
+    return "dequantized" if kind == "continuous" else data.usual_observation(kind)
 
 
-def main() -> None:
-    parser = cli.study_parser("One piece swapped at a time, on the same data, seed and budget.")
-    parser.add_argument(
-        "--combinations",
-        nargs="+",
-        default=DEFAULT[1:],
-        metavar="PART=NAME",
-        help="what differs from the first, bernoulli,normal,standard_normal,trace_elbo: several "
-        "parts by commas; parts: likelihood, guide, prior, objective, beta",
-    )
-    parser.add_argument("--latent-dim", type=cli.NATURAL, default=16, metavar="D", help="latent")
-    parser.add_argument("--hidden", type=cli.NATURAL, default=400, metavar="N", help="hidden width")
-    parser.set_defaults(learning_rate=2e-3)
-    args = parser.parse_args()
+def is_normalized(likelihood: Likelihood) -> bool:
+    return likelihood.head((1, 1, 1)).normalized
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
     texts = args.combinations
     if all("likelihood" not in text for text in texts):
         texts = ["", *texts]
     combinations = {text or "the first": combination(text) for text in texts}
-    study = cli.start_study(args, "swap", common_data(list(combinations.values())))
+    study = start(args, "swap", common_observation(combinations.values()))
 
-    numbers: dict[str, dict[str, float]] = {}
-    for number, (name, parts) in enumerate(combinations.items()):
+    numbers: dict[str, Any] = {}
+    for number, (name, parts) in enumerate(combinations.items(), 1):
         if not args.quiet:
-            print(f"\n{number + 1} of {len(combinations)}: {name}")
+            print(f"\n{number} of {len(combinations)}: {name}")
         try:
-            numbers[name] = train(parts, study, args, study.folder / f"{number:02d}")
+            numbers[name] = train(parts, study.part(name.replace(" ", "_")))
         except ValueError as error:  # what cannot work together says so; the others go on
             print(f"{name} is refused: {error}")
-        run.write_json(study.folder / "results.json", numbers)
+        study.save(numbers)
     if not numbers:
         raise ValueError("none of the combinations can work; see above")
 
-    title = f"{study.dataset.name} test set, {study.observed.how}, nats per image (IWAE-500: 1,000)"
+    title = f"{study.dataset.name} test set, {study.data.label}, nats per image"
+    if not is_normalized(LIKELIHOODS[parts["likelihood"]]):
+        title += "\np(x|z) is not a likelihood: compare these numbers with no other likelihood's"
     print("\n" + table(title, numbers, args.latent_dim))
-    plots.save(picture(numbers, title), study.folder / "swap.png")
+    study.save(numbers, swap=picture(numbers, title))
     print(f"rate and distortion: {study.folder}/swap.png; a run for each in {study.folder}/")
 
 
-def train(
-    parts: Mapping[str, str], study: cli.Study, args: argparse.Namespace, folder: Path
-) -> dict[str, float]:
-    """Trains one combination and returns its numbers; the run is kept in `folder`."""
-    _, device, dataset, observed = study
+def train(parts: Mapping[str, str], study: Study) -> dict[str, Any]:
+    """Trains one combination in the folder of `study`; its numbers, as results.json has them."""
+    args = study.args
     pyro.set_rng_seed(args.seed)
     vae = pvae.build(
-        dataset.image_shape,
+        study.dataset.image_shape,
         args.latent_dim,
         "mlp",
         parts["likelihood"],
         parts["guide"],
         parts["prior"],
         hidden=args.hidden,
-        mean_image=dataset.mean_image,
-    ).to(device)
+        mean_image=study.dataset.mean_image,
+    ).to(study.device)
     objective = OBJECTIVES[parts["objective"]]
     particles = PARTICLES if objective.min_particles > 1 else 1
     adam = torch.optim.Adam(vae.parameters(), lr=args.learning_rate, fused=True)
     svi = SVI(vae.model, vae.guide, pvae.SingleOptimizer(adam), objective.elbo(particles))
-    folder.mkdir()
-    trainer = Trainer(
-        vae,
-        svi,
-        objective,
-        observed,
-        epochs=args.num_epochs,
-        batch_size=args.batch_size,
-        beta=float(parts["beta"]),
-        kl_warmup=0.05,
-        lr_warmup=0.05,
-        seed=args.seed,
-        folder=folder,
-        quiet=args.quiet,
-    )
-    start = time.perf_counter()
-    trainer.fit()
-    checkpoint.restore(vae, checkpoint.read(folder / "best.pt")["model"])
-    numbers = report.results(vae, observed, seed=args.seed, quiet=args.quiet)
-    numbers["seconds_per_epoch"] = median(row["seconds"] for row in trainer.history)
-    numbers["seconds"] = time.perf_counter() - start
-    return numbers
+    trainer = fit(study, vae, svi, schedule=DEFAULT._replace(beta=float(parts["beta"])))
+    rows = finish(study, trainer, quiet=True)
+    seconds = median(row["seconds"] for row in trainer.history)
+    return {**results.as_json(rows), "seconds_per_epoch": seconds}
 
 
-def table(title: str, numbers: Mapping[str, Mapping[str, float]], latent_dim: int) -> str:
-    header = ["", "ELBO", "IWAE-500", "distortion", "rate (KL)", "active units", "s an epoch"]
+def table(title: str, numbers: Mapping[str, Mapping[str, Any]], latent_dim: int) -> str:
+    images = next(iter(numbers.values()))["iwae_100"]["images"]
+    title += f" (IWAE-100: of {images:,} images)"
+    columns = {"elbo": "ELBO", "iwae_100": "IWAE-100", "distortion": "distortion", "rate": "rate"}
     rows = [
         [
             name,
-            f"{n['test_elbo']:.2f}",
-            f"{n['iwae_500']:.2f} ± {n['iwae_500_se']:.2f}",
-            f"{-n['test_reconstruction']:.2f}",
-            f"{n['test_kl']:.2f}",
-            f"{n['active_units']} of {latent_dim}",
-            f"{n['seconds_per_epoch']:.1f}",
+            *(shown(of[key]) for key in columns),
+            f"{of['active_units']['mean']:.0f} of {latent_dim}",
+            f"{of['seconds_per_epoch']:.1f}",
         ]
-        for name, n in numbers.items()
+        for name, of in numbers.items()
     ]
-    return report.columns(title, header, rows)
+    return tables.columns(title, ["", *columns.values(), "active units", "s an epoch"], rows)
 
 
-def picture(numbers: Mapping[str, Mapping[str, float]], title: str) -> Figure:
+def shown(of: Mapping[str, Any]) -> str:
+    return f"{of['mean']:.2f}" if of["se"] is None else f"{of['mean']:.2f} ± {of['se']:.2f}"
+
+
+def picture(numbers: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
     """Distortion against rate, with lines of one ELBO."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
-    rates = [n["test_kl"] for n in numbers.values()]
-    distortions = [-n["test_reconstruction"] for n in numbers.values()]
-    best = max(n["test_elbo"] for n in numbers.values())
-    for i, (name, n) in enumerate(numbers.items()):
+    rates, distortions, elbos = (
+        [of[key]["mean"] for of in numbers.values()] for key in ("rate", "distortion", "elbo")
+    )
+    for i, name in enumerate(numbers):
         axes.scatter(
             rates[i],
             distortions[i],
             s=45,
             color=colormaps["tab10"](i % 10),
             marker="os^"[i // 10 % 3],
-            label=f"{n['test_elbo']:.1f}  {name}",
+            label=f"{elbos[i]:.1f}  {name}",
             zorder=3,
         )
     margin = 0.08 * (max(rates) - min(rates)) + 1
     low, high = min(rates) - margin, max(rates) + margin
-    top = max(distortions) + margin
-    for elbo in (best, best - 5, best - 10, best - 20):
+    for elbo in (max(elbos) - less for less in (0, 5, 10, 20)):
         axes.plot([low, high], [-elbo - low, -elbo - high], ":", color="grey", lw=0.8, zorder=1)
         axes.annotate(f"ELBO {elbo:.0f}", (low, -elbo - low), fontsize=7, color="grey")
     axes.set(
         xlim=(low, high),
-        ylim=(min(distortions) - margin, top),
+        ylim=(min(distortions) - margin, max(distortions) + margin),
         xlabel="rate, KL(q(z|x) || p(z)), nats per image",
         ylabel="distortion, -E_q log p(x|z), nats per image",
         title=title,
     )
     axes.legend(title="ELBO", fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = cli.study_parser("One piece swapped at a time, on the same data, seed and budget.")
+    parser.add_argument(
+        "--combinations",
+        nargs="+",
+        default=DEFAULT_COMBINATIONS,
+        metavar="PART=NAME",
+        help="what differs from the first, bernoulli,normal,standard_normal,trace_elbo: several "
+        "parts by commas; parts: likelihood, guide, prior, objective, beta",
+    )
+    cli.option(parser, "--latent-dim", "of z", cli.NATURAL, 16, "D")
+    cli.option(parser, "--hidden", "hidden width", cli.NATURAL, 400, "N")
+    parser.set_defaults(learning_rate=2e-3)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

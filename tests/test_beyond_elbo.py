@@ -4,9 +4,6 @@ import argparse
 import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -172,14 +169,20 @@ def test_the_four_start_alike():
     assert all(torch.equal(first, other) for other in others)
 
 
-@pytest.mark.slow
-def test_the_example(tmp_path):
-    argv = ["--dataset", "digits", "-n", "1", "--latent-dim", "2", "--out", tmp_path / "r"]
-    command = [sys.executable, EXAMPLES / "beyond_elbo.py", *argv]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ)
-    assert done.returncode == 0, done.stderr
+def test_the_example(tmp_path, capsys):
+    argv = ["--dataset", "digits", "-n", "1", "-b", "512", "--latent-dim", "2", "--quiet"]
+    beyond_elbo.main([*argv, "--out", str(tmp_path / "r")])
     numbers = json.loads((tmp_path / "r" / "results.json").read_text())
     assert list(numbers) == ["fixed scale", "scale from net", "MMD", "own error"]
     assert (tmp_path / "r" / "beyond_elbo.png").stat().st_size > 10_000
-    row = next(line for line in done.stdout.splitlines() if "own error" in line)
+    said = capsys.readouterr().out
+    assert "MMD^2 of 179 draws" in said
+    assert "is not a likelihood" in said
+    row = next(line for line in said.splitlines() if line.startswith("  own error "))
     assert row.split()[2] == "none"
+
+
+@pytest.mark.parametrize("flag", ["--mmd-weight", "--error-weight"])
+def test_a_weight_below_zero_is_refused(flag):
+    with pytest.raises(ValueError, match=f"{flag} must be at least 0, not -1"):
+        beyond_elbo.main([flag, "-1"])

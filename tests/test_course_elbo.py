@@ -3,23 +3,20 @@
 import importlib
 import json
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from conftest import EXAMPLES
 from pyro.infer import Trace_ELBO
 
 import pvae
-from pvae import evaluate, heads
+from pvae import evaluate, evaluation, heads
 from pvae.closed_form import LinearGaussian
 from pvae.nets import MLP
 
-EXAMPLES = Path(pvae.__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 elbo = importlib.import_module("elbo")
 estimators = importlib.import_module("gradient_estimators")
@@ -183,6 +180,8 @@ def test_the_mean_field_mask_keeps_the_covariance_diagonal():
 
 # ---- gradient estimators ----
 
+LITTLE = ["--images", "3", "--num-samples", "5", "--annealed-images", "0", "--gap-images", "0"]
+LITTLE += ["--nuts-samples", "0"]
 NAMES = ["none", "decaying", "neural", "reparameterized"]
 
 
@@ -198,7 +197,7 @@ def found():
     with torch.no_grad():  # scales near 1: without heavy tails the standard errors can be trusted
         for parameter in guide.parameters():
             parameter.mul_(0.2)
-    score = elbo.linear_guide(estimators.ScoreNormal((2,)), SHAPE).double()
+    score = elbo.linear_guide(heads.ScoreFunctionNormal((2,)), SHAPE).double()
     score.load_state_dict(guide.state_dict())
     net = MLP(SHAPE, (1,), hidden=(16,)).double()
     estimators.fit_baseline(model, score, net, x)
@@ -251,7 +250,7 @@ def test_baselines_and_reparameterization_reduce_the_variance(found):
 
 
 def test_the_score_normal_is_not_differentiated_through_its_draws():
-    q = estimators.ScoreNormal((2,))(torch.zeros(3, 4, requires_grad=True))
+    q = heads.ScoreFunctionNormal((2,))(torch.zeros(3, 4, requires_grad=True))
     assert not q.has_rsample
     assert not q.sample().requires_grad
     assert not q.expand((5, 3)).has_rsample
@@ -260,47 +259,64 @@ def test_the_score_normal_is_not_differentiated_through_its_draws():
 def test_a_baselines_network_is_trained_with_the_guide():
     exact, x = exact_model(), images(6).float()
     model = elbo.linear_model(exact, SHAPE).float()
-    guide = elbo.linear_guide(estimators.ScoreNormal((2,)), SHAPE)
+    guide = elbo.linear_guide(heads.ScoreFunctionNormal((2,)), SHAPE)
     guide.baseline = MLP(SHAPE, (1,), hidden=(4,))
     before = {name: p.detach().clone() for name, p in guide.named_parameters()}
     adam = pvae.SingleOptimizer(torch.optim.Adam(guide.parameters(), lr=0.01))
-    program = estimators.with_baseline(guide, estimators.neural(guide.baseline, 1))
-    pyro.infer.SVI(model, program, adam, estimators.objective(1)).step(x)
+    pyro.infer.SVI(model, guide, adam, estimators.objective(1)).step(x)
     for name, p in guide.named_parameters():
         assert not p.equal(before[name]), name
+
+
+@pytest.mark.parametrize("error", [2.5, -7.25])
+def test_the_title_says_how_far_off_the_mean_gradients_are(error):
+    found = {
+        name: {"variance": [1.0, 0.1, 0.01], "errors": [0.5, error]} for name in estimators.COLOURS
+    }
+    bias, *_ = estimators.figure(found, {"reparameterized": [-200.0, -100.0]}).axes
+    said = f"mean gradients, L = 1: the largest of 8 errors is {abs(error):.1f} se"
+    assert bias.get_title() == said
+    low, high = bias.get_ylim()
+    assert low < error < high
 
 
 # ---- the examples themselves ----
 
 
-def run(name, folder, *argv):
-    command = [sys.executable, EXAMPLES / f"{name}.py", "--dataset", "digits", "--out", folder]
-    done = subprocess.run(
-        [*command, "-n", "1", "-b", "256", *argv],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+def run(module, folder, capsys, *argv):
+    module.main(
+        ["--dataset", "digits", "--quiet", "--out", str(folder), "-n", "1", "-b", "256", *argv]
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    files = {path.name for path in folder.iterdir()}
-    assert files == {"config.json", "results.json", f"{name}.png"}
-    return json.loads((folder / "results.json").read_text()), done.stdout
+    return json.loads((folder / "results.json").read_text()), capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_run_of_elbo(tmp_path):
-    numbers, shown = run("elbo", tmp_path / "r", "--latent-dim", "3")
+def test_a_run_of_elbo(tmp_path, capsys):
+    numbers, shown = run(elbo, tmp_path / "r", capsys, "--latent-dim", "3")
     assert numbers["largest_error"] < 1e-10
     assert "sd of one draw" in shown
     for rows in numbers["curves"].values():
         assert all(row["elbo"] < row["log_evidence"] for row in rows)
         assert rows[-1]["kl"] < rows[0]["kl"]
+    files = {path.name for path in (tmp_path / "r").iterdir()}
+    assert files == {"config.json", "results.json", "elbo.png"}
 
 
 @pytest.mark.slow
-def test_a_run_of_gradient_estimators(tmp_path):
-    numbers, shown = run("gradient_estimators", tmp_path / "r", "--replicates", "5")
+def test_a_run_of_gradient_estimators(tmp_path, capsys):
+    numbers, shown = run(estimators, tmp_path / "r", capsys, "--replicates", "5")
     assert list(numbers["gradients"]) == list(estimators.COLOURS)
     assert {len(curve) for curve in numbers["validation_elbo"].values()} == {2}
     assert "reparameterized" in shown
+    pairs = [path for path in (tmp_path / "r").iterdir() if path.is_dir()]
+    assert {path.name for path in pairs} == {"score_function", "score_function_baseline", "normal"}
+    for path in pairs:
+        assert pvae.load(path).recipe.guide == path.name
+    evaluation.main([str(pairs[0]), "--quiet", *LITTLE])
+    assert (pairs[0] / "evaluation.json").exists()
+
+
+def test_one_estimate_has_no_variance(capsys):
+    with pytest.raises(SystemExit):
+        estimators.main(["--replicates", "1"])
+    assert "--replicates must be at least 2, for a variance, not 1" in capsys.readouterr().err

@@ -3,29 +3,26 @@
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pyro
 import pytest
 import torch
-from conftest import images
+from conftest import example, images
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 from torch.nn import functional as F
 
 import pvae
-from pvae import checkpoint, closed_form, temper
-from pvae.builder import LIKELIHOODS, OBJECTIVES
+from pvae import closed_form, temper
+from pvae.builder import LIKELIHOODS, compose
 from pvae.crosscheck import _Draws
 from pvae.heads import Normal, NormalFixedScale
 from pvae.nets import Affine, CourseDecoder, CourseEncoder, DeepDecoder, DeepEncoder
+from pvae.objectives import OBJECTIVES
 from pvae.priors import StandardNormal
 
-ROOT = Path(pvae.__file__).parent.parent
+deep_conv = example("deep_conv")
 SIZES = [(3, 64, 64), (3, 32, 32), (1, 28, 20), (1, 28, 28), (2, 5, 7), (1, 33, 1)]
 
 
@@ -226,7 +223,7 @@ def test_statistics_go_through_save_and_load(tmp_path):
     svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
     for _ in range(3):
         svi.step(x)
-    checkpoint.save(tmp_path / "v.pt", {"model": vae.state_dict(), "recipe": vae.recipe})
+    pvae.save(vae, tmp_path / "v.pt")
     again = pvae.load(tmp_path / "v.pt")
     assert not again.training
     pairs = zip(statistics(vae), statistics(again), strict=True)
@@ -234,7 +231,7 @@ def test_statistics_go_through_save_and_load(tmp_path):
     assert all(m.num_batches_tracked == 3 for m in batch_norms(again))
     assert torch.equal(vae.reconstruct(x), again.reconstruct(x))
     # and a fresh pair, without the statistics, shows other images
-    fresh = pvae.build(**vae.recipe)
+    fresh = compose(vae.recipe)
     fresh.load_state_dict(dict(vae.named_parameters()), strict=False)
     assert not torch.allclose(fresh.reconstruct(x), again.reconstruct(x), atol=1e-3)
 
@@ -274,7 +271,7 @@ def test_the_published_loss_is_a_tempered_elbo_and_so_are_its_gradients(scale, t
     vae, encoder, tanh = deep_pair(scale)
     vae.train(training)
     x = images("gaussian", SHAPE)
-    beta = closed_form.mse_beta(WEIGHT, ELEMENTS, scale)
+    beta = deep_conv.tempered(WEIGHT, ELEMENTS, scale)
     with temper(beta), _Draws() as draws:
         loss = TraceMeanField_ELBO().loss_and_grads(vae.model, vae.guide, x)
     ours = {name: p.grad for name, p in vae.named_parameters()}
@@ -296,26 +293,28 @@ def test_the_published_loss_is_a_tempered_elbo_and_so_are_its_gradients(scale, t
 
 
 def test_it_is_the_elbo_itself_at_one_scale_alone():
-    assert closed_form.mse_scale(WEIGHT, ELEMENTS) == pytest.approx(UNTEMPERED, rel=1e-15)
-    assert closed_form.mse_beta(WEIGHT, ELEMENTS, UNTEMPERED) == pytest.approx(1.0, rel=1e-15)
+    assert deep_conv.untempered(WEIGHT, ELEMENTS) == pytest.approx(UNTEMPERED, rel=1e-15)
+    assert deep_conv.tempered(WEIGHT, ELEMENTS, UNTEMPERED) == pytest.approx(1.0, rel=1e-15)
     # by autograd: at any scale, the two gradients of the ELBO are in the ratio that w gives
     for scale in (0.3, 1.0, 7.0):
         error, kl = torch.tensor([2.0, 3.0], dtype=torch.float64, requires_grad=True)
-        beta = closed_form.mse_beta(WEIGHT, ELEMENTS, scale)
+        beta = deep_conv.tempered(WEIGHT, ELEMENTS, scale)
         nats = ELEMENTS * error / (2 * scale**2) + beta * kl
         of_error, of_kl = torch.autograd.grad(nats, (error, kl))
         assert (of_kl / of_error).item() == pytest.approx(WEIGHT, rel=1e-12)
 
 
-def test_without_a_kl_there_is_no_such_scale():
-    with pytest.raises(ValueError, match="weight must be above 0, not 0"):
-        closed_form.mse_scale(0, ELEMENTS)
+@pytest.mark.parametrize("weight", ["0", "-1", "nan"])
+def test_without_a_kl_there_is_no_such_scale(weight, capsys):
+    with pytest.raises(SystemExit):
+        deep_conv.main(["--kl-weight", weight])
+    assert f"--kl-weight must be above 0 and finite, not {weight}" in capsys.readouterr().err
 
 
-def test_mse_and_kl_averages_to_the_published_loss():
+def test_the_loss_of_each_image_averages_to_the_published_loss():
     x, t = torch.rand(2, 5, *SHAPE, dtype=torch.float64)
     mu, log_var = torch.randn(2, 5, 3, dtype=torch.float64)
-    ours = closed_form.mse_and_kl(x, t, closed_form.kl_normal(mu, log_var / 2), WEIGHT)
+    ours = deep_conv.published(x, t, closed_form.kl_normal(mu, log_var / 2), WEIGHT)
     assert ours.shape == (5,)
     torch.testing.assert_close(
         ours.mean(), published(x, t, mu, log_var, WEIGHT), rtol=1e-12, atol=0
@@ -326,20 +325,19 @@ def test_mse_and_kl_averages_to_the_published_loss():
 
 
 @pytest.mark.slow
-def test_the_example_briefly(tmp_path):
-    argv = [sys.executable, ROOT / "examples" / "deep_conv.py", "--dataset", "digits", "-n", "1"]
-    argv += ["--widths", "4", "6", "--latent-dim", "3", "-b", "256", "--out", tmp_path / "r"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr
-    assert "loss from the tempered ELBO" in done.stdout
-    assert "\r" not in done.stdout + done.stderr
-    names = {path.name for path in (tmp_path / "r").iterdir()}
-    pictures = {"samples.png", "reconstructions.png", "curves.png"}
-    assert names == {"config.json", "results.json"} | pictures
-    numbers = json.loads((tmp_path / "r" / "results.json").read_text())
+def test_the_example_briefly(tmp_path, capsys):
+    folder = tmp_path / "r"
+    argv = ["--dataset", "digits", "-n", "1", "--widths", "4", "6", "--latent-dim", "3"]
+    deep_conv.main([*argv, "-b", "256", "--out", str(folder)])
+    assert "loss from the tempered ELBO" in capsys.readouterr().out
+    assert {"samples.png", "reconstructions.png", "curves.png", "best.pt"} <= {
+        path.name for path in folder.iterdir()
+    }
+    numbers = json.loads((folder / "results.json").read_text())
     first, second, best = numbers["readings"]
     assert first["beta"] == pytest.approx(1.0)
     for reading in (first, second, best):  # float32
         assert reading["loss_from_elbo"] == pytest.approx(numbers["published_loss"], rel=1e-4)
     assert best["elbo"] > max(first["elbo"], second["elbo"])
+    with pytest.raises(ValueError, match="holds no recipe: its VAE was composed by hand"):
+        pvae.load(folder)

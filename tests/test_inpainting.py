@@ -3,8 +3,6 @@
 import importlib.util
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pyro.distributions as dist
@@ -15,9 +13,10 @@ from pyro.infer import Trace_ELBO
 from torch import nn
 
 import pvae
-from pvae import Conditional, Guide, Model
+from pvae import Conditional, Guide, Model, checkpoint
 from pvae.builder import LIKELIHOODS
 from pvae.conditional import Masked, concat_mask
+from pvae.data import load, observe
 from pvae.heads import Bernoulli, Normal
 from pvae.nets import MLP
 from pvae.priors import StandardNormal
@@ -141,13 +140,43 @@ def test_as_much_is_missing_as_is_said(name):
     assert abs((~mask).double().mean() - share) <= 5 * se
 
 
-@pytest.mark.slow
-def test_the_example(tmp_path):
-    argv = ["--dataset", "digits", "-n", "1", "--out", tmp_path / "r", "--quiet"]
-    command = [sys.executable, EXAMPLES / "inpainting.py", *argv]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    numbers = json.loads((tmp_path / "r" / "results.json").read_text())
+def test_a_mask_travels_as_a_mask():
+    """Images and labels stay, and a pair that takes y is given the mask."""
+    digits = observe(load("digits"), "dynamic")
+    masked = inpainting.with_masks(digits, inpainting.a_half)
+    for name in ("train", "validation", "test"):
+        before, after = getattr(digits, name), getattr(masked, name)
+        assert torch.equal(after.images, before.images)
+        assert torch.equal(after.labels, before.labels)
+        assert after.y is after.mask
+        assert after.mask.shape == before.images.shape
+    assert inpainting.masked_vae(torch.rand(1, 8, 8), 2).takes_y
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inpainting") / "r"
+    argv = ["--dataset", "digits", "-n", "1", "-b", "512", "--quiet", "--out", str(folder)]
+    inpainting.main(argv)
+    return folder
+
+
+def test_the_example(finished):
+    numbers = json.loads((finished / "results.json").read_text())
     assert numbers["nothing"]["missing_per_pixel"] is None
     assert numbers["75 %"]["seen_elbo"] > numbers["75 %"]["complete_elbo"]
-    assert (tmp_path / "r" / "inpainting.png").stat().st_size > 10_000
+    assert (finished / "inpainting.png").stat().st_size > 10_000
+
+
+def test_a_pair_composed_by_hand_is_restored(finished):
+    """It has no recipe, as `pvae.load` says; its state gives the numbers of the run."""
+    with pytest.raises(ValueError, match="composed by hand"):
+        pvae.load(finished / "a_half")
+    digits = load("digits")
+    vae = inpainting.masked_vae(digits.mean_image, 16)
+    checkpoint.restore(vae, checkpoint.read(finished / "a_half" / "best.pt")["model"])
+    torch.manual_seed(0)  # the masks are drawn first of all
+    masked = inpainting.with_masks(observe(digits, "dynamic"), inpainting.a_half)
+    again = inpainting.measured(vae, masked.test, 0)
+    numbers = json.loads((finished / "results.json").read_text())["a half"]
+    assert again == pytest.approx(numbers, rel=1e-5)

@@ -1,30 +1,17 @@
 """The examples of exact anchors: probabilistic PCA, and evaluation of a linear model."""
 
-import importlib.util
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import example
 from torch.nn.functional import adaptive_avg_pool2d
 
 import pvae
 from pvae import evaluate
 from pvae.closed_form import LinearGaussian
 from pvae.data import load, pixels
-
-EXAMPLES = Path(pvae.__file__).parent.parent / "examples"
-
-
-def example(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 ppca, anchors = example("ppca"), example("anchors")
 
@@ -108,17 +95,54 @@ def test_the_anchors_of_evaluation_hold():
             assert row["pareto_k"] < 0
 
 
-def run(name, folder, *argv):
-    command = [sys.executable, EXAMPLES / f"{name}.py", "--dataset", "digits", "--out", folder]
-    done = subprocess.run([*command, *map(str, argv)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "\r" not in done.stdout + done.stderr
-    return done.stdout, json.loads((folder / "results.json").read_text())
+# ---- what the titles say ----
+
+
+@pytest.mark.parametrize("lacks", [0.25, 28.0])
+def test_the_title_of_ppca_says_how_far_training_came(lacks):
+    rows = [{"step": 1, "elbo": 0.0, "log_evidence": 50.0}]
+    rows.append({"step": 2, "elbo": 60.0, "log_evidence": 100.0 - lacks})
+    turns = [{"amount": t, "log_p": 100.0, "formula": 3 * t, "pyro": 3 * t} for t in (0.0, 0.5)]
+    left, right = ppca.figure(rows, 100.0, turns).axes
+    assert left.get_title() == f"SVI ends {lacks:.2f} nats below probabilistic PCA, 100.00"
+    assert right.get_title() == "W turned: log p(x) moves by 0e+00, the gap to 1.5"
+
+
+def test_the_titles_of_the_anchors_say_what_came():
+    bounds = [{"k": k, "mean": 1 / k, "se": 0.1} for k in (1, 1000)]
+    results = {
+        "bounds": {"0.5": bounds, "1.5": bounds},
+        "tails": [
+            {"c": c, "pareto_k": k, "theory": 1 - c**2, "ess": 0.5}
+            for c, k in ((0.3, 0.9), (0.5, 0.69), (1.2, -0.4))
+        ],
+        "annealing": [
+            {"temperatures": t, "lower": -1 / t, "lower_se": 0, "upper": 1 / t, "upper_se": 0}
+            for t in (3, 100)
+        ],
+    }
+    titles = [
+        axes.get_title()
+        for axes in anchors.figure(results, torch.randn(5, 2), torch.zeros(1, 4)).axes
+    ]
+    assert titles[:3] == [
+        "IWAE-1,000 lacks 0.001 nats (c = 0.5), 0.001 nats (c = 1.5)",
+        "k-hat is above 0.7 for c = 0.3",
+        "100 temperatures: bounds -0.010 and +0.010 off log p(x)",
+    ]
+
+
+# ---- the examples themselves ----
+
+
+def run(main, folder, capsys, *argv):
+    main(["--dataset", "digits", "--quiet", "--out", str(folder), *argv])
+    return capsys.readouterr().out, json.loads((folder / "results.json").read_text())
 
 
 @pytest.mark.slow
-def test_a_run_of_ppca(tmp_path):
-    stdout, numbers = run("ppca", tmp_path / "r", "-n", 1)
+def test_a_run_of_ppca(tmp_path, capsys):
+    stdout, numbers = run(ppca.main, tmp_path / "r", capsys, "-n", "1")
     assert "1,618 images" in stdout
     assert [row["k"] for row in numbers["closed_form"]] == [2, 10, 20, 50]
     for row in numbers["turned"]:
@@ -127,8 +151,8 @@ def test_a_run_of_ppca(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_of_anchors(tmp_path):
-    stdout, numbers = run("anchors", tmp_path / "r", "--images", 20, "--draws", 50)
+def test_a_run_of_anchors(tmp_path, capsys):
+    stdout, numbers = run(anchors.main, tmp_path / "r", capsys, "--images", "20", "--draws", "50")
     assert "the best model that ignores z" in stdout
     assert numbers["collapsed"] < 0
     for name in ("anchors", "collapsed"):

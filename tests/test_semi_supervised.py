@@ -3,9 +3,8 @@
 import importlib.util
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from torch import nn
 
 import pvae
 from pvae import closed_form, evaluate
+from pvae.data import load, observe
 
 EXAMPLES = Path(pvae.__file__).parent.parent / "examples"
 SHAPES = [(1, 6, 5), (3, 4, 7)]
@@ -141,25 +141,44 @@ def test_labels_are_drawn_evenly_over_the_classes():
     assert torch.equal(few.images.flatten() % 3, few.labels)
 
 
+def test_the_usual_numbers_of_labels_are_those_that_there_are():
+    assert m2.how_many(None, 1200, 10) == [100, 300, 1000]
+    assert m2.how_many(None, 50, 10) == [50]
+    assert m2.how_many([20, 50], 50, 10) == [20, 50]
+
+
 def run(tmp_path, *argv):
-    command = [sys.executable, EXAMPLES / "semi_supervised.py", "--out", tmp_path / "r", *argv]
-    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    m2.main(["--dataset", "digits", "--quiet", "--out", str(tmp_path / "r"), *argv])
 
 
-@pytest.mark.slow
-def test_the_example(tmp_path):
-    argv = ["--dataset", "digits", "-n", "1", "-b", "500", "--labels", "50", "100", "--quiet"]
-    done = run(tmp_path, *argv)
-    assert done.returncode == 0, done.stderr
+def test_the_example(tmp_path, capsys):
+    run(tmp_path, "-n", "1", "-b", "500", "--labels", "50", "100")
     numbers = json.loads((tmp_path / "r" / "results.json").read_text())
     assert [row["labels"] for row in numbers["rows"]] == [50, 100]
     for name in ("accuracy.png", "styles.png", "config.json"):
         assert (tmp_path / "r" / name).exists()
-    assert "accuracy, M2" in done.stdout
+    assert "accuracy, M2" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_more_labels_than_there_are_is_refused(tmp_path):
-    done = run(tmp_path, "--dataset", "digits", "--labels", "5000")
-    assert done.returncode == 1
-    assert "--labels [5000] must lie between 10 and" in done.stderr
+def test_styles_have_the_names_of_the_classes():
+    digits = load("digits")
+    study = SimpleNamespace(
+        dataset=SimpleNamespace(class_names=[f"digit {k}" for k in range(10)]),
+        data=observe(digits, "dynamic"),
+    )
+    axes = m2.styles(*m2.m2(digits.mean_image, 10, 2, hidden=8), study, 100).axes[0]
+    assert axes.get_xticklabels()[1].get_text() == "digit 0"
+    assert axes.get_yticklabels()[0].get_text().startswith("taken for digit ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--labels", "5000"], "--labels must be from 10 to [0-9,]+, not 5,000"),
+        (["--labels", "100", "9"], "--labels must be from 10 to [0-9,]+, not 9"),
+        (["--alpha", "-1"], "--alpha must be at least 0, not -1"),
+    ],
+)
+def test_what_cannot_be_asked_for(tmp_path, argv, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, *argv)

@@ -1,13 +1,13 @@
 """The swap table: what its arguments mean, and one short run."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import pvae
+from pvae import evaluation
 
 EXAMPLES = Path(pvae.__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -21,13 +21,18 @@ def test_a_combination_is_the_first_one_but_for_what_it_names():
     assert changed == {**swap.BASE, "guide": "iaf", "beta": "2"}
 
 
+def test_the_usual_combinations_are_some():
+    for text in swap.DEFAULT_COMBINATIONS:
+        assert swap.combination(text) != swap.BASE
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("iaf", "NAME=VALUE of likelihood, guide, prior, objective, beta"),
         ("guide=gauss", "guide must be one of normal, .* not 'gauss'"),
-        ("beta=-1", "beta=-1: beta is a number of at least 0"),
-        ("beta=two", "beta=two: beta is a number of at least 0"),
+        ("beta=-1", "beta must be a number of at least 0, not '-1'"),
+        ("beta=two", "beta must be a number of at least 0, not 'two'"),
     ],
 )
 def test_other_words_are_refused(text, message):
@@ -35,23 +40,68 @@ def test_other_words_are_refused(text, message):
         swap.combination(text)
 
 
-def test_numbers_on_different_data_are_not_set_side_by_side():
-    with pytest.raises(ValueError, match=r"different data \(binary, levels\)"):
-        swap.common_data([swap.BASE, swap.combination("likelihood=categorical")])
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [("categorical", "not of binary; levels"), ("grey_bernoulli", "binary; continuous, not a")],
+)
+def test_numbers_on_different_data_are_not_set_side_by_side(other, message):
+    with pytest.raises(ValueError, match=message):
+        swap.common_observation([swap.BASE, swap.combination(f"likelihood={other}")])
 
 
-@pytest.mark.slow
-def test_a_short_run(tmp_path):
-    argv = ["--dataset", "digits", "-n", "1", "--hidden", "16", "--latent-dim", "2"]
-    swaps = ["--combinations", "guide=iaf", "objective=free_bits,guide=iaf"]
-    run = subprocess.run(
-        [sys.executable, EXAMPLES / "swap.py", *argv, *swaps, "--out", tmp_path / "r"],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
+def test_what_is_no_likelihood_is_not_set_beside_likelihoods():
+    names = ("grey_bernoulli", "continuous_bernoulli")  # on the same data
+    with pytest.raises(ValueError, match="one kind of data, not of continuous; continuous, not a"):
+        swap.common_observation([swap.combination(f"likelihood={name}") for name in names])
+
+
+@pytest.mark.parametrize(
+    ("likelihoods", "how"),
+    [
+        (["bernoulli"], "dynamic"),
+        (["categorical", "logistic_mixture"], "grey"),
+        (["laplace", "gaussian_pixelwise"], "dequantized"),
+        (["grey_bernoulli"], "dequantized"),
+    ],
+)
+def test_how_the_data_is_observed(likelihoods, how):
+    made = [swap.combination(f"likelihood={name}") for name in likelihoods]
+    assert swap.common_observation(made) == how
+
+
+def short_run(tmp_path, *combinations):
+    argv = ["--dataset", "digits", "-n", "1", "-b", "512", "--hidden", "16", "--latent-dim", "2"]
+    argv += ["--combinations", *combinations, "--quiet", "--out", str(tmp_path / "r")]
+    swap.main(argv)
+    return json.loads((tmp_path / "r" / "results.json").read_text())
+
+
+def test_a_short_run(tmp_path, capsys):
+    numbers = short_run(tmp_path, "guide=iaf", "objective=free_bits,guide=iaf")
+    said = capsys.readouterr().out
     # the second cannot work and says so; the others are there
-    assert "objective=free_bits,guide=iaf is refused: free bits needs" in run.stdout
-    numbers = json.loads((tmp_path / "r" / "results.json").read_text())
+    assert "objective=free_bits,guide=iaf is refused: free bits needs" in said
+    assert "IWAE-100: of 179 images" in said
     assert list(numbers) == ["the first", "guide=iaf"]
+    for of in numbers.values():
+        elbo, distortion, rate = (of[key]["mean"] for key in ("elbo", "distortion", "rate"))
+        assert elbo == pytest.approx(-(distortion + rate), abs=1e-3)
     assert (tmp_path / "r" / "swap.png").stat().st_size > 10_000
+
+    # each combination is a run, which the evaluation measures alike
+    run = tmp_path / "r" / "guide=iaf"
+    assert pvae.load(run).recipe.guide == "iaf"
+    less = ["--images", "0", "--annealed-images", "0", "--gap-images", "0", "--nuts-samples", "0"]
+    evaluation.main([str(run), *less, "--quiet"])
+    again = json.loads((run / "evaluation.json").read_text())["numbers"]
+    assert again["elbo"]["mean"] == pytest.approx(numbers["guide=iaf"]["elbo"]["mean"], abs=1e-3)
+
+
+def test_what_is_no_likelihood_is_said_to_be_none(tmp_path, capsys):
+    short_run(tmp_path, "likelihood=grey_bernoulli")
+    assert "p(x|z) is not a likelihood" in capsys.readouterr().out
+
+
+def test_a_run_of_which_nothing_is_left(tmp_path):
+    with pytest.raises(ValueError, match="none of the combinations can work"):
+        short_run(tmp_path, "likelihood=bernoulli,guide=per_datum")
