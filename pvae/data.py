@@ -40,11 +40,6 @@ _CLASS_NAMES: Mapping[str, Sequence[str]] = {
         *("t-shirt", "trouser", "pullover", "dress", "coat"),
         *("sandal", "shirt", "sneaker", "bag", "boot"),
     ),
-    "cifar10": (
-        *("airplane", "automobile", "bird", "cat", "deer"),
-        *("dog", "frog", "horse", "ship", "truck"),
-    ),
-    "patches": ("temple", "flower"),
 }
 
 # Each use of a seed draws from its own random stream; 0, 1 and 2 are for the pixels of the splits.

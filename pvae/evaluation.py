@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,16 +86,6 @@ def opened(args: argparse.Namespace) -> tuple[Subject, str]:
 # ---- the sections of the table that are not those of every run; their docstrings are printed ----
 
 
-class Annealing(NamedTuple):
-    """AIS of images and their importance-weighted bound; both bounds of simulated ones, `(B,)`."""
-
-    forward: Tensor
-    diverged: Tensor
-    iwae: Tensor
-    lower: Tensor
-    upper: Tensor
-
-
 def annealed_rows(subject: Subject, args: argparse.Namespace) -> list[Row]:
     """AIS: annealed importance sampling, a lower bound in expectation that checks IWAE-k by other
     means. Its chains start at the guide's draws and move to the posterior. From the prior it does
@@ -117,32 +107,32 @@ def annealed_rows(subject: Subject, args: argparse.Namespace) -> list[Row]:
         title=subject.title("AIS"),
     )
 
-    def found(x: Tensor, y: Tensor | None) -> Annealing:
+    def found(x: Tensor, y: Tensor | None) -> Tensor:  # (B, 5)
         forward = anneal(x, y)
         iwae = evaluate.importance_weighted(model, guide, x, y, num_samples=k)
-        sandwich = anneal.sandwich(x, y)
-        return Annealing(
-            forward.log_evidence, forward.diverged, iwae, sandwich.lower, sandwich.upper
-        )
+        both = anneal.sandwich(x, y)
+        bounds = forward.log_evidence, iwae, both.lower, both.upper
+        return torch.stack([*bounds, forward.diverged], dim=1)
 
-    result = subject.over(split, found, 100)  # the chains of 100 images move at once
+    # the chains of 100 images move at once
+    ais, iwae, lower, upper, diverged = subject.over(split, found, 100).T
     start, n = "the prior" if args.from_prior else "the guide", len(split.images)
     rows = [
-        Row("ais", f"AIS from {start}, {args.temperatures:,} steps", estimate(result.forward), n),
-        Row("ais_lower", "  on simulated images: lower bound", estimate(result.lower), n),
-        Row("ais_upper", "  ... and upper bound", estimate(result.upper), n),
-        Row("ais_gap", "  ... and its width", estimate(result.upper - result.lower), n),
+        Row("ais", f"AIS from {start}, {args.temperatures:,} steps", estimate(ais), n),
+        Row("ais_lower", "  on simulated images: lower bound", estimate(lower), n),
+        Row("ais_upper", "  ... and upper bound", estimate(upper), n),
+        Row("ais_gap", "  ... and its width", estimate(upper - lower), n),
     ]
-    if result.diverged.any():
-        share = estimate(result.diverged.double())
+    if diverged.any():
+        share = estimate(diverged.double())
         rows.append(Row("ais_diverged", "  share of moves that diverged", share, n, 4))
-    rows.append(Row("ais_iwae", f"  IWAE-{k:,} of the same images", estimate(result.iwae), n))
+    rows.append(Row("ais_iwae", f"  IWAE-{k:,} of the same images", estimate(iwae), n))
     if has_one_latent(subject):
         by_factors = subject.over(split, partial(_by_factors, subject, args), 100)
         own = by_factors.log_evidence
         rows.append(Row("factor_iwae", "  ... by a proposal of its own", estimate(own), n))
         rows += tail_rows(by_factors.pareto_k, "factor_pareto_k", "  ... and its ")
-        rows.append(Row("ais_less_iwae", "  AIS less that", estimate(result.forward - own), n))
+        rows.append(Row("ais_less_iwae", "  AIS less that", estimate(ais - own), n))
     return rows
 
 

@@ -50,15 +50,6 @@ class temper(Messenger):
             msg["scale"] = msg["scale"] * self.beta
 
 
-def rbf(scale: float) -> Callable[[Tensor], Tensor]:
-    """The kernel `k = exp(-d^2 / (2 scale^2))`, of squared distances `d^2`.
-
-    >>> rbf(1.0)(torch.tensor([0.0, 2.0]))
-    tensor([1.0000, 0.3679])
-    """
-    return lambda squared: (-squared / (2 * scale**2)).exp()
-
-
 def inverse_multiquadric(scale: float) -> Callable[[Tensor], Tensor]:
     """The kernel `k = 1 / (1 + d^2 / scale^2)`, of squared distances `d^2`.
 
@@ -75,7 +66,7 @@ def mmd(a: Tensor, b: Tensor, kernel: Callable[[Tensor], Tensor]) -> Tensor:
     r"""The squared maximum mean discrepancy of two distributions, estimated without bias, `()`.
 
     `MMD^2 = E k(a, a') + E k(b, b') - 2 E k(a, b)` over independent draws: 0 where the two
-    distributions are one, else positive (for `rbf` and `inverse_multiquadric`). The estimate leaves
+    distributions are one, else positive (for `inverse_multiquadric`). The estimate leaves
     out the pairs of a point with itself, so its mean is exact, and single values may be negative.
     Source: A Kernel Two-Sample Test (2012), JMLR 13, equation 3; as the regularizer of a VAE:
     InfoVAE (2017), arXiv:1706.02262.

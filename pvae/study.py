@@ -175,17 +175,12 @@ def find_device(name: str) -> torch.device:
     >>> find_device("cpu")
     device(type='cpu')
     """
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(n for n, is_there in there.items() if is_there)
-    if not there[name]:
-        found = ", ".join(n for n, is_there in there.items() if is_there)
-        raise ValueError(f"--device must be one that is here, {found}, not {name}")
-    return torch.device(name)
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    there = ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
+    chosen = there[0] if name == "auto" else name
+    if chosen not in there:
+        raise ValueError(f"--device must be one that is here, {', '.join(there)}, not {name}")
+    return torch.device(chosen)
 
 
 def num_epochs(args: argparse.Namespace, images: int) -> int:

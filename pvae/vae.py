@@ -168,12 +168,13 @@ class VAE(nn.Module):
                 f"x holds images of shape {tuple(x.shape[1:])}, "
                 f"but the likelihood is over {tuple(p.event_shape)}"
             )
-        outside = int((~_elementwise_support(p).check(x)).sum())
+        elements: Any = getattr(p, "base_dist", p)  # the distribution inside `to_event`
+        outside = int((~elements.support.check(x)).sum())
         if outside:
             raise ValueError(
                 f"x has values outside the likelihood's support "
                 f"({outside} of {x.numel()}; x lies in [{x.min():.3g}, {x.max():.3g}]): "
-                f"{type(_base(p)).__name__.lstrip('_')} takes {_base(p).support}. "
+                f"{type(elements).__name__.lstrip('_')} takes {elements.support}. "
                 "Binarise the data, or choose a likelihood for grey pixels"
             )
 
@@ -182,12 +183,3 @@ def _mean_image(model: Fn, x: Tensor | None, y: Tensor | None, size: int = 1) ->
     """The mean of `p(x | latents)` at the draws of the program, `(B, C, H, W)`."""
     trace: Trace = poutine.trace(model).get_trace(x, y, size=size)
     return trace.nodes["x"]["fn"].mean
-
-
-def _base(p: Distribution) -> Any:
-    """The distribution inside `to_event`."""
-    return getattr(p, "base_dist", p)
-
-
-def _elementwise_support(p: Distribution) -> Any:
-    return getattr(p.support, "base_constraint", p.support)
