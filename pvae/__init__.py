@@ -18,6 +18,7 @@ from pvae.programs import (
     HierarchicalModel as HierarchicalModel,
     LabelGuide as LabelGuide,
     LabelModel as LabelModel,
+    LadderGuide as LadderGuide,
     Model as Model,
 )
 from pvae.vae import VAE as VAE

@@ -1,9 +1,11 @@
 """The named builder: a table for each thing that can be chosen by name, and what composes them."""
 
 import math
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +15,7 @@ from pvae import closed_form, flows, heads, nets, priors
 from pvae.closed_form import ClosedForm
 from pvae.conditional import ConcatLabel, ConcatVector, Conditional, ignore_label
 from pvae.kinds import Shape
-from pvae.programs import Guide, HierarchicalGuide, HierarchicalModel, Model
+from pvae.programs import Guide, HierarchicalGuide, HierarchicalModel, LadderGuide, Model
 from pvae.vae import VAE
 
 HeadFactory = Callable[[Shape], nn.Module]
@@ -34,19 +36,23 @@ class Likelihood(NamedTuple):
 
 class Posterior(NamedTuple):
     """A named posterior: its head, and, where there is a closed form, the hand-written split of
-    its raw parameters; `amortized` unless it holds one factor for each datum."""
+    its raw parameters; `amortized` unless it holds one factor for each datum; a `ladder` goes down
+    the model's own layers; `flow` is the kind of a flow."""
 
     head: HeadFactory
     split: Callable[[Tensor], tuple[Tensor, Tensor]] | None
     label: str
     amortized: bool = True
     baseline: bool = False
+    ladder: bool = False
+    flow: flows.Kind | None = None
 
 
 class Prior(NamedTuple):
     """A named prior, made of the recipe, its own dimension, the posterior and the mean image.
 
-    `components` is how many it has by default, None where it has none; `standard` is the prior
+    `components` is how many it has by default, None where it has none; `flow` is the kind of a
+    flow; `standard` is the prior
     that the closed form knows; `of_images` one that is made of posteriors of images.
     """
 
@@ -55,6 +61,7 @@ class Prior(NamedTuple):
     components: int | None = None
     standard: bool = False
     of_images: bool = False
+    flow: flows.Kind | None = None
 
 
 class Net(NamedTuple):
@@ -185,9 +192,12 @@ GUIDES: Mapping[str, Posterior] = {
     "full_covariance": Posterior(heads.FullCovariance, None, "normal with a full covariance"),
     "low_rank": Posterior(heads.LowRankCovariance, None, "normal, covariance of rank 2 + diagonal"),
     "mixture": Posterior(heads.MixtureOfNormals, None, "mixture of 4 diagonal normals"),
-    "iaf": Posterior(flows.FlowPosterior, None, "inverse autoregressive flow"),
+    "iaf": Posterior(flows.FlowPosterior, None, "inverse autoregressive flow", flow=flows.AFFINE),
     "spline": Posterior(
-        partial(flows.FlowPosterior, kind=flows.SPLINE), None, "autoregressive neural spline flow"
+        partial(flows.FlowPosterior, kind=flows.SPLINE),
+        None,
+        "autoregressive neural spline flow",
+        flow=flows.SPLINE,
     ),
     "score_function": Posterior(
         heads.ScoreFunctionNormal,
@@ -199,6 +209,12 @@ GUIDES: Mapping[str, Posterior] = {
         closed_form.loc_log_variance,
         "the same with a neural baseline, for trace_graph_elbo",
         baseline=True,
+    ),
+    "ladder": Posterior(
+        heads.Normal,
+        None,
+        "of two layers or more, from above: the model's priors times normals of the data",
+        ladder=True,
     ),
     "per_datum": Posterior(
         heads.Normal,
@@ -251,13 +267,26 @@ PRIORS: Mapping[str, Prior] = {
         components=50,
         of_images=True,
     ),
-    "flow": Prior(lambda recipe, dim, *_: flows.FlowPrior(dim), "masked autoregressive flow"),
+    "coupling": Prior(
+        lambda recipe, dim, *_: flows.CouplingPrior(dim), "coupling flow (RealNVP), 4 transforms"
+    ),
+    "flow": Prior(
+        lambda recipe, dim, *_: flows.FlowPrior(dim),
+        "masked autoregressive flow",
+        flow=flows.AFFINE,
+    ),
     "conditional": Prior(_conditional_normal, "p(z | y), a normal for each label"),
 }
 
 
 def _mlp(in_shape: Shape, out_shape: Shape, hidden: int, activation: nets.Activation) -> nn.Module:
     return nets.MLP(in_shape, out_shape, (hidden,), activation)
+
+
+def _gated(
+    in_shape: Shape, out_shape: Shape, hidden: int, activation: nets.Activation
+) -> nn.Module:
+    return nets.GatedMLP(in_shape, out_shape, (hidden, hidden), activation)
 
 
 def _without_hidden(net: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -277,6 +306,21 @@ NETS: Mapping[str, Net] = {
         hidden=256,
     ),
     "mlp": Net(_mlp, _mlp, "one hidden layer each way", activation="silu", hidden=256, flat=True),
+    "gated": Net(
+        _gated,
+        _gated,
+        "two gated hidden layers each way",
+        activation="identity",
+        hidden=300,
+        flat=True,
+    ),
+    "resnet": Net(
+        nets.ResNetEncoder,
+        nets.ResNetDecoder,
+        "residual blocks at three sizes, as many channels as hidden",
+        activation="silu",
+        hidden=64,
+    ),
     "course": Net(
         _without_hidden(nets.CourseEncoder),
         _without_hidden(nets.CourseDecoder),
@@ -297,6 +341,7 @@ ACTIVATIONS: Mapping[str, nets.Activation] = {
     "leaky_relu": nn.LeakyReLU,
     "gelu": nn.GELU,
     "tanh": nn.Tanh,
+    "identity": nn.Identity,
 }
 
 
@@ -305,14 +350,26 @@ def choose(name: str, value: str, table: Mapping[str, Any]) -> Any:
 
     >>> choose("net", "cnn", NETS)
     Traceback (most recent call last):
-    ValueError: net must be one of conv, mlp, course, deep, not 'cnn'
+    ValueError: net must be one of conv, mlp, gated, resnet, course, deep, not 'cnn'
     """
-    if value not in table:
-        raise ValueError(f"{name} must be one of {', '.join(table)}, not {value!r}")
+    if not isinstance(value, str) or value not in table:
+        raise ValueError(f"{name} must be one of {', '.join(table)}, not {reprlib.repr(value)}")
     return table[value]
 
 
 _HIDDEN = 256  # width of the small networks between two latents, where the net has none of its own
+
+
+_MOST_LAYERS = 100
+
+
+def _are_sizes(value: Any) -> bool:
+    """Whether it is a tuple of sizes: whole numbers, of which tensors can be."""
+    return (
+        isinstance(value, tuple)
+        and 1 <= len(value) <= 8
+        and all(type(size) is int and 1 <= size < 2**63 for size in value)
+    )
 
 
 @dataclass(frozen=True)
@@ -350,14 +407,21 @@ class Recipe:
         choose("net", self.net, NETS)
         choose("prior", self.prior, PRIORS)
         choose("activation", self.own_activation, ACTIVATIONS)
-        for name in ("hidden", "side_dim", "components", "num_data"):
+        for name in ("hidden", "num_classes", "side_dim", "components", "num_data"):
             size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1, not {size}")
-        if not self.latent_dims or min(self.latent_dims) < 1 or len(self.latent_dims) > 2:
+            if size is not None and not _are_sizes((size,)):
+                raise ValueError(
+                    f"{name} must be a whole number of at least 1, not {reprlib.repr(size)}"
+                )
+        if not _are_sizes(self.event_shape):
             raise ValueError(
-                "latent_dims must be the dimension of each latent layer, one or two of at least "
-                f"1, not {self.latent_dims}"
+                "event_shape must be a tuple of whole numbers of at least 1, not "
+                f"{reprlib.repr(self.event_shape)}"
+            )
+        if not _are_sizes(self.latent_dims) or len(self.latent_dims) > _MOST_LAYERS:
+            raise ValueError(
+                f"latent_dims must be the dimension of each latent layer, 1 to {_MOST_LAYERS} "
+                f"whole numbers of at least 1, not {reprlib.repr(self.latent_dims)}"
             )
         if self.num_classes is not None and self.side_dim is not None:
             raise ValueError(
@@ -381,6 +445,7 @@ class Recipe:
 
     @property
     def two_layers(self) -> bool:
+        """Whether there are two latent layers or more."""
         return len(self.latent_dims) > 1
 
     def _refuse_unused(self) -> None:
@@ -409,12 +474,18 @@ class Recipe:
             )
         if prior.of_images and self.two_layers:
             raise ValueError(
-                f"prior {self.prior!r} is a mixture of posteriors of images, but with two latent "
-                "layers the prior is that of z2, whose posterior takes z1: choose another prior"
+                f"prior {self.prior!r} is a mixture of posteriors of images, but with several "
+                "latent layers the prior is that of the last, whose posterior takes the one below: "
+                "choose another prior"
+            )
+        if guide.ladder and not self.two_layers:
+            raise ValueError(
+                f"guide {self.guide!r} is for two latent layers or more, not for latent_dims "
+                f"{self.latent_dims}: with one it is guide 'normal'"
             )
         if guide.baseline and self.two_layers:
             raise ValueError(
-                f"guide {self.guide!r} has a baseline for one latent layer: with two choose "
+                f"guide {self.guide!r} has a baseline for one latent layer: with more choose "
                 "another guide"
             )
 
@@ -443,11 +514,12 @@ def build(
         event_shape: the shape of one datum; of an image `(C, H, W)`, by default `(1, 28, 28)`.
         latent_dims: the dimension of each latent layer. One, `(32,)` or 32, makes
             `p(z) p(x | z)`; two, `(40, 8)`, make `p(z2) p(z1 | z2) p(x | z1)` and
-            `q(z1 | x) q(z2 | z1)`, z1 of 40 and z2 of 8. The prior is that of the last. By
-            default 16.
+            `q(z1 | x) q(z2 | z1)`, z1 of 40 and z2 of 8, and so on for any number. The prior is
+            that of the last. By default 16.
         hidden, activation: of the networks; None is the net's own: 256 and "silu" for "conv" and
-            "mlp", "relu" for "course" and "leaky_relu" for "deep", which have no hidden width.
-            The published form of "conv" has 16 and "relu".
+            "mlp", 300 and "identity" for "gated", 64 (channels) and "silu" for "resnet", "relu" for
+            "course" and "leaky_relu" for "deep", which have no hidden width. The published form of
+            "conv" has 16 and "relu".
         num_classes: makes the pair conditional on labels `y` `(B,)` from 0 to `num_classes - 1`:
             `p(x | z, y)` and `q(z | x, y)`, one-hot labels joining decoder and encoder.
         side_dim: makes it conditional on side vectors `y` `(B, side_dim)` instead.
@@ -467,7 +539,7 @@ def build(
     torch.Size([10, 1, 8, 8])
     >>> build((1, 8, 8), latent_dims=(4, 2), guide="iaf", prior="vamp")
     Traceback (most recent call last):
-    ValueError: prior 'vamp' is a mixture of posteriors of images, but with two latent layers ...
+    ValueError: prior 'vamp' is a mixture of posteriors of images, but with several latent ...
     """
     shape = _either("event_shape", event_shape, "image_shape", image_shape, (1, 28, 28))
     dims = _either("latent_dims", latent_dims, "latent_dim", latent_dim, 16)
@@ -501,14 +573,14 @@ def compose(recipe: Recipe, mean_image: Tensor | None = None) -> VAE:
     torch.Size([1, 1, 8, 8])
     """
     family, guide = LIKELIHOODS[recipe.likelihood], GUIDES[recipe.guide]
-    posterior = _posterior(recipe, guide)
+    posterior = _posterior(recipe, guide)  # of a ladder its first step up
     likelihood = _likelihood(recipe, family, mean_image)
-    *lower, top_dim = recipe.latent_dims
-    prior = PRIORS[recipe.prior].make(recipe, top_dim, posterior, mean_image)
-    if lower:  # p(z1 | z2) and q(z2 | z1)
-        down = _between(recipe, top_dim, heads.Normal((lower[0],)))
-        up = _between(recipe, lower[0], guide.head((top_dim,)))
-        vae = VAE(HierarchicalModel(prior, down, likelihood), HierarchicalGuide(posterior, up))
+    prior = PRIORS[recipe.prior].make(recipe, recipe.latent_dims[-1], posterior, mean_image)
+    pairs = list(pairwise(recipe.latent_dims))  # of a layer and the one above it
+    if pairs:
+        down = [_between(recipe, above, heads.Normal((dim,))) for dim, above in reversed(pairs)]
+        model = HierarchicalModel(prior, *down, likelihood)
+        vae = VAE(model, _layered_guide(recipe, guide, model, posterior))
     else:
         vae = VAE(Model(prior, likelihood), Guide(posterior, _baseline(recipe, guide)))
         if guide.split is not None and PRIORS[recipe.prior].standard:
@@ -520,6 +592,72 @@ def compose(recipe: Recipe, mean_image: Tensor | None = None) -> VAE:
             )
     vae.recipe = recipe
     return vae
+
+
+class _Features(nn.Module):
+    """In the place of a head, `(*, B, width)`: a ladder's steps up end in no distribution."""
+
+    def __init__(self, width: int, activation: nets.Activation) -> None:
+        super().__init__()
+        self.param_shape = torch.Size((width,))
+        self.activation = activation()
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.activation(h)
+
+
+def _layered_guide(
+    recipe: Recipe, guide: Posterior, model: HierarchicalModel, first: Conditional
+) -> HierarchicalGuide | LadderGuide:
+    """The guide of two layers or more; `first` is what takes the data."""
+    if not guide.ladder:
+        pairs = pairwise(recipe.latent_dims)
+        up = [_between(recipe, dim, guide.head((above,))) for dim, above in pairs]
+        return HierarchicalGuide(first, *up)
+    width = recipe.own_hidden
+    further = [_between(recipe, width, _features(recipe)) for _ in recipe.latent_dims[1:]]
+    estimates = [_between(recipe, width, guide.head((dim,))) for dim in recipe.latent_dims]
+    return LadderGuide(model, [first, *further], estimates)
+
+
+def _features(recipe: Recipe) -> _Features:
+    return _Features(recipe.own_hidden, ACTIVATIONS[recipe.own_activation])
+
+
+def number_of_parameters(recipe: Recipe) -> int:
+    """How many parameters `compose` would make of a recipe, at least, while it makes none.
+
+    The parts are built on the meta device, without memory, but for flows: Pyro reads the values of
+    their masks. Of a flow its weights are counted, not what it adds to the encoder.
+
+    Raises:
+        ValueError: as of `compose`, or sizes of which there can be no tensor.
+
+    >>> number_of_parameters(Recipe((1, 28, 28), (2,), "mlp"))
+    404244
+    """
+    guide, prior = GUIDES[recipe.guide], PRIORS[recipe.prior]
+    made = [_flow_size(dim, 16, guide.flow) for dim in recipe.latent_dims]  # 16 of context
+    made.append(_flow_size(recipe.latent_dims[-1], 0, prior.flow))
+    without = replace(
+        recipe,
+        guide=recipe.guide if guide.flow is None else "normal",
+        prior=recipe.prior if prior.flow is None else "standard_normal",
+    )
+    try:
+        with torch.device("meta"):
+            made += [p.numel() for p in compose(without).parameters()]
+    except (OverflowError, RuntimeError, TypeError) as error:  # of sizes beyond 64 bits
+        raise ValueError(f"no tensor has sizes as large as {recipe} needs") from error
+    return sum(made)
+
+
+def _flow_size(dim: int, context: int, kind: flows.Kind | None) -> int:
+    """The parameters of a flow of two transforms, each of a network with one hidden layer."""
+    if kind is None:
+        return 0
+    hidden, out = max(32, dim), dim * sum(kind[0])
+    return 2 * ((dim + context + 1) * hidden + (hidden + 1) * out)
 
 
 def _join(recipe: Recipe, event_dim: int, flatten: bool = False) -> ConcatVector | None:
@@ -538,7 +676,7 @@ def _joined(join: ConcatVector | None, shape: tuple[int, ...]) -> tuple[int, ...
 
 def _posterior(recipe: Recipe, guide: Posterior) -> Conditional:
     """`q(z | x, y)`, or `q(z | index)` of a guide that is not amortized."""
-    head: Any = guide.head(recipe.latent_dims[:1])
+    head: Any = _features(recipe) if guide.ladder else guide.head(recipe.latent_dims[:1])
     if not guide.amortized:
         assert recipe.num_data is not None
         table = nn.Embedding(recipe.num_data, head.param_shape[0])
@@ -569,7 +707,9 @@ def _between(recipe: Recipe, in_dim: int, head: Any) -> Conditional:
     """A conditional distribution of one latent given another, by a small network."""
     join = _join(recipe, 1)
     activation = ACTIVATIONS[recipe.own_activation]
-    net = _mlp(_joined(join, (in_dim,)), head.param_shape, recipe.own_hidden, activation)
+    own = NETS[recipe.net]
+    make = own.encoder if own.flat else _mlp  # a flat net is one between vectors too
+    net = make(_joined(join, (in_dim,)), head.param_shape, recipe.own_hidden, activation)
     return Conditional(net, head, event_dim=1, join=join)
 
 

@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     subject, name = opened(args)
     folder = Path(args.run)
     if not has_one_latent(subject):
-        print("two latent layers: what is of a single latent z is left out")
+        print("several latent layers: what is of a single latent z is left out")
         args.gap_images = args.nuts_samples = 0
     compiler = captured.inductor if args.captured else None
     sections: list[tuple[Callable[..., list[Row]], Any]] = [

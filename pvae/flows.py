@@ -5,8 +5,9 @@ networks, and make the transforms anew at each call: a transform caches the tens
 call, and with those in it a module could be neither copied nor pickled.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 
 import pyro.distributions as dist
 import pyro.distributions.transforms as T
@@ -52,6 +53,26 @@ AFFINE: Kind = ([1, 1], _affine)
 SPLINE: Kind = ([_BINS, _BINS, _BINS - 1, _BINS], _spline)
 
 
+def _check_dim(dim: int) -> None:
+    if dim < 2:
+        raise ValueError(f"a flow needs a latent of at least 2 dimensions, not {dim}")
+
+
+class _Noise(nn.Module):
+    """`N(0, I)` over `(D,)`. Buffers follow the module; these are constant, and are not saved."""
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("loc", torch.zeros(dim), persistent=False)
+        self.register_buffer("scale", torch.ones(dim), persistent=False)
+
+    def forward(self) -> dist.Distribution:
+        return dist.Normal(self.loc, self.scale).to_event(1)
+
+
 class _Flow(nn.Module):
     """Base of the flows: an autoregressive network for each transform.
 
@@ -62,10 +83,7 @@ class _Flow(nn.Module):
         self, dim: int, make: Callable[..., nn.Module], kind: Kind, transforms: int, hidden: int
     ) -> None:
         super().__init__()
-        if dim < 2:
-            raise ValueError(
-                f"an autoregressive flow needs a latent of at least 2 dimensions, not {dim}"
-            )
+        _check_dim(dim)
         self.dim = dim
         sizes, self._transform = kind
         up = list(range(dim))
@@ -160,19 +178,74 @@ class FlowPrior(_Flow):
     torch.Size([5, 3])
     """
 
-    loc: Tensor
-    scale: Tensor
-
     def __init__(
         self, latent_dim: int, *, kind: Kind = AFFINE, transforms: int = 2, hidden: int = 32
     ) -> None:
         super().__init__(
             latent_dim, partial(AutoRegressiveNN, latent_dim), kind, transforms, hidden
         )
-        self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
-        self.register_buffer("scale", torch.ones(latent_dim), persistent=False)
+        self.noise = _Noise(latent_dim)
 
     def forward(self, y: Tensor | None = None) -> dist.Distribution:
         transforms = [transform.inv for transform in self._transforms()]
-        noise = dist.Normal(self.loc, self.scale).to_event(1)
-        return dist.TransformedDistribution(noise, transforms)
+        return dist.TransformedDistribution(self.noise(), transforms)
+
+
+class _CouplingNet(nn.Sequential):
+    """From `e_a` to `m` and `log s`, both 0 at first."""
+
+    def __init__(self, kept: int, hidden: Sequence[int], moved: int) -> None:
+        layers: list[nn.Module] = []
+        for width, next_width in pairwise([kept, *hidden]):
+            # tanh: a `log s` that grows with e would grow again with each transform
+            layers += [nn.Linear(width, next_width), nn.Tanh()]
+        out = nn.Linear(hidden[-1], 2 * moved)
+        nn.init.zeros_(out.weight)
+        nn.init.zeros_(out.bias)
+        super().__init__(*layers, out)
+
+    def forward(self, v: Tensor) -> tuple[Tensor, ...]:
+        return super().forward(v).chunk(2, dim=-1)
+
+
+class CouplingPrior(nn.Module):
+    r"""A prior `p(z)`: a coupling flow (RealNVP). A density and a draw take one pass each.
+
+    `z = f(e)`, `e ~ N(0, I)`. Each transform keeps one half `e_a` and moves the other by it,
+    `e_b -> m(e_a) + s(e_a) e_b`, with `log s` between -5 and 3. Before each the dimensions turn by
+    half of them, so that the halves take turns. `log |det df/de|` is the sum of all `log s`. It
+    starts at `N(0, I)`; labels are ignored.
+    Source: Density estimation using Real NVP (2016), arXiv:1605.08803.
+
+    Args:
+        latent_dim: `D`, at least 2.
+        transforms: how many of them; each moves half of the dimensions.
+        hidden: widths of the hidden layers of each transform's network, one or more.
+
+    Raises:
+        ValueError: `latent_dim` is below 2.
+
+    >>> CouplingPrior(3)().sample((5,)).shape
+    torch.Size([5, 3])
+    """
+
+    turn: Tensor
+
+    def __init__(
+        self, latent_dim: int, *, transforms: int = 4, hidden: Sequence[int] = (64,)
+    ) -> None:
+        super().__init__()
+        _check_dim(latent_dim)
+        self.noise, self._kept = _Noise(latent_dim), latent_dim // 2
+        turn = torch.arange(latent_dim).roll(-self._kept)  # a reversal would leave the middle alone
+        self.register_buffer("turn", turn, persistent=False)
+        moved = latent_dim - self._kept
+        self.nets = nn.ModuleList(
+            _CouplingNet(self._kept, hidden, moved) for _ in range(transforms)
+        )
+
+    def forward(self, y: Tensor | None = None) -> dist.Distribution:
+        transforms: list[Transform] = []
+        for net in self.nets:
+            transforms += [T.Permute(self.turn), T.AffineCoupling(self._kept, net)]
+        return dist.TransformedDistribution(self.noise(), transforms)

@@ -64,12 +64,14 @@ class MLP(nn.Module):
         super().__init__()
         self.in_shape, self.out_shape = torch.Size(in_shape), torch.Size(out_shape)
         layers: list[nn.Module] = []
-        width = math.prod(in_shape)
-        for next_width in hidden:
-            layers += [nn.Linear(width, next_width), activation()]
-            width = next_width
+        widths = [math.prod(in_shape), *hidden]
+        for width, next_width in pairwise(widths):
+            layers += self._layer(width, next_width, activation)
         self.hidden = nn.Sequential(*layers)
-        self.out = nn.Linear(width, math.prod(out_shape))
+        self.out = nn.Linear(widths[-1], math.prod(out_shape))
+
+    def _layer(self, width: int, next_width: int, activation: Activation) -> list[nn.Module]:
+        return [nn.Linear(width, next_width), activation()]
 
     def forward(self, v: Tensor) -> Tensor:
         _check_input(v, self.in_shape)
@@ -79,6 +81,51 @@ class MLP(nn.Module):
         """Sets the output bias to `raw` (`out_shape`): the output where the weights add nothing."""
         with torch.no_grad():
             self.out.bias.copy_(raw.flatten())
+
+
+class _Gated(nn.Module):
+    """`v -> a(W v + b) sigmoid(U v + c)`, with `W` and `U` in one linear map."""
+
+    def __init__(self, width: int, next_width: int, activation: Activation) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, 2 * next_width)
+        self.activation = activation()
+
+    def forward(self, v: Tensor) -> Tensor:
+        h, gate = self.linear(v).chunk(2, dim=-1)
+        return self.activation(h) * gate.sigmoid()
+
+
+class GatedMLP(MLP):
+    """An MLP with gated hidden layers, `a(W v + b) sigmoid(U v + c)`.
+
+    Sources: Language Modeling with Gated Convolutional Networks (2016), arXiv:1612.08083; as the
+    two layers of 300 of a VAE: VAE with a VampPrior (2017), arXiv:1705.07120, and Exemplar VAE
+    (2020), arXiv:2004.04795.
+
+    Args:
+        in_shape, out_shape: as of `MLP`.
+        hidden: widths of the hidden layers (300 and 300 as published).
+        activation: makes the activations `a` (none as published).
+
+    Raises:
+        ValueError: the input is not `(N, *in_shape)`.
+
+    >>> GatedMLP((1, 28, 28), (80,))(torch.zeros(3, 1, 28, 28)).shape
+    torch.Size([3, 80])
+    """
+
+    def __init__(
+        self,
+        in_shape: Shape,
+        out_shape: Shape,
+        hidden: Sequence[int] = (300, 300),
+        activation: Activation = nn.Identity,
+    ) -> None:
+        super().__init__(in_shape, out_shape, hidden, activation)
+
+    def _layer(self, width: int, next_width: int, activation: Activation) -> list[nn.Module]:
+        return [_Gated(width, next_width, activation)]
 
 
 class _Encoder(nn.Module):
@@ -371,6 +418,135 @@ class DeepDecoder(_Decoder):
             layers += [_doubling(wide, narrow, size), nn.BatchNorm2d(narrow), activation()]
         self.layers = nn.Sequential(*layers)
         self.out = nn.Conv2d(widths[0], out_shape[0], 3, padding=1)
+
+
+class _Residual(nn.Module):
+    """`v -> v + f(v)`, `f` two 3x3 convolutions, a norm and an activation before each.
+
+    Where it is gated, the second makes two images `a` and `b`, and `f(v) = a sigmoid(b)`.
+    """
+
+    def __init__(self, width: int, groups: int | None, gated: bool, activation: Activation) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            *_normed(width, groups, activation),
+            nn.Conv2d(width, width, 3, padding=1),
+            *_normed(width, groups, activation),
+            nn.Conv2d(width, 2 * width if gated else width, 3, padding=1),
+            *([nn.GLU(dim=1)] if gated else []),
+        )
+
+    def forward(self, v: Tensor) -> Tensor:
+        return v + self.layers(v)
+
+
+def _normed(width: int, groups: int | None, activation: Activation) -> list[nn.Module]:
+    norm = [] if groups is None else [nn.GroupNorm(groups, width)]
+    return [*norm, activation()]
+
+
+def _check_residual(width: int, depth: int, halvings: int) -> None:
+    for name, value, least in (("width", width, 1), ("depth", depth, 1), ("halvings", halvings, 0)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, not {value}")
+
+
+class ResNetEncoder(_Encoder):
+    """A residual network: Conv 3x3 C->width, residual blocks at each size, the output.
+
+    Between two sizes a Conv 3x3 s2 halves height and width, rounding up. A block is
+    `v + f(v)`, `f` two 3x3 convolutions with a norm and an activation before each; a norm and an
+    activation come before the output too. GroupNorm normalizes each image by itself, so that, other
+    than with BatchNorm, no output depends on the images beside it.
+    Sources: Identity Mappings in Deep Residual Networks (2016), arXiv:1603.05027; Group
+    Normalization (2018), arXiv:1803.08494; the gate: PixelCNN++ (2017), arXiv:1701.05517.
+
+    Args:
+        image_shape: `(C, H, W)`, any sizes.
+        out_shape: shape of one output, such as `(2 * latent_dim,)`.
+        width: channels of every layer.
+        depth: residual blocks at each size.
+        halvings: how many times height and width are halved, 0 or more.
+        groups: of GroupNorm, a divisor of `width`; None for no norm.
+        gated: whether `f(v)` is `a sigmoid(b)`, `a` and `b` both from the second convolution.
+        activation: makes the activations.
+
+    Raises:
+        ValueError: `image_shape` is not three sizes; `width` or `depth` is below 1, or `halvings`
+            below 0; `groups` does not divide `width` (torch's error); the input is not
+            `(N, C, H, W)`.
+
+    >>> ResNetEncoder((3, 28, 20), (40,), width=8)(torch.zeros(5, 3, 28, 20)).shape
+    torch.Size([5, 40])
+    """
+
+    def __init__(
+        self,
+        image_shape: Shape,
+        out_shape: Shape,
+        width: int = 64,
+        activation: Activation = nn.SiLU,
+        *,
+        depth: int = 1,
+        halvings: int = 2,
+        groups: int | None = 1,
+        gated: bool = False,
+    ) -> None:
+        super().__init__(image_shape, out_shape)
+        _check_residual(width, depth, halvings)
+        layers: list[nn.Module] = [nn.Conv2d(image_shape[0], width, 3, padding=1)]
+        for number in range(halvings + 1):
+            if number > 0:
+                layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+            layers += [_Residual(width, groups, gated, activation) for _ in range(depth)]
+        flat = width * math.prod(_halvings(image_shape, halvings)[-1])
+        out = nn.Linear(flat, math.prod(out_shape))
+        self.layers = nn.Sequential(*layers, *_normed(width, groups, activation), nn.Flatten(), out)
+
+
+class ResNetDecoder(_Decoder):
+    """The mirror of `ResNetEncoder`: Linear, residual blocks at each size, ConvTransposes 3x3 s2
+    between them, and a Conv 3x3 to the likelihood's parameters.
+
+    Args:
+        latent_shape: shape of one latent, `(D,)`.
+        out_shape: `(channels, H, W)` of the output, any sizes.
+        width, depth, halvings, groups, gated, activation: as of `ResNetEncoder`.
+
+    Raises:
+        ValueError: `out_shape` is not three sizes, the input is not `(N, *latent_shape)`, and as of
+            `ResNetEncoder`.
+
+    >>> ResNetDecoder((20,), (3, 28, 20), width=8)(torch.zeros(5, 20)).shape
+    torch.Size([5, 3, 28, 20])
+    """
+
+    def __init__(
+        self,
+        latent_shape: Shape,
+        out_shape: Shape,
+        width: int = 64,
+        activation: Activation = nn.SiLU,
+        *,
+        depth: int = 1,
+        halvings: int = 2,
+        groups: int | None = 1,
+        gated: bool = False,
+    ) -> None:
+        super().__init__(latent_shape, out_shape)
+        _check_residual(width, depth, halvings)
+        *larger, smallest = _halvings(out_shape, halvings)
+        deepest = (width, *smallest)
+        layers: list[nn.Module] = [
+            nn.Linear(math.prod(latent_shape), math.prod(deepest)),
+            nn.Unflatten(1, deepest),
+        ]
+        for size in (None, *reversed(larger)):
+            if size is not None:
+                layers.append(_doubling(width, width, size))
+            layers += [_Residual(width, groups, gated, activation) for _ in range(depth)]
+        self.layers = nn.Sequential(*layers, *_normed(width, groups, activation))
+        self.out = nn.Conv2d(width, out_shape[0], 3, padding=1)
 
 
 class Affine(nn.Module):

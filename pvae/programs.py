@@ -1,14 +1,15 @@
 r"""The Pyro programs of a VAE: the model `p(z) p(x|z)` and the guide `q(z|x)`, and further pairs.
 
 All are plain Pyro: stock `SVI`, `Predictive`, `ELBOModule`, `RenyiELBO` and `poutine.trace` work
-on them. The sites are `z` and `x`, or `z1`, `z2` and `x`, and `y` where the label is a latent too;
-the plate is `data`.
+on them. The sites are `z` and `x`, or `z1`, `z2`, ... and `x`, and `y` where the label is a latent
+too; the plate is `data`.
 """
 
 import contextlib
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pyro
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from pvae.kinds import Distribution, Fn, Latents
 
+Sample = Callable[..., Tensor]  # `pyro.sample`, or what takes its place
 _MEAN_DRAWS = 100  # for a posterior whose mean has no formula
 
 _numbers = itertools.count()
@@ -179,14 +181,40 @@ def _datum(x: Tensor | None, index: Tensor | None) -> Tensor:
     return x
 
 
+def _log_densities(draw: Callable[[Sample], Tensor], latents: Latents) -> dict[str, Tensor]:
+    """The log density of each site that `draw` would sample, at given draws of all of them."""
+    log_p = {}
+
+    def score(name: str, p: Distribution, infer: Any = None) -> Tensor:
+        log_p[name] = p.log_prob(latents[name])
+        return latents[name]
+
+    draw(score)
+    return log_p
+
+
 class _Generative(Program):
-    """A model: latents, then `p(x | z, y)`; a subclass draws the latents."""
+    """A model: latents, then `p(x | z, y)`; a subclass draws the latents.
+
+    `lowest` names the site that the likelihood takes.
+    """
 
     likelihood: nn.Module
+    lowest = "z"
 
-    def draw(self, y: Tensor | None) -> Tensor:
+    def draw(self, y: Tensor | None, sample: Sample = pyro.sample) -> Tensor:
         """Samples all latents; returns the one that the likelihood takes."""
         raise NotImplementedError
+
+    def densities(self, x: Tensor, latents: Latents, y: Tensor | None = None) -> dict[str, Tensor]:
+        """`log p` of each latent given those above it, and of `x`, by site, `(*, B)` in nats,
+        without Pyro's handlers.
+
+        `latents` holds a draw `(*, B, D)` for each site.
+        """
+        log_p = _log_densities(partial(self.draw, y), latents)
+        likelihood = self.likelihood(latents[self.lowest], *optional(y))
+        return {**log_p, "x": likelihood.log_prob(x)}
 
     def forward(
         self,
@@ -227,27 +255,20 @@ class Model(_Generative):
         self.prior = prior
         self.likelihood = likelihood
 
-    def draw(self, y: Tensor | None) -> Tensor:
-        return pyro.sample("z", self.prior(*optional(y)))
-
-    def densities(self, x: Tensor, latents: Latents, y: Tensor | None = None) -> dict[str, Tensor]:
-        """`log p(z | y)` and `log p(x | z, y)` by site, `(*, B)` in nats, without Pyro's handlers.
-
-        `latents` holds `z` `(*, B, D)`.
-        """
-        z = latents["z"]
-        return {
-            "z": self.prior(*optional(y)).log_prob(z),
-            "x": self.likelihood(z, *optional(y)).log_prob(x),
-        }
+    def draw(self, y: Tensor | None, sample: Sample = pyro.sample) -> Tensor:
+        return sample("z", self.prior(*optional(y)))
 
 
 class _Inference(Program):
     """A guide: the latents given `x`, or given the data's index; a subclass draws them."""
 
-    def draw(self, datum: Tensor, y: Tensor | None) -> Tensor:
+    def draw(self, datum: Tensor, y: Tensor | None, sample: Sample = pyro.sample) -> Tensor:
         """Samples all latents; returns the last."""
         raise NotImplementedError
+
+    def densities(self, x: Tensor, latents: Latents, y: Tensor | None = None) -> dict[str, Tensor]:
+        """`log q` of each latent by site, `(*, B)` in nats, without Pyro's handlers."""
+        return _log_densities(partial(self.draw, x, y), latents)
 
     def forward(
         self,
@@ -287,13 +308,9 @@ class Guide(_Inference):
         self.posterior = posterior
         self.baseline = baseline
 
-    def draw(self, datum: Tensor, y: Tensor | None) -> Tensor:
+    def draw(self, datum: Tensor, y: Tensor | None, sample: Sample = pyro.sample) -> Tensor:
         infer: Any = {} if self.baseline is None else _baseline(self.baseline, datum)
-        return pyro.sample("z", self.posterior(datum, *optional(y)), infer=infer)
-
-    def densities(self, x: Tensor, latents: Latents, y: Tensor | None = None) -> dict[str, Tensor]:
-        """`log q(z | x, y)` by site, `(*, B)` in nats, without Pyro's handlers."""
-        return {"z": self.posterior(x, *optional(y)).log_prob(latents["z"])}
+        return sample("z", self.posterior(datum, *optional(y)), infer=infer)
 
 
 def _baseline(net: nn.Module, datum: Tensor) -> dict[str, Any]:
@@ -303,78 +320,175 @@ def _baseline(net: nn.Module, datum: Tensor) -> dict[str, Any]:
 
 
 class HierarchicalModel(_Generative):
-    r"""Two latent layers, `p(z2 | y) p(z1 | z2, y) p(x | z1, y)`.
+    r"""Latent layers above one another, `p(zL | y) ... p(z2 | z3, y) p(z1 | z2, y) p(x | z1, y)`.
+
+    The arguments stand in the order of this product. The sites are `z1` to `zL`.
 
     Args:
-        top: a module with `top()` or `top(y)`, the prior of `z2`.
-        prior: a module with `prior(z2)` or `prior(z2, y)`, a distribution over `z1`.
-        likelihood: a module with `likelihood(z1)` or `likelihood(z1, y)`.
+        top: a module with `top()` or `top(y)`, the prior of `zL`.
+        below: for each layer below one after another a module with `prior(z)` or `prior(z, y)`, a
+            distribution over it given the layer above; last the likelihood, a module with
+            `likelihood(z1)` or `likelihood(z1, y)`.
 
-    Called as `Model`. Source: Auto-Encoding Variational Bayes (2013), arXiv:1312.6114; Ladder
-    Variational Autoencoders (2016), arXiv:1602.02282.
+    Called as `Model`. Raises `ValueError` where there are fewer than two layers.
+    Source: Auto-Encoding Variational Bayes (2013), arXiv:1312.6114; Ladder Variational Autoencoders
+    (2016), arXiv:1602.02282.
 
     >>> from pvae.heads import Normal, NormalFixedScale
     >>> from pvae.priors import StandardNormal
-    >>> hidden = nn.Sequential(nn.Linear(2, 6), Normal((3,)))
+    >>> middle = nn.Sequential(nn.Linear(2, 8), Normal((4,)))  # p(z2 | z3)
+    >>> lowest = nn.Sequential(nn.Linear(4, 6), Normal((3,)))  # p(z1 | z2)
     >>> likelihood = nn.Sequential(nn.Linear(3, 5), NormalFixedScale((5,)))
-    >>> HierarchicalModel(StandardNormal(2), hidden, likelihood)(size=4).shape
+    >>> HierarchicalModel(StandardNormal(2), middle, lowest, likelihood)(size=4).shape
     torch.Size([4, 5])
     """
 
-    def __init__(self, top: nn.Module, prior: nn.Module, likelihood: nn.Module) -> None:
+    lowest = "z1"
+
+    def __init__(self, top: nn.Module, *below: nn.Module) -> None:
         super().__init__()
-        self.top = top
-        self.prior = prior
-        self.likelihood = likelihood
+        if len(below) < 2:
+            raise ValueError(
+                "below must be at least two modules, the prior of z1 and the likelihood, not "
+                f"{len(below)}: of one layer pvae.Model is the program"
+            )
+        *between, prior, likelihood = below
+        self.top, self.prior, self.likelihood = top, prior, likelihood
+        self.between = nn.ModuleList(between)  # of the layers between zL and z1, from above
 
-    def draw(self, y: Tensor | None) -> Tensor:
-        z2 = pyro.sample("z2", self.top(*optional(y)))
-        return pyro.sample("z1", self.prior(z2, *optional(y)))
-
-    def densities(self, x: Tensor, latents: Latents, y: Tensor | None = None) -> dict[str, Tensor]:
-        """The log densities of `z2`, `z1` and `x`, `(*, B)` in nats, without Pyro's handlers."""
-        z1, z2 = latents["z1"], latents["z2"]
-        return {
-            "z2": self.top(*optional(y)).log_prob(z2),
-            "z1": self.prior(z2, *optional(y)).log_prob(z1),
-            "x": self.likelihood(z1, *optional(y)).log_prob(x),
-        }
+    def draw(self, y: Tensor | None, sample: Sample = pyro.sample) -> Tensor:
+        priors = [*self.between, self.prior]
+        z = sample(f"z{len(priors) + 1}", self.top(*optional(y)))
+        for number, prior in zip(range(len(priors), 0, -1), priors, strict=True):
+            z = sample(f"z{number}", prior(z, *optional(y)))
+        return z
 
 
 class HierarchicalGuide(_Inference):
-    r"""The guide from below, `q(z1 | x, y) q(z2 | z1, y)`.
+    r"""The guide from below, `q(z1 | x, y) q(z2 | z1, y) ... q(zL | z(L-1), y)`.
 
-    Model and guide draw `z1` and `z2` in opposite orders, so that the KL of one site depends on the
+    Model and guide draw the layers in opposite orders, so that the KL of one site depends on the
     draw of the other: `TraceMeanField_ELBO` would be wrong here, and `pvae.objectives.OBJECTIVES`
     refuse it.
 
     Args:
         posterior: a module with `posterior(x)` or `posterior(x, y)`, a distribution over `z1`.
-        top: a module with `top(z1)` or `top(z1, y)`, a distribution over `z2`.
+        above: for each layer above one after another a module with `q(z)` or `q(z, y)`, a
+            distribution over it given the layer below.
+
+    Raises `ValueError` where there are fewer than two layers.
 
     >>> from pvae.heads import Normal
     >>> posterior = nn.Sequential(nn.Linear(5, 6), Normal((3,)))
-    >>> top = nn.Sequential(nn.Linear(3, 4), Normal((2,)))
-    >>> HierarchicalGuide(posterior, top)(torch.zeros(4, 5)).shape
+    >>> middle = nn.Sequential(nn.Linear(3, 8), Normal((4,)))  # q(z2 | z1)
+    >>> top = nn.Sequential(nn.Linear(4, 4), Normal((2,)))  # q(z3 | z2)
+    >>> HierarchicalGuide(posterior, middle, top)(torch.zeros(4, 5)).shape
     torch.Size([4, 2])
     """
 
-    def __init__(self, posterior: nn.Module, top: nn.Module) -> None:
+    def __init__(self, posterior: nn.Module, *above: nn.Module) -> None:
         super().__init__()
-        self.posterior = posterior
-        self.top = top
+        if not above:
+            raise ValueError(
+                "above must be at least one module, q(z2 | z1), not none: of one layer pvae.Guide "
+                "is the program"
+            )
+        *between, top = above
+        self.posterior, self.top = posterior, top
+        self.between = nn.ModuleList(between)  # of the layers between z1 and zL, from below
 
-    def draw(self, datum: Tensor, y: Tensor | None) -> Tensor:
-        z1 = pyro.sample("z1", self.posterior(datum, *optional(y)))
-        return pyro.sample("z2", self.top(z1, *optional(y)))
+    def draw(self, datum: Tensor, y: Tensor | None, sample: Sample = pyro.sample) -> Tensor:
+        z = sample("z1", self.posterior(datum, *optional(y)))
+        for number, q in enumerate([*self.between, self.top], start=2):
+            z = sample(f"z{number}", q(z, *optional(y)))
+        return z
 
-    def densities(self, x: Tensor, latents: Latents, y: Tensor | None = None) -> dict[str, Tensor]:
-        """The log densities of `z1` and `z2`, `(*, B)` in nats, without Pyro's handlers."""
-        z1 = latents["z1"]
-        return {
-            "z1": self.posterior(x, *optional(y)).log_prob(z1),
-            "z2": self.top(z1, *optional(y)).log_prob(latents["z2"]),
-        }
+
+def _product(p: Any, q: Any) -> dist.Distribution:
+    """The normal whose density is, but for a factor, the product of two diagonal normals'."""
+    normals = [getattr(d, "base_dist", d) for d in (p, q)]
+    for normal in normals:
+        if not isinstance(normal, torch.distributions.Normal):
+            raise ValueError(
+                "a ladder's priors and estimates must be diagonal normals, not a "
+                f"{type(normal).__name__}"
+            )
+    precisions = [normal.scale**-2 for normal in normals]
+    variance = 1 / (precisions[0] + precisions[1])
+    loc = variance * (precisions[0] * normals[0].loc + precisions[1] * normals[1].loc)
+    return dist.Normal(loc, variance.sqrt()).to_event(1)
+
+
+class LadderGuide(_Inference):
+    r"""The guide from above that shares the model's path, `q(zL | x, y) ... q(z1 | z2, x, y)`.
+
+    Upward there are no draws: `d1 = up1(x)`, `d2 = up2(d1)`, ..., and `r_l(z_l) = N(m_l, s_l^2)`,
+    `(m_l, s_l)` from `d_l`, is what the data say of layer `l`. Downward each layer combines that
+    with the model's own prior, `q(z_l | z_(l+1), x) ~ p(z_l | z_(l+1)) r_l(z_l)`: a normal whose
+    precision is the sum of the two, its loc their mean weighted by precision. At the top `q = r`.
+
+    Model and guide draw in one order. The parameters of the model's priors are shared: hand an
+    optimizer each once, as `vae.parameters()` does.
+
+    Args:
+        model: a `HierarchicalModel` whose layers below the top are diagonal normals.
+        up: for each layer, from below, a module with `up(v)` or `up(v, y)`, a tensor; the first
+            takes `x`, each further one what the last returned.
+        estimates: for each layer, from below, a module with `r(d)` or `r(d, y)`, a diagonal normal
+            over `z_l`.
+
+    Raises:
+        ValueError: `up` or `estimates` are not one for each layer; where it is called, a layer that
+            is no diagonal normal.
+
+    Source: Ladder Variational Autoencoders (2016), arXiv:1602.02282.
+
+    >>> from pvae.heads import Normal, NormalFixedScale
+    >>> from pvae.priors import StandardNormal
+    >>> lowest = nn.Sequential(nn.Linear(2, 6), Normal((3,)))  # p(z1 | z2)
+    >>> likelihood = nn.Sequential(nn.Linear(3, 5), NormalFixedScale((5,)))
+    >>> model = HierarchicalModel(StandardNormal(2), lowest, likelihood)
+    >>> up = [nn.Linear(5, 8), nn.Linear(8, 8)]
+    >>> estimates = [nn.Sequential(nn.Linear(8, 2 * d), Normal((d,))) for d in (3, 2)]
+    >>> LadderGuide(model, up, estimates)(torch.zeros(4, 5)).shape
+    torch.Size([4, 3])
+    """
+
+    def __init__(
+        self, model: HierarchicalModel, up: Sequence[nn.Module], estimates: Sequence[nn.Module]
+    ) -> None:
+        super().__init__()
+        self.priors = nn.ModuleList([*model.between, model.prior])  # the model's own, from above
+        self.up, self.estimates = nn.ModuleList(up), nn.ModuleList(estimates)
+        layers = len(self.priors) + 1
+        for name, modules in (("up", self.up), ("estimates", self.estimates)):
+            if len(modules) != layers:
+                raise ValueError(
+                    f"{name} must be {layers} modules, one for each layer of the model, not "
+                    f"{len(modules)}"
+                )
+
+    def draw(self, datum: Tensor, y: Tensor | None, sample: Sample = pyro.sample) -> Tensor:
+        d, estimates = datum, []
+        for number, (up, estimate) in enumerate(zip(self.up, self.estimates, strict=True), 1):
+            d = up(d, *optional(y))
+            estimates.append((f"z{number}", estimate(d, *optional(y))))
+        site, q = estimates.pop()
+        z = sample(site, q)
+        for (site, r), prior in zip(reversed(estimates), self.priors, strict=True):
+            z = sample(site, _product(prior(z, *optional(y)), r))
+        return z
+
+    def posterior(self, x: Tensor, y: Tensor | None = None) -> Distribution:
+        """`q(z1 | z2, x, y)` where each layer above is at its mean, batch shape `(B,)`."""
+        drawn: list[Distribution] = []
+
+        def at_mean(name: str, q: Distribution) -> Tensor:
+            drawn.append(q)
+            return mean_of(q)
+
+        self.draw(x, y, at_mean)
+        return drawn[-1]
 
 
 def _classes(num_classes: int, like: Tensor) -> dist.Categorical:

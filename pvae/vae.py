@@ -14,6 +14,7 @@ from pvae.programs import (
     Guide,
     HierarchicalGuide,
     HierarchicalModel,
+    LadderGuide,
     Model,
     evaluating,
     mean_of,
@@ -51,7 +52,7 @@ class VAE(nn.Module):
     def __init__(
         self,
         model: Model | HierarchicalModel,
-        guide: Guide | HierarchicalGuide,
+        guide: Guide | HierarchicalGuide | LadderGuide,
         oracle: ClosedForm | None = None,
     ) -> None:
         super().__init__()
@@ -76,7 +77,7 @@ class VAE(nn.Module):
         return y if self.takes_y else None
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Distribution:
-        """The posterior `q(z|x)`, batch shape `(B,)`, event shape `(D,)`; of two layers `q(z1|x)`.
+        """The posterior `q(z|x)`, batch shape `(B,)`, event shape `(D,)`; of layers `q(z1|x)`.
 
         Raises:
             ValueError: `x` is not a batch of finite floating point images of the pair's shape, or

@@ -1,6 +1,7 @@
 """What the tests share."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +24,8 @@ def _seed() -> None:
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+BENCHMARKS = EXAMPLES.parent / "benchmarks"
+sys.path += [str(EXAMPLES), str(BENCHMARKS)]
 
 
 def example(name: str) -> ModuleType:

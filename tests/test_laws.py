@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 
 import pyro
 import pytest
@@ -18,8 +19,9 @@ from pvae.train import Trainer
 
 B, D, CLASSES = 16, 3, 2
 STEPS = 30
-TWO_LAYERS = "two layers"  # the hierarchical pair stands among the guides
+TWO_LAYERS = "two layers"  # or three: the hierarchical pair stands among the guides
 
+LAYERED = (TWO_LAYERS, "ladder")
 GUIDE_NAMES = [*GUIDES, TWO_LAYERS]
 PRODUCT = list(itertools.product(LIKELIHOODS, GUIDE_NAMES, PRIORS, [False, True]))
 
@@ -33,19 +35,20 @@ def refusal(guide, prior, conditional):
     """What the builder says to a combination that cannot work, or None."""
     if prior == "vamp" and guide == "per_datum":
         return "function of images"
-    if prior == "vamp" and guide == TWO_LAYERS:
-        return "with two latent layers the prior is that of z2"
+    if prior == "vamp" and guide in LAYERED:
+        return "with several latent layers the prior is that of the last"
     if prior == "conditional" and not conditional:
         return "it needs num_classes"
     return None
 
 
 def make(likelihood, guide, prior, conditional, variant=0):
-    """A tiny pair; the variants take turns in shape and net."""
-    shape, net = SHAPES[variant % 2], ["mlp", "conv"][variant // 2 % 2]
+    """A tiny pair; its shape and its net are drawn by the variant."""
+    draw = random.Random(variant)
+    shape, net = draw.choice(SHAPES), draw.choice(["mlp", "conv", "gated", "resnet"])
     return build(
         shape,
-        (D, 2) if guide == TWO_LAYERS else D,
+        draw.choice([(D, 2), (D, 4, 2)]) if guide in LAYERED else D,
         net,
         likelihood,
         "normal" if guide == TWO_LAYERS else guide,
@@ -181,15 +184,16 @@ PAIRWISE = sorted(
     | {("bernoulli", "normal", p, p == "conditional") for p in PRIORS}
 )
 NOT_REPARAMETERIZED = ("score_function", "score_function_baseline")
+NO_UNIT_PRIOR = ("mixture", "vamp", "flow", "coupling")
 NO_UNIT_KL = ("full_covariance", "low_rank", "mixture", "iaf", "spline")
 
 
 def objective_refusal(objective, guide, prior):
     if objective not in ("trace_elbo", "trace_graph_elbo") and guide in NOT_REPARAMETERIZED:
         return "needs reparameterized draws"
-    if objective in ("free_bits", "info_vae") and guide == TWO_LAYERS:
+    if objective in ("free_bits", "info_vae") and guide in LAYERED:
         return "is for one latent site"
-    if objective == "free_bits" and (guide in NO_UNIT_KL or prior in ("mixture", "vamp", "flow")):
+    if objective == "free_bits" and (guide in NO_UNIT_KL or prior in NO_UNIT_PRIOR):
         return "that factorize over the latent's units"
     if objective == "trace_mean_field_elbo" and guide == TWO_LAYERS:
         return "would be wrong here"

@@ -1,10 +1,13 @@
 """Nets: any image size, the published sizes, errors with both sizes."""
 
+import pyro
 import pytest
 import torch
+from conftest import images, tiny
+from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
-from pvae import build
+from pvae import SingleOptimizer, build, captured
 from pvae.nets import (
     MLP,
     ConvDecoder,
@@ -13,6 +16,9 @@ from pvae.nets import (
     CourseEncoder,
     DeepDecoder,
     DeepEncoder,
+    GatedMLP,
+    ResNetDecoder,
+    ResNetEncoder,
 )
 
 SIZES = [(1, 28, 28), (3, 32, 32), (3, 28, 20), (1, 1, 1), (2, 5, 7), (1, 9, 64)]
@@ -25,6 +31,85 @@ def test_any_image_size(shape):
     assert ConvDecoder((6,), shape)(torch.zeros(2, 6)).shape == x.shape
     assert MLP(shape, (6,), (8,))(x).shape == (2, 6)
     assert MLP((6,), shape, (8, 9))(torch.zeros(2, 6)).shape == x.shape
+    assert GatedMLP(shape, (6,), (8, 9))(x).shape == (2, 6)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"depth": 2, "halvings": 3}, {"gated": True}, {"halvings": 0}]
+)
+@pytest.mark.parametrize("shape", SIZES)
+def test_a_residual_network_takes_any_image_size(shape, options):
+    x = torch.rand(2, *shape)
+    assert ResNetEncoder(shape, (6,), 4, **options)(x).shape == (2, 6)
+    assert ResNetDecoder((6,), shape, 4, **options)(torch.zeros(2, 6)).shape == x.shape
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("groups", [None, 2])
+def test_a_residual_block_is_its_formula(gated, groups):
+    """Written out by the functions of torch, at the weights of the only block."""
+    net = ResNetEncoder((1, 5, 6), (2,), 4, depth=1, halvings=0, groups=groups, gated=gated)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.3)
+    f, x = nn.functional, torch.randn(3, 1, 5, 6)
+    stem, block, *_, linear = net.layers
+
+    def normed(v, norms):
+        weights = [norm for norm in norms if isinstance(norm, nn.GroupNorm)]
+        v = v if groups is None else f.group_norm(v, groups, weights[0].weight, weights[0].bias)
+        return v * v.sigmoid()
+
+    def conv(v, layer):
+        return f.conv2d(v, layer.weight, layer.bias, padding=1)
+
+    one, two = [layer for layer in block.layers if isinstance(layer, nn.Conv2d)]
+    half = list(block.layers).index(one)
+    v = conv(x, stem)
+    h = conv(normed(conv(normed(v, block.layers[:half]), one), block.layers[half + 1 :]), two)
+    h = h[:, :4] * h[:, 4:].sigmoid() if gated else h
+    out = f.linear(normed(v + h, net.layers[2:]).flatten(1), linear.weight, linear.bias)
+    torch.testing.assert_close(net(x), out)
+
+
+def test_a_gated_layer_is_its_formula():
+    net, v = GatedMLP((3,), (2,), (4,), nn.Tanh), torch.randn(5, 3)
+    gated = net.hidden[0].linear
+    w, u = gated.weight.chunk(2)
+    b, c = gated.bias.chunk(2)
+    h = (v @ w.T + b).tanh() * (v @ u.T + c).sigmoid()
+    torch.testing.assert_close(net(v), h @ net.out.weight.T + net.out.bias)
+
+
+def test_group_norm_leaves_an_image_alone():
+    """In train mode an output depends on its own image, not on those beside it."""
+    net, x = ResNetEncoder((1, 8, 8), (3,), 4), torch.rand(5, 1, 8, 8)
+    torch.testing.assert_close(net(x)[:2], net(x[:2]))
+
+
+@pytest.mark.parametrize(("name", "value"), [("width", 0), ("depth", 0), ("halvings", -1)])
+@pytest.mark.parametrize("make", [ResNetEncoder, ResNetDecoder])
+def test_sizes_of_a_residual_network_that_are_none(make, name, value):
+    shapes = ((1, 8, 8), (2,)) if make is ResNetEncoder else ((2,), (1, 8, 8))
+    with pytest.raises(ValueError, match=f"{name} must be at least .*, not {value}"):
+        make(*shapes, **{name: value})
+
+
+@pytest.mark.parametrize("net", ["gated", "resnet"])
+def test_a_net_is_captured(net):
+    """Five steps by compiled code and by Pyro's handlers end at the same weights."""
+    x, pairs = images("bernoulli", (1, 8, 8)).float(), []
+    for make in (SVI, captured.SVI):
+        torch.manual_seed(0)
+        pyro.clear_param_store()
+        vae = tiny(net=net)
+        adam = SingleOptimizer(torch.optim.Adam(vae.parameters(), lr=1e-3))
+        options = {} if make is SVI else {"strict": True, "compiler": captured.as_traced}
+        svi = make(vae.model, vae.guide, adam, Trace_ELBO(), **options)
+        for _ in range(5):
+            svi.step(x)
+        pairs.append(vae)
+    assert svi.engine == "captured"
+    torch.testing.assert_close(pairs[0].state_dict(), pairs[1].state_dict(), rtol=1e-3, atol=1e-5)
 
 
 def test_parameters_of_the_published_form():
@@ -43,7 +128,23 @@ def test_the_classic_mlp():
     assert sum(p.numel() for p in vae.parameters()) == expected
 
 
-@pytest.mark.parametrize("make", [lambda s: ConvDecoder((2,), s), lambda s: MLP((2,), s)])
+def test_the_gated_mlp_of_the_vamp_prior():
+    """784 - 300 - 300 - 2 * 40 and 40 - 300 - 300 - 784, two linear maps in each hidden layer."""
+    encoder = 2 * (784 * 300 + 300) + 2 * (300 * 300 + 300) + 300 * 80 + 80
+    decoder = 2 * (40 * 300 + 300) + 2 * (300 * 300 + 300) + 300 * 784 + 784
+    vae = build((1, 28, 28), 40, "gated")
+    assert sum(p.numel() for p in vae.parameters()) == encoder + decoder
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda s: ConvDecoder((2,), s),
+        lambda s: MLP((2,), s),
+        lambda s: GatedMLP((2,), s),
+        lambda s: ResNetDecoder((2,), s, 4),
+    ],
+)
 @pytest.mark.parametrize("shape", SIZES)
 def test_output_bias_is_the_output_at_zero_weights(make, shape):
     net = make(shape)
@@ -55,7 +156,14 @@ def test_output_bias_is_the_output_at_zero_weights(make, shape):
 
 
 @pytest.mark.parametrize(
-    "net", [ConvEncoder((1, 8, 8), (2,)), ConvDecoder((2,), (1, 8, 8)), MLP((1, 8, 8), (2,))]
+    "net",
+    [
+        ConvEncoder((1, 8, 8), (2,)),
+        ConvDecoder((2,), (1, 8, 8)),
+        MLP((1, 8, 8), (2,)),
+        ResNetEncoder((1, 8, 8), (2,)),
+        ResNetDecoder((2,), (1, 8, 8)),
+    ],
 )
 def test_wrong_input_is_refused_with_both_sizes(net):
     with pytest.raises(
@@ -84,6 +192,7 @@ def batch_norm(i):
     ("net", "keys"),
     [
         (MLP((4,), (2,), (3, 3)), weights("hidden.", 0, 2) + weights("", "out")),
+        (GatedMLP((4,), (2,), (3,)), [*weights("hidden.0.", "linear"), *weights("", "out")]),
         (ConvEncoder((1, 28, 28), (4,)), weights("layers.", 0, 2, 5, 7)),
         (ConvDecoder((2,), (1, 28, 28)), weights("layers.", 0, 3, 5) + weights("", "out")),
         (CourseEncoder((1, 28, 28), (4,)), weights("layers.", 0, 2, 4, 7)),

@@ -16,9 +16,11 @@ from pyro.infer import SVI, Predictive, RenyiELBO, Trace_ELBO, TraceMeanField_EL
 from torch import nn
 
 import pvae
-from pvae import Guide, Model, SingleOptimizer, evaluate
-from pvae.heads import Normal, NormalFixedScale
+from pvae import Guide, Model, SingleOptimizer, captured, crosscheck, evaluate
+from pvae.heads import FullCovariance, Normal, NormalFixedScale
+from pvae.objectives import MeanField
 from pvae.priors import StandardNormal
+from pvae.programs import LadderGuide
 
 X = (torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)) > 0.5).float()
 
@@ -322,6 +324,115 @@ def test_plain_sequentials_are_a_pair():
     vae = pvae.VAE(model, guide)
     assert stock_svi(vae).step(torch.rand(3, 5)) > 0
     assert vae.sample(4).shape == (4, 5)
+
+
+# ---- the ladder: a guide that shares the model's path ----
+
+DIMS = (3, 4, 2)
+
+
+def normal(in_dim, dim, join=None):
+    classes = 0 if join is None else join.num_classes
+    return pvae.Conditional(
+        nn.Linear(in_dim + classes, 2 * dim), Normal((dim,)), event_dim=1, join=join
+    )
+
+
+def ladder(labels=False):
+    join = pvae.ConcatLabel(2) if labels else None
+    model = pvae.build((1, 8, 8), DIMS, "mlp", hidden=8, num_classes=2 if labels else None).model
+    first = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh())
+    up = [first, *(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in DIMS[1:])]
+    if labels:  # a label joins where the estimates are made
+        up = [WithoutLabel(net) for net in up]
+    return pvae.VAE(model, LadderGuide(model, up, [normal(8, dim, join) for dim in DIMS]))
+
+
+class WithoutLabel(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, v, y):
+        return self.net(v)
+
+
+def test_a_ladder_multiplies_the_models_priors_with_what_the_data_say():
+    """log q - log p(z1 | z2) - log r(z1) is one number for every z1, and q integrates to 1."""
+    vae = ladder().double()
+    x, z2 = X.double(), torch.randn(6, 4).double()
+    z = {"z1": torch.randn(50, 6, 3).double(), "z2": z2, "z3": torch.randn(6, 2).double()}
+    d = x
+    estimates = []
+    for up, estimate in zip(vae.guide.up, vae.guide.estimates, strict=True):
+        d = up(d)
+        estimates.append(estimate(d))
+    log_q = vae.guide.densities(x, z)
+    rest = log_q["z1"] - vae.model.prior(z2).log_prob(z["z1"]) - estimates[0].log_prob(z["z1"])
+    torch.testing.assert_close(rest, rest[:1].expand(50, 6))
+    torch.testing.assert_close(log_q["z3"], estimates[2].log_prob(z["z3"]))
+    # the factor of two normals' product: N(m; m', s^2 + s'^2) for each unit
+    p, r = vae.model.prior(z2).base_dist, estimates[0].base_dist
+    overlap = torch.distributions.Normal(r.loc, (p.scale**2 + r.scale**2).sqrt())
+    torch.testing.assert_close(rest[0], -overlap.log_prob(p.loc).sum(-1))
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_a_ladder_trains_captured_or_not(labels):
+    args = (X, torch.tensor([0, 1, 1, 0, 0, 1])) if labels else (X,)
+    trained = []
+    for make in (SVI, captured.SVI):
+        torch.manual_seed(0)
+        pyro.clear_param_store()
+        vae = ladder(labels)
+        assert vae.takes_y == labels
+        before = weights(vae)
+        adam = SingleOptimizer(torch.optim.Adam(vae.parameters(), lr=1e-2))
+        options = {} if make is SVI else {"strict": True, "compiler": captured.as_traced}
+        svi = make(vae.model, vae.guide, adam, Trace_ELBO(), **options)
+        check = crosscheck.cross_check(svi, vae, *args)
+        assert check.relative < 1e-5
+        losses = [svi.step(*args) for _ in range(40)]
+        assert set(moved(vae, before)) == set(before)
+        assert sum(losses[-5:]) < sum(losses[:5])
+        trained.append(losses)
+    assert svi.engine == "captured"
+    assert trained[0] == pytest.approx(trained[1], rel=1e-3)
+
+
+def test_a_ladder_draws_in_the_models_order():
+    """So the mean-field ELBO, wrong on a guide from below, is the ELBO here."""
+    vae = ladder().double()
+    trace = poutine.trace(vae.guide).get_trace(X.double())
+    assert trace.stochastic_nodes == ["data", "z3", "z2", "z1"]
+    many = {"vectorize_particles": True, "max_plate_nesting": 1}
+    one, two = (
+        torch.tensor([elbo(2000, **many).loss(vae.model, vae.guide, X.double()) for _ in range(5)])
+        for elbo in (Trace_ELBO, MeanField)
+    )
+    assert (one.mean() - two.mean()).abs() < 5 * ((one.var() + two.var()) / 5).sqrt()
+    # of KLs site by site there is no loss by hand, so none that would fail a run
+    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({}), MeanField())
+    assert crosscheck.cross_check(svi, vae, X.double()).against == crosscheck.NOTHING
+
+
+def test_a_ladder_reconstructs_copies_and_keeps_what_it_shares():
+    vae = copy.deepcopy(ladder())
+    assert vae.guide.priors[-1] is vae.model.prior
+    torch.testing.assert_close(vae.reconstruct(X), vae.decode(vae.encode(X).mean).mean)
+    assert vae.encode(X).batch_shape == (6,)
+
+
+def test_what_is_no_ladder_is_refused():
+    vae = ladder()
+    up, estimates = list(vae.guide.up), list(vae.guide.estimates)
+    with pytest.raises(ValueError, match=r"up must be 3 modules, one for each layer.*not 2"):
+        LadderGuide(vae.model, up[:2], estimates)
+    with pytest.raises(ValueError, match=r"estimates must be 3 modules, one for each layer.*not 1"):
+        LadderGuide(vae.model, up, estimates[:1])
+    full = pvae.Conditional(nn.Linear(8, 9), FullCovariance((3,)), event_dim=1)
+    with pytest.raises(ValueError, match="must be diagonal normals, not a Multi"):
+        LadderGuide(vae.model, up, [full, *estimates[1:]])(X)
 
 
 # ---- bad input ----

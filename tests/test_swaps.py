@@ -1,21 +1,25 @@
 """The parts that are swapped, each against an independent oracle."""
 
+import copy
 import itertools
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 
 import pvae
 import pvae.crosscheck
-from pvae import Conditional, heads, priors
+import pvae.evaluate
+from pvae import Conditional, captured, heads, priors
 from pvae.builder import LIKELIHOODS, PRIORS, build
 from pvae.closed_form import LinearGaussian
-from pvae.flows import AFFINE, SPLINE, FlowPosterior, FlowPrior
+from pvae.flows import AFFINE, SPLINE, CouplingPrior, FlowPosterior, FlowPrior
 from pvae.objectives import (
     OBJECTIVES,
     DReG,
@@ -191,11 +195,60 @@ def test_flows_invert_and_their_densities_are_those_of_the_jacobian(kind):
     torch.testing.assert_close(back, e)
 
 
-@pytest.mark.parametrize("kind", [AFFINE, SPLINE])
-def test_a_flow_prior_is_normalized_and_draws_what_it_scores(kind):
+@pytest.mark.parametrize("dim", [2, 5])
+def test_the_density_of_a_coupling_flow_is_that_of_its_jacobian(dim):
+    prior = CouplingPrior(dim, hidden=(8, 8)).double()
+    for p in prior.parameters():
+        nn.init.normal_(p, std=0.5)
+    e = torch.randn(dim, dtype=torch.float64)
+
+    def forward(e):
+        for transform in prior().transforms:
+            e = transform(e)
+        return e
+
+    z = forward(e)
+    jacobian = torch.autograd.functional.jacobian(forward, e)
+    assert (jacobian != 0).all()  # every dimension moves every other
+    log_p = (
+        dist.Normal(torch.zeros(dim).double(), 1.0).log_prob(e).sum() - jacobian.det().abs().log()
+    )
+    torch.testing.assert_close(prior().log_prob(z), log_p)
+    # a draw's density with what the transforms cache of it, and without
+    p = prior()
+    draw = p.rsample((4,))
+    torch.testing.assert_close(p.log_prob(draw), prior().log_prob(draw.clone()))
+
+
+def test_a_coupling_flow_starts_at_the_standard_normal():
+    z = 3 * torch.randn(7, 5)
+    standard = priors.StandardNormal(5)().log_prob(z)
+    torch.testing.assert_close(CouplingPrior(5)().log_prob(z), standard)
+
+
+def test_new_parts_are_counted_without_memory():
+    """On the meta device: no part reads values where it is made."""
+    with torch.device("meta"):
+        vae = build((1, 28, 28), (300_000, 200_000), "resnet", guide="ladder", prior="coupling")
+    assert sum(p.numel() for p in vae.parameters()) > 1e9
+
+
+def test_a_coupling_flow_is_saved_without_constants_and_copied():
+    prior = CouplingPrior(3, transforms=1)
+    names = [f"nets.0.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")]
+    assert list(prior.state_dict()) == names
+    prior().sample()
+    z = torch.randn(2, 3)
+    assert torch.equal(copy.deepcopy(prior)().log_prob(z), prior().log_prob(z))
+
+
+@pytest.mark.parametrize(
+    "prior", [partial(FlowPrior, kind=AFFINE), partial(FlowPrior, kind=SPLINE), CouplingPrior]
+)
+def test_a_flow_prior_is_normalized_and_draws_what_it_scores(prior):
     """The density on a grid sums to 1; E[z] by draws lies within 4 standard errors of the
     grid's."""
-    prior = FlowPrior(2, kind=kind).double()
+    prior = prior(2).double()
     for p in prior.parameters():
         nn.init.normal_(p, std=0.1)
     axis = torch.linspace(-12, 12, 401, dtype=torch.float64)
@@ -212,6 +265,8 @@ def test_flows_of_one_dimension_are_refused():
         build((1, 8, 8), 1, guide="iaf")
     with pytest.raises(ValueError, match="at least 2 dimensions, not 1"):
         build((1, 8, 8), 1, prior="flow")
+    with pytest.raises(ValueError, match="at least 2 dimensions, not 1"):
+        build((1, 8, 8), 1, prior="coupling")
 
 
 # ---- objectives ----
@@ -378,7 +433,7 @@ def test_a_subsampled_plate_is_refused_by_the_bounds_per_image():
         DReG(3).differentiable_loss(model, guide, x)
 
 
-# ---- two latent layers ----
+# ---- latent layers ----
 
 
 def two_layers(**parts):
@@ -397,18 +452,79 @@ def test_the_mean_field_elbo_is_wrong_on_two_layers_and_refused():
     assert (right.mean() - off.mean()).abs() > 5 * (right.std() + off.std()) / 5**0.5
 
 
+@pytest.mark.parametrize("dims", [(3, 2), (3, 2, 4), (3, 1, 2, 4)])
 @pytest.mark.parametrize("name", ["trace_elbo", "iwae", "renyi"])
-def test_two_layers_are_their_four_densities(name):
-    vae = two_layers()
+def test_layers_are_their_densities(name, dims):
+    """The loss of Pyro against the densities of each conditional, one after another."""
+    vae = build((1, 8, 8), dims, "mlp", hidden=8).double()
     elbo = OBJECTIVES[name].elbo(4)
     svi = pyro.infer.SVI(vae.model, vae.guide, pyro.optim.Adam({}), elbo)
     check = pvae.crosscheck.cross_check(svi, vae, X)
     assert check.relative < 1e-10
     assert check.kl_difference is None
 
+    z = {f"z{number}": torch.randn(6, dim).double() for number, dim in enumerate(dims, 1)}
+    top, *priors = [vae.model.top, *vae.model.between, vae.model.prior]
+    log_p = {
+        "x": vae.decode(z["z1"]).log_prob(X),
+        f"z{len(dims)}": top().log_prob(z[f"z{len(dims)}"]),
+    }
+    for number, prior in enumerate(reversed(priors), 1):
+        log_p[f"z{number}"] = prior(z[f"z{number + 1}"]).log_prob(z[f"z{number}"])
+    log_q = {"z1": vae.encode(X).log_prob(z["z1"])}
+    for number, q in enumerate([*vae.guide.between, vae.guide.top], 2):
+        log_q[f"z{number}"] = q(z[f"z{number - 1}"]).log_prob(z[f"z{number}"])
+    torch.testing.assert_close(vae.model.densities(X, z), log_p)
+    torch.testing.assert_close(vae.guide.densities(X, z), log_q)
 
-def test_two_layers_sample_reconstruct_and_interpolate():
-    vae = two_layers()
+
+@pytest.mark.parametrize("dims", [(3, 2), (3, 4, 2)])
+def test_the_layers_in_traces(dims):
+    """The model draws from above, the guide from below; each layer has its own dimension."""
+    vae = build((1, 8, 8), dims, "mlp", hidden=8, num_classes=2)
+    sites = [f"z{number}" for number in range(1, len(dims) + 1)]
+    y = torch.tensor([0, 1, 1, 0, 0, 1])
+    drawn = poutine.trace(vae.guide).get_trace(X.float(), y)
+    assert drawn.stochastic_nodes == ["data", *sites]
+    trace = poutine.trace(poutine.replay(vae.model, drawn)).get_trace(X.float(), y)
+    assert trace.stochastic_nodes == ["data", *reversed(sites)]
+    for site, dim in zip(sites, dims, strict=True):
+        assert trace.nodes[site]["value"].shape == (6, dim)
+
+
+@pytest.mark.parametrize("guide", ["normal", "ladder"])
+def test_three_layers_are_captured_saved_and_loaded(guide, tmp_path):
+    vae = build((1, 8, 8), (3, 4, 2), "mlp", guide=guide, hidden=8, prior="coupling")
+    adam = pvae.SingleOptimizer(torch.optim.Adam(vae.parameters(), lr=1e-3))
+    options = {"strict": True, "compiler": captured.as_traced}
+    svi = captured.SVI(vae.model, vae.guide, adam, Trace_ELBO(), **options)
+    before = copy.deepcopy(vae.state_dict())
+    for _ in range(5):
+        svi.step(X.float())
+    assert svi.engine == "captured"
+    assert all((t != before[name]).any() for name, t in vae.state_dict().items())
+    pvae.save(vae, tmp_path / "three.pt")
+    again = pvae.load(tmp_path / "three.pt")
+    assert again.recipe.latent_dims == (3, 4, 2)
+    torch.testing.assert_close(again.reconstruct(X.float()), vae.reconstruct(X.float()))
+    assert pvae.evaluate.posterior_means(again.guide, X.float()).shape == (6, 3)  # of z1
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (pvae.HierarchicalModel, "below must be at least two"),
+        (pvae.HierarchicalGuide, "above must"),
+    ],
+)
+def test_one_layer_is_no_hierarchy(program, message):
+    with pytest.raises(ValueError, match=message):
+        program(*[nn.Identity()] * (2 if program is pvae.HierarchicalModel else 1))
+
+
+@pytest.mark.parametrize("dims", [(3, 2), (3, 4, 2)])
+def test_layers_sample_reconstruct_and_interpolate(dims):
+    vae = build((1, 8, 8), dims, "mlp", hidden=8).double()
     assert vae.sample(5).shape == (5, 1, 8, 8)
     assert vae.reconstruct(X).shape == X.shape
     assert vae.interpolate(X[:2], X[2:4], steps=3).shape == (2, 3, 1, 8, 8)
@@ -449,9 +565,10 @@ def test_a_side_vector_conditions_a_pair(prior, net):
         ({"num_data": 5}, "has no use for it"),
         ({"guide": "mixture", "latent_dim": 1}, "at least 2 dimensions"),
         ({"guide": "low_rank", "latent_dim": 1}, "rank must be from 1"),
-        ({"prior": "mixture", "components": 0}, "components must be at least 1"),
+        ({"prior": "mixture", "components": 0}, "components must be a whole number of at least 1"),
         ({"latent_dim": (3, 0)}, r"latent_dims must be .*, not \(3, 0\)"),
         ({"guide": "score_function_baseline", "latent_dim": (3, 2)}, "one latent layer"),
+        ({"guide": "ladder"}, r"two latent layers or more, not for latent_dims \(3,\)"),
         ({"latent_dims": 3}, r"latent_dims \(3\) and latent_dim \(3\) are one argument"),
         ({"net": "deep", "hidden": 8}, "hidden must be None, not 8: net 'deep'"),
         ({"components": 5}, "components must be None, not 5: prior 'standard_normal'"),

@@ -53,13 +53,13 @@ def test_output_starts_at_the_mean_image(likelihood):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"net": "cnn"}, "net must be one of conv, mlp, course, deep, not 'cnn'"),
+        ({"net": "cnn"}, "net must be one of conv, mlp, gated, resnet, course, deep, not 'cnn'"),
         ({"likelihood": "beta"}, "likelihood must be one of bernoulli, .* not 'beta'"),
         ({"guide": "flow"}, "guide must be one of normal, normal_log_scale, .* not 'flow'"),
         ({"prior": "gmm"}, "prior must be one of standard_normal, .* not 'gmm'"),
         ({"activation": "elu"}, "activation must be one of silu, .* not 'elu'"),
         ({"latent_dim": 0}, r"latent_dims must be .* at least 1, not \(0,\)"),
-        ({"hidden": 0}, "hidden must be at least 1, not 0"),
+        ({"hidden": 0}, "hidden must be a whole number of at least 1, not 0"),
         ({"image_shape": (28, 28)}, r"must be \(channels, height, width\), not \(28, 28\)"),
     ],
 )

@@ -20,7 +20,8 @@ _AT_ONCE = 250  # images, and draws compared with them: bounds the memory
 
 
 def posterior_means(guide: Fn, x: Tensor, y: Tensor | None = None) -> Tensor:
-    """The mean of the posterior of each image, `(B, D)`: of the guide's first latent, `q(z|x)`.
+    """The mean of the posterior of each image, `(B, D)`: of the latent whose name comes first,
+    `z` or `z1`, in whatever order the guide draws.
 
     >>> import pvae
     >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
@@ -29,7 +30,7 @@ def posterior_means(guide: Fn, x: Tensor, y: Tensor | None = None) -> Tensor:
     """
     with evaluating(guide):
         trace: Trace = poutine.trace(guide).get_trace(x, y)
-        return mean_of(trace.nodes[latent_names(trace)[0]]["fn"])
+        return mean_of(trace.nodes[min(latent_names(trace))]["fn"])
 
 
 def unit_variances(means: Tensor) -> Tensor:
