@@ -111,24 +111,24 @@ def stock(net: str, batch: int) -> Step:
     return lambda: svi.step(x)
 
 
-def _single(svi: Callable[..., SVI], net: str, batch: int) -> tuple[Callable[..., Any], Tensor]:
+def _single(kind: Callable[..., SVI], net: str, batch: int) -> tuple[Any, Tensor]:
     """One fused optimizer, channels last, and the allocator that keeps memory."""
     memory.keep_freed_memory()
     vae, x = _pair(net, batch, torch.channels_last)
     optim = pvae.SingleOptimizer(_adam(vae, fused=True))
-    return svi(vae.model, vae.guide, optim, Trace_ELBO()).step, x
+    return kind(vae.model, vae.guide, optim, Trace_ELBO()), x
 
 
 def eager(net: str, batch: int) -> Step:
     """Stock SVI with all that needs no capture."""
-    step, x = _single(SVI, net, batch)
-    return partial(step, x)
+    svi, x = _single(SVI, net, batch)
+    return partial(svi.step, x)
 
 
 def captured_fp32(net: str, batch: int) -> Step:
     """The same, captured."""
-    step, x = _single(partial(captured.SVI, strict=True), net, batch)
-    return partial(step, x)
+    svi, x = _single(partial(captured.SVI, strict=True), net, batch)
+    return partial(svi.step, x)
 
 
 def captured_bf16(net: str, batch: int) -> Step:
@@ -344,12 +344,15 @@ def stock_epoch(net: str, batch: int) -> Step:
 
 
 def eager_epoch(net: str, batch: int) -> Step:
-    return _in_memory(_single(SVI, net, batch)[0], batch)
+    return _in_memory(_single(SVI, net, batch)[0].step, batch)
 
 
 def captured_epoch(net: str, batch: int) -> Step:
-    # the short last batch does not pay for a graph
-    return _in_memory(_single(partial(captured.SVI, after=20), net, batch)[0], batch)
+    svi, x = _single(partial(captured.SVI, strict=True), net, batch)
+    svi.prepare(x)
+    if last := len(data.load().train.images) % batch:
+        svi.prepare(x[:last])
+    return _in_memory(svi.step, batch)
 
 
 def pythae_epoch(net: str, batch: int) -> Step:

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pvae import captured
-from pvae.captured.compiling import _without_cuda_home
+from pvae.captured.compiling import _without_cuda_home, _without_log1p
 
 PROCESS = """
 import json, os, sys
@@ -163,3 +163,27 @@ def test_the_line_about_cuda_is_the_only_one_that_is_not_said():
     finally:
         logger.removeHandler(handler)
     assert said == ["another line", "No CUDA runtime is found, using CUDA_HOME='/cuda'"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_density_of_binary_pixels_has_all_digits_without_log1p(dtype):
+    logits = torch.cat([torch.linspace(-120, 120, 20_001), torch.tensor([0.0, torch.nan])])
+    logits = logits.to(dtype)
+    for x in (torch.zeros_like(logits), torch.ones_like(logits)):
+        graph = make_fx(lambda logits, x: nn.BCEWithLogitsLoss(reduction="none")(logits, x))(
+            logits, x
+        )
+        _without_log1p(graph)
+        assert "binary_cross_entropy" not in graph.code
+        wide, share = logits.double(), 1 - x.double()
+        expected = share * wide - wide.clamp(max=0) + (-wide.abs()).exp().log1p()
+        near = {"rtol": 8 * torch.finfo(dtype).eps, "atol": torch.finfo(dtype).tiny}
+        torch.testing.assert_close(graph(logits, x).double(), expected, **near, equal_nan=True)
+
+
+def test_a_weighted_density_keeps_log1p():
+    loss = nn.BCEWithLogitsLoss(weight=torch.tensor([1.0, 3.0]))
+    graph = make_fx(loss)(torch.ones(5, 2), torch.ones(5, 2))
+    before = graph.code
+    _without_log1p(graph)
+    assert graph.code == before

@@ -332,3 +332,25 @@ def test_compiled_code_draws_as_stock_svi():
             losses[kind] = trained(svi, 6)
     assert svi.engine == "captured"
     assert losses[captured.SVI] == pytest.approx(losses[SVI], rel=1e-5)
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_kink_that_rounding_crosses_is_no_difference(prepared):
+    """A graph that rounds otherwise may lie on the other side of a ReLU's kink."""
+
+    def kinked(x):
+        w = pyro.param("w", torch.ones(3))
+        pyro.sample("x", dist.Normal((w - 1).relu(), 1.0).to_event(1), obs=x)
+
+    def rounding_otherwise(graph, inputs):
+        return lambda *args: graph(*[t * (1 + torch.finfo(t.dtype).eps) for t in args])
+
+    still = pyro.optim.SGD({"lr": 0.0})
+    svi = captured.SVI(
+        kinked, lambda x: None, still, Trace_ELBO(), compiler=rounding_otherwise, strict=True
+    )
+    if prepared:
+        svi.prepare(torch.full((3,), 2.0))
+    for _ in range(5):
+        svi.step(torch.full((3,), 2.0))
+    assert svi.engine == "captured"

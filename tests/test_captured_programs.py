@@ -35,6 +35,7 @@ from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import (
     SVI,
+    JitTrace_ELBO,
     RenyiELBO,
     Trace_ELBO,
     TraceEnum_ELBO,
@@ -3026,6 +3027,54 @@ def a_mask_that_is_a_flag(svi_of):
     svi = svi_of(model, guide)
     for i in range(12):
         on[0] = i < 6
+        yield svi.step(DATA)
+
+
+@program()
+def an_assertion_of_a_test(svi_of):
+    """pytest puts itself among the globals that such code names."""
+
+    def model(data):
+        assert data.shape == (5,)
+        observed(pyro.sample("z", dist.Normal(0.0, 1.0)), data)
+
+    svi = svi_of(model, guide)
+    for i in range(STEPS):
+        yield svi.step(batch(i))
+
+
+@program(captured=False, says=r"run code of torch\.jit.*: take the ELBO without Jit")
+def an_elbo_by_torch_jit(svi_of):
+    with warnings.catch_warnings():
+        for kind in (FutureWarning, DeprecationWarning):  # torch.jit is to be retired
+            warnings.simplefilter("ignore", kind)
+        svi = svi_of(model, guide, JitTrace_ELBO(ignore_jit_warnings=True))
+        for i in range(STEPS):
+            yield svi.step(batch(i))
+
+
+@program()
+def nothing_to_train(svi_of):
+    def model(data):
+        observed(pyro.sample("z", dist.Normal(0.0, 1.0)), data)
+
+    def prior(data):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    svi = svi_of(model, prior)
+    for i in range(STEPS):
+        yield svi.step(batch(i))
+
+
+@program(captured=False, says="put the value of a tensor into the name of a site")
+def names_of_a_subsample(svi_of):
+    def model(data):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        for i in pyro.plate("data", len(data), subsample_size=2):
+            pyro.sample(f"x_{i}", dist.Normal(z, 1.0), obs=data[0])
+
+    svi = svi_of(model, guide)
+    for _ in range(STEPS):
         yield svi.step(DATA)
 
 

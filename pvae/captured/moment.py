@@ -55,7 +55,7 @@ def _close(ours: Tensor, theirs: Tensor) -> bool:
 
 def resolution(tensors: Sequence[Tensor]) -> float:
     """Half of the digits of the arithmetic that is asked for: what two ways may differ by."""
-    dtypes = [t.dtype for t in tensors if t.is_floating_point()]
+    dtypes = [t.dtype for t in tensors if t.is_floating_point()] or [torch.get_default_dtype()]
     for device in ("cpu", "cuda"):
         if torch.is_autocast_enabled(device):
             dtypes.append(torch.get_autocast_dtype(device))

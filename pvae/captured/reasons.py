@@ -6,6 +6,7 @@ from pvae.captured import private
 from pvae.captured.compiling import NotCaptured
 
 _OF_PYTHON = "tensor subclass"  # torch's words where values are handed to Python or NumPy
+_OF_JIT = frozenset({"pyro.ops.jit", "torch.jit._trace", "torch._jit_internal"})
 
 
 def is_of_tracing(error: Exception) -> bool:
@@ -16,8 +17,14 @@ def is_of_tracing(error: Exception) -> bool:
 
 
 def in_words(error: Exception) -> str:
+    if "FakeTensor(" in str(error):  # as a text shows a tensor without data
+        return "the programs put the value of a tensor into the name of a site or parameter"
     if isinstance(error, NotCaptured):
         return str(error)
+    if _is_of_jit(error):
+        return (
+            "the programs run code of torch.jit, which cannot be traced: take the ELBO without Jit"
+        )
     if isinstance(error, private.NEEDS_VALUE):
         return f"the programs ask for the value of a tensor, in `{_where(error)}`"
     if isinstance(error, private.NEEDS_SHAPE):
@@ -26,6 +33,13 @@ def in_words(error: Exception) -> str:
     if _OF_PYTHON in text:
         return f"the programs hand the values of a tensor to Python or NumPy, in `{_where(error)}`"
     return f"{type(error).__name__}: {text}"
+
+
+def _is_of_jit(error: Exception) -> bool:
+    """Whether code that is compiled by torch.jit, as Pyro's Jit ELBOs are, met it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [frame.f_globals.get("__name__", "") for frame in frames]
+    return bool(_OF_JIT.intersection(names))
 
 
 def _where(error: Exception) -> str:

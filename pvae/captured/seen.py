@@ -38,8 +38,9 @@ from pvae.captured import private
 _LONG = 256  # elements of a container
 _MANY = 1024  # numbers of an array that are compared
 _MOST = 20_000  # objects that are looked at
+_PYTEST = ("pytest", "_pytest", "pluggy")  # which an `assert` in a test's module names
 _LIBRARIES = frozenset(
-    {"torch", "torchvision", "pyro", "numpy", "opt_einsum", *sys.stdlib_module_names}
+    {"torch", "torchvision", "pyro", "numpy", "opt_einsum", *_PYTEST, *sys.stdlib_module_names}
 )
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, np.generic)
 _OF_PYRO = (

@@ -218,6 +218,8 @@ class SVI(Capturing, StockSVI):
         and torch's random numbers go on as if nothing had been. Under the handlers (`pvae.temper`)
         and in the modes of the steps to come, every step with such arguments is captured then.
 
+        Where a step with such arguments is captured already, nothing happens.
+
         Raises:
             NotCaptured: with `strict`, where the step cannot be captured.
         """
@@ -226,6 +228,9 @@ class SVI(Capturing, StockSVI):
             signature = signature_of(args, kwargs)
         except NotCaptured as error:
             return self._refuse(str(error))
+        entries = self._entries.setdefault(signature.key, [])
+        if any(e.fits(signature) for e in entries if e.graph is not None or e.refused):
+            return None
         seen = self._look()
         start = self._moment([*signature.tensors, *seen.tensors])
         try:
@@ -238,9 +243,10 @@ class SVI(Capturing, StockSVI):
         finally:
             start.put_back()
         entry.refused = bool(reason)
-        self._entries.setdefault(signature.key, []).insert(0, entry)
+        entries.insert(0, entry)
         if reason:
             self._refuse(reason)
+        return None
 
     # ---- one step ----
 
