@@ -352,6 +352,8 @@ class FreeBits(_Differentiable):
     True
     """
 
+    sums_over_images = False  # the floor is on the mean of a batch
+
     def __init__(self, nats: float, num_particles: int = 1) -> None:
         if not nats >= 0:
             raise ValueError(f"nats must be at least 0, not {nats}")
@@ -409,6 +411,8 @@ class InfoVAE(_Differentiable):
     >>> InfoVAE().loss(vae.model, vae.guide, torch.ones(4, 1, 8, 8)) > 0
     True
     """
+
+    sums_over_images = False  # the MMD is of a batch
 
     def __init__(
         self, num_particles: int = 1, *, mmd_weight: float = 100.0, kl_weight: float = 0.1

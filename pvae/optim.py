@@ -1,10 +1,23 @@
 """One torch optimizer over all parameters, for stock SVI."""
 
-from collections.abc import Iterable
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from pvae import processes
+
+
+class NotFinite(ArithmeticError):
+    """A number that must be finite is not; `parameters` are those with such a gradient."""
+
+    def __init__(self, message: str, parameters: Sequence[Tensor] = ()) -> None:
+        super().__init__(message)
+        self.parameters = parameters
 
 
 class SingleOptimizer(PyroOptim):
@@ -12,10 +25,22 @@ class SingleOptimizer(PyroOptim):
 
     `PyroOptim` builds one torch optimizer for each parameter, which is slow, gains nothing from
     fused kernels, and keys its state by store names. The wrapped optimizer stays yours: its
-    `param_groups`, schedulers and `state_dict` are torch's own.
+    `param_groups`, schedulers and `state_dict` are torch's own. Of several processes
+    (`pvae.processes`) the gradients are summed before the step.
+
+    A step whose gradients are not all finite is never taken, and leaves the moments as they are.
+
+    Args:
+        optimizer: a torch optimizer of all parameters.
+        clip_norm: gradients whose norm, over all parameters, is larger are scaled down to it.
+        on_nan: what to do about gradients that are not finite: "stop" raises, "skip" leaves the
+            step out and counts it in `left_out`. A fused optimizer on a GPU counts in both cases
+            and does not raise: to look at a number on a GPU is to wait for it.
 
     Raises:
-        ValueError: SVI found a parameter that the optimizer does not hold; it would never train.
+        ValueError: an argument out of its range; or SVI found a parameter that the optimizer does
+            not hold: it would never train.
+        NotFinite: a gradient is not finite, where `on_nan` is "stop".
 
     >>> import pyro, pvae
     >>> from pyro.infer import SVI, Trace_ELBO
@@ -26,10 +51,23 @@ class SingleOptimizer(PyroOptim):
     True
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_norm: float | None = None,
+        on_nan: str = "stop",
+    ) -> None:
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm must be above 0, not {clip_norm}")
+        if on_nan not in ("stop", "skip"):
+            raise ValueError(f"on_nan must be one of stop, skip, not {on_nan!r}")
         super().__init__(type(optimizer), {})
-        self.optimizer = optimizer
-        self._held = {p for group in optimizer.param_groups for p in group["params"]}
+        self.optimizer, self.clip_norm, self.on_nan = optimizer, clip_norm, on_nan
+        self.left_out: int | Tensor = 0  # steps; on a GPU a tensor there
+        # in the same order in all processes
+        self._held = dict.fromkeys(p for group in optimizer.param_groups for p in group["params"])
+        self._sums: dict[Tensor, Tensor] | None = None
 
     def __call__(self, params: Iterable[Tensor]) -> None:
         params = list(params)
@@ -39,9 +77,75 @@ class SingleOptimizer(PyroOptim):
                 f"SVI found {len(unknown)} parameter(s) that the optimizer does not hold "
                 f"(shapes {[tuple(p.shape) for p in unknown[:3]]}): construct it over all of them"
             )
-        for p in params:
+        if self._sums is not None:
+            self._add(params)
+            return
+        # a gradient that only other processes have is not to be there at the next step
+        trained, own = self._trained(), set(params)
+        foreign = {p: p.grad for p in trained if p not in own}
+        # the order: gradients of all processes, are they finite, clip, step
+        processes.sum_gradients(trained)
+        self._step(trained)
+        for p, gradient in foreign.items():
+            p.grad = gradient
+
+    def _step(self, trained: list[Tensor]) -> None:
+        for p in trained:
             # torch's fused kernels pair the elements of weight and gradient by their order in
             # memory, and are silently wrong where one is channels_last and the other is not
             if p.grad is not None and p.grad.stride() != p.stride():
                 p.grad = torch.empty_like(p).copy_(p.grad)
+        norm = get_total_norm([p.grad for p in trained if p.grad is not None])
+        if norm.is_cuda and all(group.get("fused") for group in self.optimizer.param_groups):
+            self._leave_out_on_gpu(norm)
+        elif not math.isfinite(norm):
+            self._leave_out(trained)
+            return
+        if self.clip_norm is not None:
+            clip_grads_with_norm_(trained, self.clip_norm, norm)
         self.optimizer.step()
+
+    def _leave_out(self, params: list[Tensor]) -> None:
+        if self.on_nan == "stop":
+            bad = [p for p in params if p.grad is not None and not p.grad.isfinite().all()]
+            raise NotFinite("a gradient is not finite", bad)
+        self.left_out += 1
+
+    def _leave_out_on_gpu(self, norm: Tensor) -> None:
+        """Lets torch's fused kernel leave the step out, as it does for a `GradScaler`."""
+        found = (~norm.isfinite()).float()
+        if not isinstance(self.left_out, Tensor):
+            self.left_out = torch.tensor(float(self.left_out), device=norm.device)
+        self.left_out += found  # in place: a recorded step adds to the same tensor
+        self.optimizer.found_inf = found  # type: ignore[attr-defined]
+
+    @contextlib.contextmanager
+    def summing(self) -> Iterator[None]:
+        """SVI's steps inside only add up their gradients; the optimizer's step is at the end.
+
+        It is taken where there was no step of SVI inside, too: by a process that has no image of a
+        last, small batch, but takes part in the sum over processes.
+        """
+        sums = self._sums = {}
+        try:
+            yield
+        finally:
+            self._sums = None
+        trained = self._trained()
+        left = {p: p.grad for p in trained}  # the zeros that SVI leaves
+        for p in trained:
+            p.grad = sums.get(p)
+        try:
+            self(trained)
+        finally:
+            for p, gradient in left.items():
+                p.grad = gradient
+
+    def _trained(self) -> list[Tensor]:
+        return [p for p in self._held if p.requires_grad]
+
+    def _add(self, params: Iterable[Tensor]) -> None:
+        assert self._sums is not None
+        for p in params:
+            if p.grad is not None:
+                self._sums[p] = p.grad if p not in self._sums else self._sums[p] + p.grad

@@ -1,0 +1,219 @@
+"""Several processes that train one pair: each takes its part of a batch, and sums are over all.
+
+`torchrun` starts the processes and tells each its rank by the environment; `start` makes a group of
+them. In a program of one process there is no group, and all of this leaves everything as it is.
+"""
+
+import atexit
+import contextlib
+import gc
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT = 60.0  # seconds that a process waits for the others
+
+T = TypeVar("T")
+
+
+def start(device: torch.device, timeout: float = TIMEOUT) -> torch.device:
+    """Joins the group of the processes that `torchrun` started, until the program ends; returns
+    this process's device.
+
+    Args:
+        device: of all processes: the CPU (by gloo), or "cuda" (by NCCL), a GPU for each process.
+        timeout: seconds after which a process that does not answer ends the run.
+
+    Raises:
+        ValueError: a device that several processes cannot use, or more processes than GPUs.
+        ConnectionError: the others do not answer.
+
+    >>> start(torch.device("cpu"))
+    device(type='cpu')
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return device
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda for several processes, not {device.type}")
+    if device.type == "cuda":
+        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= there:
+            raise ValueError(
+                f"--nproc-per-node must be at most {there}, the number of GPUs here, not "
+                f"{os.environ['LOCAL_WORLD_SIZE']}"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    with _answered():
+        dist.init_process_group(
+            "gloo" if device.type == "cpu" else "nccl", timeout=timedelta(seconds=timeout)
+        )
+    atexit.register(stop)
+    return device
+
+
+def stop() -> None:
+    """Leaves the group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        gc.collect()  # its threads are to end before Python does
+
+
+def count() -> int:
+    """The number of processes.
+
+    >>> count()
+    1
+    """
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0.
+
+    >>> rank()
+    0
+    """
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints.
+
+    >>> is_first()
+    True
+    """
+    return rank() == 0
+
+
+def part(n: int) -> slice:
+    """This process's share of `n` things: the shares are in the order of ranks, together all of
+    them, and their sizes differ by 1 at most.
+
+    >>> part(10)
+    slice(0, 10, None)
+    """
+    size, more = divmod(n, count())
+    begin = rank() * size + min(rank(), more)
+    return slice(begin, begin + size + (rank() < more))
+
+
+def seed(base: int, step: int = 0) -> int:
+    """A seed of this process's own noise at a step; of a single process, `base`.
+
+    >>> seed(3)
+    3
+    """
+    if count() == 1:
+        return base
+    return int(np.random.SeedSequence((base, step, rank(), count())).generate_state(1)[0])
+
+
+def total(number: float) -> float:
+    """The sum of one number of each process.
+
+    >>> total(2.5)
+    2.5
+    """
+    if count() == 1:
+        return number
+    return _summed(torch.tensor(number, dtype=torch.float64, device=_device())).item()
+
+
+def any_of(*flags: bool) -> list[bool]:
+    """Whether a flag is set in any process, for each flag.
+
+    >>> any_of(True, False)
+    [True, False]
+    """
+    if count() == 1:
+        return list(flags)
+    return _summed(torch.tensor(flags, dtype=torch.float64, device=_device())).bool().tolist()
+
+
+def gather(found: Tensor, n: int) -> Tensor:
+    """All `n` rows, of which each process has found its `part(n)`.
+
+    >>> gather(torch.ones(3), 3)
+    tensor([1., 1., 1.])
+    """
+    if count() == 1:
+        return found
+    rows = found.new_zeros(n, *found.shape[1:])
+    rows[part(n)] = found
+    return _summed(rows)
+
+
+def sum_gradients(parameters: Sequence[Tensor]) -> None:
+    """Puts in the place of each gradient its sum over all processes, by one all-reduce.
+
+    All processes hand over the same parameters in the same order. One that has no gradient of a
+    parameter adds zeros to it.
+    """
+    if count() == 1:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    sums = _summed(torch.cat([g.reshape(-1) for g in gradients]))  # in the order of indices
+    for p, g in zip(parameters, sums.split([p.numel() for p in parameters]), strict=True):
+        p.grad = g.view(p.shape).to(p.dtype)
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make()` returns on the first process, on all of them.
+
+    >>> from_first(lambda: "runs/a")
+    'runs/a'
+    """
+    if count() == 1:
+        return make()
+    made: list[Any] = [make() if is_first() else None]
+    with _answered():
+        dist.broadcast_object_list(made, device=_device())
+    return made[0]
+
+
+def copy_from_first(tensors: Iterable[Tensor]) -> None:
+    """Gives tensors of all processes the values that they have on the first."""
+    if count() == 1:
+        return
+    for tensor in tensors:
+        value = tensor.detach().contiguous()
+        with _answered():
+            dist.broadcast(value, 0)
+        tensor.detach().copy_(value)
+
+
+def wait() -> None:
+    """Waits until all processes are here."""
+    if count() > 1:
+        with _answered():
+            dist.barrier()
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    with _answered():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def _device() -> torch.device:
+    """Where the group's own tensors are to be."""
+    gpu = dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def _answered() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # whatever gloo or NCCL says of a lost connection
+        raise ConnectionError(
+            "another process of this run has ended, or does not answer: what it says, if "
+            f"anything, is the reason ({str(error).splitlines()[0]})"
+        ) from error

@@ -1,0 +1,485 @@
+"""Several processes train one pair as a single one would: gradients, data, noise, ends and errors.
+
+The processes are started once and serve all tests; each job gets a group of its own, on loopback.
+"""
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from conftest import example, tiny
+from pyro.distributions import Independent, Normal
+from pyro.infer import SVI, Trace_ELBO, TraceTailAdaptive_ELBO
+from torch import Tensor, nn
+
+import pvae
+from pvae import captured, data, processes, study
+from pvae.objectives import OBJECTIVES, kl_by_unit
+from pvae.train import Trainer
+
+CPU = torch.device("cpu")
+SLOW = pytest.mark.slow
+IMAGES, BATCH, EPOCHS = 50, 12, 4  # 5 steps an epoch; the last batch has 2 images
+
+
+# ---- a few processes, and what they are asked to do ----
+
+
+def serve(connection: Any) -> None:
+    """Does one job after another in a process of its own."""
+    torch.set_num_threads(1)
+    while True:
+        environment, job, arguments = connection.recv()
+        os.environ.update(environment)
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        try:
+            processes.start(CPU, timeout=20.0)
+            result = job(*arguments)
+        except Exception as error:
+            result = error
+        processes.stop()
+        connection.send(result)
+
+
+class Workers:
+    """Four processes, of which a job takes the first few."""
+
+    def __init__(self) -> None:
+        # not forked from here, where threads may run, but from a process that only imports
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["pvae", "conftest", "sklearn.datasets"])
+        self.workers = [self._new() for _ in range(4)]
+
+    def _new(self) -> Any:
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=serve, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        return SimpleNamespace(process=process, connection=ours)
+
+    def __call__(self, n: int, job: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What `job(*arguments)` returns or raises in each of `n` processes; None if killed."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        group = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1"}
+        for rank, worker in enumerate(self.workers[:n]):
+            given = {**group, "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
+            worker.connection.send(({k: str(v) for k, v in given.items()}, job, arguments))
+        return [self._result(rank) for rank in range(n)]
+
+    def _result(self, rank: int) -> Any:
+        try:
+            return self.workers[rank].connection.recv()
+        except (EOFError, ConnectionResetError):
+            self.workers[rank] = self._new()
+            return None
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Workers]:
+    workers = Workers()
+    yield workers
+    for worker in workers.workers:
+        worker.process.terminate()
+        worker.process.join()
+        worker.connection.close()
+
+
+# ---- a pair whose noise is a function of the image, so that it is the same in any process ----
+
+
+class Same(Normal):
+    """A normal distribution whose draw is a function of its mean."""
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        noise = (5 * self.loc.detach()).cos()
+        return (self.loc + self.scale * noise).expand(self._extended_shape(sample_shape))
+
+
+class SameNoise(nn.Module):
+    def __init__(self, posterior: nn.Module) -> None:
+        super().__init__()
+        self.posterior = posterior
+
+    def forward(self, x: Tensor) -> Independent:
+        q = self.posterior(x).base_dist
+        return Independent(Same(q.loc, q.scale), 1)
+
+
+def observed(images: int = IMAGES, dtype: torch.dtype = torch.float64) -> data.Observed:
+    generator = torch.Generator().manual_seed(1)
+    splits = [
+        data.Split(torch.rand(n, 1, 8, 8, generator=generator).round().to(dtype), None)
+        for n in (images, 11, 9)
+    ]
+    return data.observe(data.Dataset("random", *splits, sha256=""), "grey")
+
+
+def pair(net: str, dtype: torch.dtype) -> pvae.VAE:
+    torch.manual_seed(2)
+    vae = tiny(net=net).to(dtype)
+    guide = pvae.Guide(SameNoise(vae.guide.posterior))
+    return pvae.VAE(pvae.Model(vae.model.prior, vae.model.likelihood), guide)
+
+
+def trainer(
+    net: str = "mlp",
+    engine: str = "eager",
+    dtype: torch.dtype = torch.float64,
+    vae: pvae.VAE | None = None,
+    **settings: Any,
+) -> Trainer:
+    vae = pair(net, dtype) if vae is None else vae
+    adam = torch.optim.Adam(vae.parameters(), lr=1e-2, eps=1e-3)
+    arguments = vae.model, vae.guide, pvae.SingleOptimizer(adam), Trace_ELBO()
+    svi = SVI(*arguments)
+    if engine == "captured":
+        svi = captured.SVI(*arguments, compiler=captured.as_traced, strict=True)
+    settings = {"epochs": EPOCHS, "batch_size": BATCH, "quiet": True, **settings}
+    return Trainer(vae, svi, observed(dtype=dtype), **settings)
+
+
+def outcome(t: Trainer) -> tuple[list[Tensor], list[float]]:
+    names = ("train_objective", "validation_elbo", "validation_kl")
+    numbers = [row[name] for row in t.history for name in names]
+    return [p.detach().clone() for p in t.vae.parameters()], numbers
+
+
+def trained(*arguments: Any, until: int | None = None, **settings: Any) -> Any:
+    t = trainer(*arguments, **settings)
+    t.fit(until)
+    return *outcome(t), getattr(t.svi, "engine", "eager"), t.step
+
+
+def assert_same(found: Any, expected: Any, tolerance: float) -> None:
+    for ours, theirs in zip(found[0], expected[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    assert found[1] == pytest.approx(expected[1], rel=10 * tolerance)
+
+
+@pytest.mark.parametrize(
+    ("n", "engine", "net"),
+    [
+        (2, "eager", "mlp"),
+        (2, "captured", "conv"),
+        (4, "eager", "conv"),
+        (4, "captured", "mlp"),
+        pytest.param(2, "eager", "conv", marks=SLOW),
+        pytest.param(2, "captured", "mlp", marks=SLOW),
+        pytest.param(4, "eager", "mlp", marks=SLOW),
+        pytest.param(4, "captured", "conv", marks=SLOW),
+    ],
+)
+def test_training_is_that_of_one_process(run, n, engine, net):
+    """Parameters and history after 20 steps; each epoch's last batch leaves processes idle."""
+    expected = trained(net)
+    for found in run(n, trained, net, engine):
+        assert_same(found, expected, 1e-10)
+        assert found[2:] == (engine, 20)
+
+
+def test_training_is_that_of_one_process_in_float32(run):
+    for found in run(2, trained, "mlp", "eager", torch.float32):
+        assert_same(found, trained("mlp", dtype=torch.float32), 1e-5)
+
+
+def accumulated(engine: str, k: int) -> Any:
+    return trained("mlp", engine, accumulate=k)
+
+
+@pytest.mark.parametrize("engine", ["eager", "captured"])
+def test_a_batch_in_parts_is_the_batch(run, engine):
+    expected = trained("mlp")
+    assert_same(accumulated(engine, 3), expected, 1e-10)
+    for found in run(2, accumulated, engine, 3):
+        assert_same(found, expected, 1e-10)
+
+
+# ---- data and noise ----
+
+
+def batches(how: str) -> list[Tensor]:
+    digits = data.load("digits")
+    return [x for x, _ in data.observe(digits, how).batches(100, seed=3, epoch=1)]
+
+
+@pytest.mark.parametrize("how", ["grey", "dynamic", "dequantized"])
+def test_the_parts_of_each_batch_are_that_of_one_process(run, how):
+    for *parts, whole in zip(*run(4, batches, how), batches(how), strict=True):
+        sizes = [len(part) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def shares(n: int) -> tuple[Tensor, Tensor]:
+    mine = torch.arange(n)[processes.part(n)]
+    return mine, processes.gather(mine[:, None].double(), n)
+
+
+def test_each_of_n_things_is_in_one_share(run):
+    for n in (4, 7, 16):
+        parts, gathered = zip(*run(4, shares, n), strict=True)
+        assert torch.cat(parts).tolist() == list(range(n))
+        for rows in gathered:
+            assert rows.flatten().tolist() == list(range(n))
+
+
+def seeds() -> list[int]:
+    t, found = trainer(epochs=1), []
+
+    def note(module: nn.Module, inputs: Any) -> None:
+        if module.training:
+            found.append(torch.initial_seed())
+
+    t.vae.guide.posterior.register_forward_pre_hook(note)
+    t.fit()
+    return found
+
+
+def test_noise_differs_by_process_and_by_step(run):
+    found = [seed for of_one in run(2, seeds) for seed in of_one]
+    assert len(found) == len(set(found)) == 10
+
+
+# ---- gradients ----
+
+
+def lone_gradients() -> tuple[list[float], list[Any]]:
+    """A step in which each process has the gradient of one parameter, of another one each."""
+    a, b = (nn.Parameter(torch.zeros(())) for _ in range(2))
+    optimizer = pvae.SingleOptimizer(torch.optim.SGD([a, b], lr=1.0))
+    mine = (a, b)[processes.rank()]
+    for _ in range(2):
+        mine.grad = torch.tensor(1.0 + processes.rank())
+        optimizer([mine])
+        mine.grad = None
+    return [a.item(), b.item()], [a.grad, b.grad]
+
+
+def test_a_gradient_that_one_process_has_counts_once_a_step(run):
+    for values, left in run(2, lone_gradients):
+        assert values == [-2.0, -4.0]
+        assert left == [None, None]
+
+
+def strangers() -> list[Tensor]:
+    t = trainer(vae=tiny(net="mlp").double(), epochs=1)
+    with torch.no_grad():
+        for p in t.vae.parameters():
+            p.add_(processes.rank())
+    t.fit()
+    return outcome(t)[0]
+
+
+def test_all_processes_start_from_the_parameters_of_the_first(run):
+    first, second = run(2, strangers)
+    assert all(map(torch.equal, first, second))
+
+
+# ---- a run that stops and goes on ----
+
+
+def noisy(folder: Path, until: int | None) -> Any:
+    return kept(folder, until, tiny(net="mlp").double())
+
+
+def kept(folder: Path, until: int | None, vae: pvae.VAE | None = None) -> Any:
+    t = trainer(vae=vae, folder=folder)
+    if (folder / "checkpoint.pt").exists():
+        t.resume(folder / "checkpoint.pt")
+    t.fit(until)
+    return outcome(t)
+
+
+def test_a_run_goes_on_in_another_number_of_processes(run, tmp_path):
+    run(2, kept, tmp_path, 1)
+    run(4, kept, tmp_path, 3)
+    assert_same(kept(tmp_path, None), trained("mlp"), 1e-10)
+
+
+def test_a_resumed_run_has_the_noise_that_it_would_have_had(run, tmp_path):
+    (whole := tmp_path / "whole").mkdir()
+    (stopped := tmp_path / "stopped").mkdir()
+    expected = run(2, noisy, whole, None)
+    run(2, noisy, stopped, 2)
+    for found, wanted in zip(run(2, noisy, stopped, None), expected, strict=True):
+        assert_same(found, wanted, 0.0)
+
+
+def killed(folder: Path) -> Any:
+    """The second process is killed in the second epoch; what the first one says, and when."""
+    t = trainer(folder=folder)
+    step, began = t.svi.step, time.perf_counter()
+
+    def until_killed(*args: Any) -> Any:
+        if processes.rank() == 1 and t.step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(*args)
+
+    t.svi.step = until_killed
+    with pytest.raises(ConnectionError) as stopped:
+        t.fit()
+    return str(stopped.value), time.perf_counter() - began
+
+
+def test_a_killed_process_ends_the_run_and_leaves_its_checkpoint(run, tmp_path):
+    (message, seconds), nothing = run(2, killed, tmp_path)
+    assert nothing is None
+    assert message.startswith("another process of this run has ended, or does not answer")
+    assert "checkpoint.pt holds the state after epoch 1" in message
+    assert seconds < 60
+    assert_same(kept(tmp_path, None), trained("mlp"), 1e-10)
+
+
+def silent() -> str:
+    """The second process says nothing for longer than the others wait."""
+    if processes.rank() == 1:
+        time.sleep(23)
+    try:
+        processes.total(1.0)
+    except ConnectionError as error:
+        return str(error)
+    return "answered"
+
+
+@SLOW
+def test_a_process_that_does_not_answer_ends_the_run(run):
+    assert all("does not answer" in message for message in run(2, silent))
+
+
+# ---- the main run ----
+
+
+def main_run(folder: Path, *more: str) -> str:
+    arguments = ["--dataset", "digits", "-n", "1", "--net", "mlp", "--hidden", "16", "-b", "256"]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        example("mnist_svi").main([*arguments, "--device", "cpu", "--out", str(folder), *more])
+    return said.getvalue()
+
+
+def test_one_process_of_the_main_run_writes_and_prints(run, tmp_path):
+    first, second = run(2, main_run, tmp_path / "run", "--accumulate", "2")
+    assert second == ""
+    assert "run: on cpu, 2 processes" in first
+    numbers = json.loads((tmp_path / "run" / "results.json").read_text())["numbers"]
+    assert numbers["elbo"]["images"] == 179
+    assert (tmp_path / "run" / "samples.png").exists()
+    found = pvae.load(tmp_path / "run")
+    subject = pvae.results.Subject(found, data.observe(data.load("digits"), "dynamic"), quiet=True)
+    alone = pvae.results.elbo_rows(subject)[0].value
+    assert numbers["elbo"]["mean"] == pytest.approx(alone.mean, abs=2)  # other noise
+
+
+def study_run(folder: Path) -> None:
+    args = pvae.cli.study_parser("").parse_args(["--dataset", "digits", "--out", str(folder)])
+    study.start(args, "study", "grey")
+
+
+def test_a_study_is_for_one_process(run, tmp_path):
+    for error in run(2, study_run, tmp_path):
+        assert str(error) == "this study runs in one process, not in 2"
+
+
+# ---- what is refused, in plain words ----
+
+
+def refused(batch_size: int, images: int) -> None:
+    vae = pair("mlp", torch.float64)
+    adam = pvae.SingleOptimizer(torch.optim.Adam(vae.parameters()))
+    svi = SVI(vae.model, vae.guide, adam, Trace_ELBO())
+    Trainer(vae, svi, observed(images), epochs=1, batch_size=batch_size, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "images", "message"),
+    [
+        (3, 50, "batch_size must be a multiple of 4 (4 process(es) by 1 part(s) of each), not 3"),
+        (10, 50, "batch_size must be a multiple of 4 (4 process(es) by 1 part(s) of each), not 10"),
+        (4, 3, "data.train must hold an image for each of 4 processes, not 3 image(s)"),
+    ],
+)
+def test_too_few_images_are_refused(run, batch_size, images, message):
+    for error in run(4, refused, batch_size, images):
+        assert type(error) is ValueError
+        assert str(error) == message
+
+
+def in_parts(vae: pvae.VAE, elbo: Any) -> Trainer:
+    """A trainer that takes its batches in parts: in one process, for the same refusals."""
+    adam = pvae.SingleOptimizer(torch.optim.Adam(vae.parameters()))
+    svi = SVI(vae.model, vae.guide, adam, elbo)
+    images = observed(dtype=torch.float32)
+    if vae.recipe is not None and vae.recipe.net == "deep":
+        images = data.observe(data.load("digits"), "dynamic")
+    return Trainer(vae, svi, images, epochs=1, batch_size=12, accumulate=2, quiet=True)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_loss_that_is_not_a_sum_over_images_is_refused(name):
+    """Whether it is one is found here by halves of a batch, with noise by image."""
+    vae = pair("mlp", torch.float64)
+    elbo = OBJECTIVES[name].elbo(OBJECTIVES[name].min_particles)
+    x = observed().train.images[:12]
+    if name == "free_bits":  # a floor that is above one half's mean and below the other's
+        elbo.nats = kl_by_unit(vae.encode(x), vae.model.prior()).mean(0)[0].item()
+    whole, *halves = (elbo.loss(vae.model, vae.guide, part) for part in (x, x[:6], x[6:]))
+    assert (sum(halves) == pytest.approx(whole)) == getattr(elbo, "sums_over_images", True)
+    if sum(halves) == pytest.approx(whole):
+        in_parts(vae.float(), elbo)
+    else:
+        with pytest.raises(ValueError, match="svi must have a loss that is a sum over images"):
+            in_parts(vae.float(), elbo)
+
+
+def test_an_unknown_loss_is_refused_unless_it_says_that_it_is_a_sum():
+    vae, elbo = tiny(net="mlp"), TraceTailAdaptive_ELBO(2, vectorize_particles=True)
+    with pytest.raises(ValueError, match="TraceTailAdaptive_ELBO does not say so"):
+        in_parts(vae, elbo)
+    elbo.sums_over_images = True
+    in_parts(vae, elbo)
+
+
+def test_batchnorm_is_refused():
+    vae = pvae.build((1, 28, 28), 2, net="deep")
+    with pytest.raises(ValueError, match="vae must be without BatchNorm, which normalizes by"):
+        in_parts(vae, Trace_ELBO())
+
+
+class WithWeight(pvae.Model):
+    """A Bayesian weight for all images."""
+
+    def forward(self, x: Tensor | None = None, y: Any = None, *, size: int = 1) -> Any:
+        pyro.sample("w", Normal(torch.zeros(()), torch.ones(())))
+        return super().forward(x, y, size=size)
+
+
+class WeightToo(pvae.Guide):
+    def forward(self, x: Tensor, y: Any = None) -> Any:
+        pyro.sample("w", Normal(torch.zeros(()), torch.ones(())))
+        return super().forward(x, y)
+
+
+def test_a_site_outside_the_data_plate_is_refused():
+    """A loss by hand is not what this test is about: none is known of this ELBO."""
+    vae = tiny(net="mlp")
+    model = WithWeight(vae.model.prior, vae.model.likelihood)
+
+    class Sum(Trace_ELBO):
+        sums_over_images = True
+
+    with pytest.raises(ValueError, match=r"all sites in the data plate.*'w', outside of it"):
+        in_parts(pvae.VAE(model, WeightToo(vae.guide.posterior)), Sum())
