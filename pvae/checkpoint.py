@@ -4,24 +4,76 @@ Format 2 keeps a `Recipe`; format 1, of version 0.1, kept the arguments of its `
 brought into the form of today when it is read.
 """
 
+import io
 import os
-from collections.abc import Mapping
+import pickle
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pvae.builder import NETS, PRIORS, Recipe, compose
+from pvae.builder import NETS, PRIORS, Recipe, compose, number_of_parameters
 from pvae.files import write_atomically
+from pvae.untrusted import Named, check_pickle
 from pvae.vae import VAE
 
 FORMAT = 2
 
+# what a pickle of tensors and plain values names; of the storages the bytes of an element
+_BYTES = {
+    **{f"torch {name}Storage": 1 for name in ("Bool", "Byte", "Char")},
+    **{f"torch {name}Storage": 2 for name in ("BFloat16", "Half", "Short")},
+    **{f"torch {name}Storage": 4 for name in ("Float", "Int")},
+    **{f"torch {name}Storage": 8 for name in ("ComplexFloat", "Double", "Long")},
+}
+_NAMES = {
+    *("collections OrderedDict", "torch Size", *_BYTES),
+    *("torch._utils _rebuild_parameter", "torch._utils _rebuild_tensor_v2"),
+}
 
-def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
-    """Writes a mapping of tensors and plain values, atomically."""
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+
+def write(
+    path: str | os.PathLike[str], state: Mapping[str, Any], previous: Path | None = None
+) -> None:
+    """Writes a mapping of tensors and plain values with its checksum, atomically; the file that
+    was there is kept as `previous`."""
+    state = {"format": FORMAT, **state}
+    # in memory first: torch does not pass on what a full disk says
+    buffer = io.BytesIO()
+    torch.save({**state, "checksum": checksum(state)}, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()), previous)
+
+
+def checksum(state: Mapping[str, Any]) -> int:
+    """The CRC-32 of all names, tensors and values.
+
+    >>> checksum({"a": torch.zeros(2)}) == checksum({"a": torch.tensor([0.0, 1e-38])})
+    False
+    """
+    crc = 0
+    for part in _bytes(state):
+        crc = zlib.crc32(part, crc)
+    return crc
+
+
+def _bytes(value: Any) -> Iterator[Any]:
+    if isinstance(value, Tensor):
+        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield repr(name).encode()
+            yield from _bytes(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _bytes(item)
+    else:
+        yield repr(value).encode()
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -34,13 +86,86 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not os.path.exists(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
+        _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+        _check_tensors(state)
     except Exception as error:
         # whatever torch, zipfile or the unpickler says of a damaged file
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
-    if not isinstance(state, dict) or state.get("format") not in (1, FORMAT):
+    number = state.get("format") if isinstance(state, dict) else None
+    if type(number) is not int or number not in (1, FORMAT):
         raise ValueError(f"{path} is not a checkpoint of this version of pvae (format {FORMAT})")
-    return _from_format_1(state) if state["format"] == 1 else state
+    if number == FORMAT:
+        if state.pop("checksum", None) not in (None, checksum(state)):
+            raise ValueError(f"{path} is damaged: its content does not have its writer's checksum")
+        return state
+    try:
+        return _from_format_1(state)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is a damaged checkpoint of format 1: {error!r}") from error
+
+
+def _check_archive(path: str | os.PathLike[str]) -> None:
+    """Holds what the entries claim against the size of the file, and the names in its pickle
+    against those that tensors and plain values need, before torch reads any of it."""
+    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        size = os.fstat(file.fileno()).st_size
+        claimed = sum(entry.file_size for entry in entries)
+        if claimed > size or any(entry.compress_type for entry in entries):
+            raise ValueError(
+                f"its entries must be stored as they are, in its {size:,} bytes; unpacked they "
+                f"claim {claimed:,}"
+            )
+        file.seek(-22, os.SEEK_END)
+        if file.read(4) != b"PK\5\6":  # else zipfile and torch might find two directories
+            raise ValueError("nothing must follow its directory")
+        names = [entry.filename for entry in entries]
+        if len({name.lower() for name in names}) < len(names):  # torch does not tell them apart
+            raise ValueError("two of its entries have one name")
+        (pickled,) = (name for name in names if name.endswith("/data.pkl"))
+        content = archive.read(pickled)
+        check_pickle(content, _NAMES.__contains__, protocol=2)
+        folder = pickled.removesuffix(".pkl")
+        _Claims(content, {e.filename: e.file_size for e in entries}, folder).load()
+
+
+class _Claims(pickle.Unpickler):
+    """Reads a pickle with stand-ins for all that it names, to hold the storages that it claims
+    against those that are there: torch itself does so only from version 2.10 on."""
+
+    def __init__(self, content: bytes, sizes: Mapping[str, int], folder: str) -> None:
+        super().__init__(io.BytesIO(content))
+        self._sizes, self._folder = sizes, folder
+
+    def find_class(self, module: str, name: str) -> Any:
+        return OrderedDict if name == "OrderedDict" else _BYTES.get(f"{module} {name}", Named)
+
+    def persistent_load(self, claim: Any) -> None:
+        _, item_bytes, key, _, numel = claim
+        if (type(item_bytes), type(key), type(numel)) != (int, str, int):
+            raise ValueError("a storage must be named by its kind, a text and a number")
+        claimed, held = item_bytes * numel, self._sizes.get(f"{self._folder}/{key}", 0)
+        if claimed != held:
+            raise ValueError(f"a storage claims {claimed:,} bytes, but it has {held:,}")
+
+
+def _check_tensors(state: Any) -> None:
+    """Refuses a view that is larger than what it is a view of, as of one number a million times."""
+    seen, left = set(), [state]
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            claimed, held = value.numel() * value.element_size(), value.untyped_storage().nbytes()
+            if claimed > held:
+                raise ValueError(f"a tensor claims {claimed:,} bytes of {held:,}")
+        elif isinstance(value, Mapping):
+            left += value.values()
+        elif isinstance(value, list | tuple):
+            left += value
 
 
 def _from_format_1(state: dict[str, Any]) -> dict[str, Any]:
@@ -96,9 +221,10 @@ def restore(module: nn.Module, state: Mapping[str, Tensor], source: object = "st
     """
     own = module.state_dict()
     lines = []
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{source} must hold a mapping of tensors by name, not {type(state)}")
     for name in [*own, *(name for name in state if name not in own)]:
-        saved = tuple(state[name].shape) if name in state else "not"
-        needed = tuple(own[name].shape) if name in own else "not"
+        saved, needed = _kept(state, name), _kept(own, name)
         if saved != needed:
             lines.append(f"  {name}: {saved} saved, {needed} needed")
     if lines:
@@ -108,12 +234,27 @@ def restore(module: nn.Module, state: Mapping[str, Tensor], source: object = "st
     module.load_state_dict(state)
 
 
-def load(path: str | os.PathLike[str]) -> VAE:
+def _kept(state: Mapping[str, Any], name: str) -> str:
+    """What a state holds under a name: a shape, of a kind that is shown where it is not float."""
+    if name not in state:
+        return "not"
+    value = state[name]
+    if not isinstance(value, Tensor):
+        return f"no tensor but {type(value).__name__}"
+    kind = "" if value.is_floating_point() else f" of {value.dtype}"
+    return f"{tuple(value.shape)}{kind}"
+
+
+def load(path: str | os.PathLike[str], *, max_parameters: int = 10**9) -> VAE:
     """Builds again the VAE saved in a checkpoint or a run folder (its best model), in eval mode.
+
+    Nothing in the file is run, and nothing is allocated before the recipe is known to be one of
+    `build` that makes at most `max_parameters` parameters, no more than the file can hold.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not a checkpoint of a VAE made by `build`.
+        ValueError: the file is not a checkpoint of a VAE made by `build`, or one of more
+            parameters than `max_parameters`.
     """
     file = os.path.join(path, "best.pt") if os.path.isdir(path) else path
     state = read(file)
@@ -123,8 +264,23 @@ def load(path: str | os.PathLike[str]) -> VAE:
             "state to pvae.checkpoint.restore"
         )
     try:
-        vae = compose(Recipe(**state["recipe"]))
+        vae = compose(_affordable(Recipe(**state["recipe"]), os.path.getsize(file), max_parameters))
     except TypeError as error:
         raise ValueError(f"{file} was written by another version of pvae: {error}") from error
-    restore(vae, state["model"], file)
+    except ValueError as error:
+        raise ValueError(f"{file} holds a recipe that cannot be used: {error}") from error
+    restore(vae, state.get("model", {}), file)
     return vae.eval()
+
+
+def _affordable(recipe: Recipe, size: int, max_parameters: int) -> Recipe:
+    """The recipe, unless it makes more parameters than are wanted, or than a file has bytes."""
+    needed = number_of_parameters(recipe)
+    if needed > max_parameters:
+        raise ValueError(
+            f"max_parameters must be at least {needed:,}, those of the recipe, not "
+            f"{max_parameters:,}: raise it if you trust the file"
+        )
+    if needed > size:
+        raise ValueError(f"it makes {needed:,} parameters, but the file has {size:,} bytes")
+    return recipe

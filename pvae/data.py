@@ -8,9 +8,13 @@ binary or dequantised pixels), and `Observed.batches` gives the batches of one e
 from __future__ import annotations
 
 import difflib
+import gzip
 import hashlib
+import io
 import math
 import os
+import pickle
+import reprlib
 import socket
 import struct
 import sys
@@ -32,6 +36,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
+
+from pvae import processes
+from pvae.untrusted import Named, check_pickle, check_unpacked
 
 NAMES = ("mnist", "fashion-mnist", "kmnist", "cifar10", "digits", "patches")
 
@@ -172,9 +179,10 @@ def load(
 
     - None: MNIST, found or downloaded as below; offline the digits, and `note` says so.
     - "mnist", "fashion-mnist", "kmnist", "cifar10": looked for, in torchvision's layout, in
-      `root`, `$PVAE_DATA`, `./data` and the user's cache folder, in this order. If none of them
-      has it, it is downloaded into the cache (never with `download=False`). The last sixth of the
-      training images (of CIFAR-10: the last tenth) is for validation.
+      `root`, `$PVAE_DATA`, `./data` and the user's cache folder, in this order; IDX files may be
+      packed by gzip. If none of them has it, it is downloaded into the cache (never with
+      `download=False`). The last sixth of the training images (of CIFAR-10: the last tenth) is for
+      validation.
     - "digits": scikit-learn's 1,797 digits, 8x8, scaled to 28x28; needs no network.
     - "patches": 64x64 RGB patches, one every 8 pixels, of scikit-learn's two photographs (a temple
       and a flower: the two labels); needs no network. Patches overlap, but each split has its own
@@ -296,6 +304,9 @@ class Observed:
         """One epoch: every training image once, in random order, as float32 `(B, C, H, W)`, with
         its part of `train.y`; the last batch may be smaller.
 
+        Each of several processes gets its part of each batch, with the pixels that a single one
+        would get; of a last batch of fewer images than processes, some get none.
+
         Order and redrawn pixels depend only on `seed`, `epoch`, the batch size and the device, so
         a resumed run sees the batches of an uninterrupted one. The global random state stays as
         it is. Raises ValueError unless `batch_size` is at least 1 and `seed` and
@@ -311,9 +322,13 @@ class Observed:
         order = torch.randperm(len(images), generator=generator, device=images.device)
 
         def batch(index: Tensor) -> tuple[Tensor, Tensor | None]:
-            x = images.index_select(0, index)
-            x = x if self.redraw is None else self.redraw(x, generator)
-            return pixels(x), None if y is None else y.index_select(0, index)
+            mine = index[processes.part(len(index))]
+            if self.redraw is None:
+                x = images.index_select(0, mine)
+            else:  # all of the batch, so that any number of processes draws the same pixels
+                x = self.redraw(images.index_select(0, index), generator)
+                x = x[processes.part(len(index))]
+            return pixels(x), None if y is None else y.index_select(0, mine)
 
         return map(batch, order.split(batch_size))
 
@@ -595,7 +610,13 @@ def _obtain(name: str, root: str | os.PathLike[str] | None, download: bool) -> P
 
 
 def _missing(name: str, folder: Path) -> list[str]:
-    return [file for file in _PUBLISHED[name].files if not (folder / file).is_file()]
+    return [file for file in _PUBLISHED[name].files if not _found(folder / file).is_file()]
+
+
+def _found(path: Path) -> Path:
+    """The file, or, where only that is there, the same packed by gzip."""
+    packed = path.with_name(f"{path.name}.gz")
+    return packed if packed.is_file() and not path.is_file() else path
 
 
 def _not_found(name: str, folders: list[Path], reason: str) -> str:
@@ -604,7 +625,7 @@ def _not_found(name: str, folders: list[Path], reason: str) -> str:
     return (
         f"{name} is in none of its folders, and {reason}\nFolders looked in:\n  "
         + "\n  ".join(missing)
-        + "\nTo put the files there by hand, unpacked, name them, inside any of these:\n  "
+        + "\nTo put the files there by hand, name them, inside any of these:\n  "
         + "\n  ".join(files)
     )
 
@@ -658,11 +679,19 @@ def _download(name: str) -> Path:
 
 def _read_published(name: str, folder: Path) -> Dataset:
     reader, files, held_out = _PUBLISHED[name]
-    for file in files:
-        if file.endswith("-ubyte"):
-            _check_idx(folder / file)
-    train = _read_part(reader, folder, train=True)
-    test = _read_part(reader, folder, train=False)
+    if name == "cifar10":
+        published = _torchvision(reader)
+        lists = published.train_list, published.test_list
+        train, test = (_read_cifar(folder / published.base_folder, batches) for batches in lists)
+    else:
+        arrays = [_read_idx(_found(folder / file)) for file in files]
+        train, test = (_idx_split(arrays[i], arrays[i + 1], folder) for i in (0, 2))
+    shapes = [tuple(split.images.shape[1:]) for split in (train, test)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"{folder}: the images of {name} for training and test must have one shape, not "
+            f"{shapes[0]} and {shapes[1]}"
+        )
     return _dataset(name, (*_hold_out(train, held_out, folder), test))
 
 
@@ -672,54 +701,115 @@ def _torchvision(reader: str) -> Any:
     return getattr(datasets, reader)
 
 
-def _read_part(reader: str, folder: Path, train: bool) -> Split:
-    with warnings.catch_warnings():
-        # NumPy 2.4.0 to 2.4.4 warn of the way in which CIFAR-10's old pickles name a dtype.
-        warnings.filterwarnings("ignore", message=r"dtype\(\): align")
-        try:
-            part = _torchvision(reader)(folder, train=train, download=False)
-        except RuntimeError as error:
-            raise ValueError(
-                f"the files of {reader} in {folder} are damaged: their checksums are not "
-                "the published ones; delete them to download them again"
-            ) from error
-    images = _channels_first(np.asarray(part.data), folder)
-    return Split(images, _labels(np.asarray(part.targets), len(images), folder))
+def _idx_split(images: np.ndarray, labels: np.ndarray, folder: Path) -> Split:
+    return Split(_channels_first(images, folder), _labels(labels, len(images), folder))
 
 
-def _check_idx(path: Path) -> None:
+def _read_idx(path: Path) -> np.ndarray:
     axes = 3 if "idx3" in path.name else 1
-    length = 4 + 4 * axes
-    with open(path, "rb") as file:
-        header = file.read(length)
+    length, size = 4 + 4 * axes, path.stat().st_size
     magic = bytes([0, 0, 8, axes])
-    if header[:4] != magic or len(header) < length:
+    packed = path.suffix == ".gz"
+    with gzip.open(path) if packed else open(path, "rb") as file:
+        try:
+            header = file.read(length)
+            if header[:4] != magic or len(header) < length:
+                raise ValueError(
+                    f"an IDX file of bytes in {axes} axes must begin with a header of {length} "
+                    f"bytes, of which the first are {magic.hex(' ')}, not with {header.hex(' ')!r}"
+                )
+            sizes = struct.unpack(f">{axes}I", header[4:])
+            expected = length + math.prod(sizes)
+            if packed:
+                check_unpacked(expected, size)
+            elif expected != size:
+                raise ValueError(_of_length(sizes, expected, size))
+            if 0 in sizes:
+                raise ValueError(f"its sizes must be at least 1, not {sizes}")
+            content = _read_bytes(file, expected - length)
+            if (found := length + len(content) + len(file.read(1))) != expected:
+                raise ValueError(_of_length(sizes, expected, found))
+        except (EOFError, OSError, ValueError, zlib.error) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+    return content.reshape(sizes)
+
+
+def _read_bytes(file: Any, size: int) -> np.ndarray:
+    """The next bytes of a file, fewer where it ends, of which at most a MiB is in memory twice;
+    plain, gzip and zip files share no type that has `readinto`."""
+    content = np.empty(size, np.uint8)
+    left = content.data
+    while count := file.readinto(left[: 2**20]):
+        left = left[count:]
+    return content[: size - len(left)]
+
+
+def _of_length(sizes: Sequence[int], expected: int, found: int) -> str:
+    return (
+        f"by the sizes in its header, {tuple(sizes)}, its length must be {expected} bytes, not "
+        f"{found}"
+    )
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Calls nothing that a pickle names: NumPy's arrays are read as what they are made of."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
+            return Named
+        raise ValueError(f"it names {module}.{name}, and only arrays may be in it")
+
+
+_CIFAR_BYTES = 2**26  # a published batch has 31 million
+
+
+def _read_cifar(folder: Path, batches: Sequence[Sequence[str]]) -> Split:
+    """The published batches, which are pickles, by their names and MD5 sums."""
+    images, labels = zip(*(_read_batch(folder / name, md5) for name, md5 in batches), strict=True)
+    tensor = torch.from_numpy(np.concatenate(images))
+    return Split(tensor, _labels(np.concatenate(labels), len(tensor), folder))
+
+
+def _read_batch(path: Path, md5: str) -> tuple[np.ndarray, np.ndarray]:
+    if path.stat().st_size > _CIFAR_BYTES:
+        raise ValueError(f"{path} is damaged: it must have at most {_CIFAR_BYTES:,} bytes")
+    content = path.read_bytes()
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
         raise ValueError(
-            f"{path}: an unpacked IDX file of bytes in {axes} axes must begin with a header of "
-            f"{length} bytes, of which the first are {magic.hex(' ')}, not with {header.hex(' ')!r}"
+            f"the files of CIFAR10 in {path.parent} are damaged: their checksums are not the "
+            f"published ones, as that of {path.name}; delete them to download them again"
         )
-    sizes = struct.unpack(f">{axes}I", header[4:])
-    expected, found = length + math.prod(sizes), path.stat().st_size
-    if found != expected:
-        raise ValueError(
-            f"{path} is damaged: by the sizes in its header, {sizes}, its length must be "
-            f"{expected} bytes, not {found}"
-        )
-    if 0 in sizes:
-        raise ValueError(f"{path}: its sizes must be at least 1, not {sizes}")
+    try:
+        check_pickle(content)
+        batch = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
+        _, shape, dtype, fortran, pixels = batch["data"].state
+        if isinstance(pixels, str):  # bytes, to Python 2
+            pixels = pixels.encode("latin1")
+        if dtype.arguments[0] != "u1" or fortran:
+            raise ValueError("its pixels must be bytes, row by row")
+        images = np.frombuffer(pixels, np.uint8).reshape(-1, 3, 32, 32)
+        labels = np.array(batch["labels"])
+        if shape != (len(images), 3072) or labels.shape != (len(images),):
+            raise ValueError(f"it must have 3072 bytes and one label an image, not {shape}")
+    except Exception as error:  # whatever the unpickler or NumPy say
+        raise ValueError(f"{path} is no batch of CIFAR-10: {error!r}") from error
+    return images, labels
 
 
 # ----- arrays and folders of one's own ------------------------------------------------------------
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_PIXELS = 2**24  # of one image: 4096 x 4096
 
 
 def _read_array(path: Path, seed: int) -> Dataset:
     if path.suffix.lower() not in (".npy", ".npz"):
         raise ValueError(f"name, where it is a file, must be a .npz or .npy file, not {path}")
     try:
-        images, labels = _load_arrays(path)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        with warnings.catch_warnings():  # NumPy warns of headers as Python 2 wrote them
+            warnings.simplefilter("ignore")
+            images, labels = _load_arrays(path)
+    except Exception as error:  # whatever NumPy, zipfile or zlib say of a damaged file
         raise ValueError(f"{path} cannot be read as NumPy arrays: {error}") from error
     note = f"{path.name}: float pixels, rounded to 255ths" if images.dtype.kind == "f" else ""
     tensor = _channels_first(_bytes(images, path), path)
@@ -728,27 +818,58 @@ def _read_array(path: Path, seed: int) -> Dataset:
 
 
 def _load_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    with open(path, "rb") as file:  # given the path, np.load leaves a damaged .npz open
-        loaded = np.load(file, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded, None
-        label_keys = [key for key in ("labels", "y") if key in loaded.files]
-        others = [key for key in loaded.files if key not in label_keys]
+    size = path.stat().st_size
+    if path.suffix.lower() == ".npy":
+        with open(path, "rb") as file:
+            return _read_npy(file, size, size), None
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
+        label_keys = [key for key in ("labels", "y") if key in entries]
+        others = [key for key in entries if key not in label_keys]
         image_keys = [key for key in ("images", "x") if key in others]
         if not image_keys and len(others) != 1:
             raise ValueError(
                 "the images must be under 'images' or 'x', or be the only array, not "
-                f"{', '.join(map(repr, loaded.files)) or 'missing'}"
+                f"{', '.join(map(repr, [*entries][:9])) or 'missing'}"
             )
-        labels = loaded[label_keys[0]] if label_keys else None
-        return loaded[(image_keys or others)[0]], labels
+
+        def read(key: str) -> np.ndarray:
+            entry = entries[key]
+            check_unpacked(entry.file_size, size)
+            with archive.open(entry) as file:
+                return _read_npy(file, entry.file_size, size)
+
+        return read((image_keys or others)[0]), read(label_keys[0]) if label_keys else None
+
+
+def _read_npy(file: Any, length: int, packed: int) -> np.ndarray:
+    """An array, after its header is held against the length of what follows."""
+    version = np.lib.format.read_magic(file)
+    headers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    if version not in headers:
+        raise ValueError(f"its version must be 1.0 or 2.0, not {version}")
+    shape, fortran, dtype = headers[version](file)
+    if dtype.hasobject:
+        raise ValueError(f"its elements must be numbers or bool, not objects ({dtype})")
+    if any(size < 0 for size in shape):
+        raise ValueError(f"its sizes must be at least 0, not {reprlib.repr(shape)}")
+    expected, found = math.prod(shape) * dtype.itemsize, length - file.tell()
+    if expected != found:
+        raise ValueError(f"its header claims {expected:,} bytes of data, but {found:,} follow")
+    content = _read_bytes(file, expected)
+    if len(content) != expected:
+        raise ValueError(f"{expected:,} bytes of data must follow, not {len(content):,}")
+    return content.view(dtype).reshape(shape, order="F" if fortran else "C")
 
 
 def _bytes(images: np.ndarray, source: Path) -> np.ndarray:
     if images.dtype == np.uint8:
         return images
     if images.dtype == np.bool_:
-        return images * np.uint8(255)
+        return (images.view(np.uint8) != 0) * np.uint8(255)  # a damaged file may hold a 2
     if images.dtype.kind != "f":
         raise ValueError(
             f"{source}: images must be uint8, bool or float in [0, 1], not {images.dtype}"
@@ -759,7 +880,9 @@ def _bytes(images: np.ndarray, source: Path) -> np.ndarray:
             f"{source}: float pixels must be in [0, 1], not in [{images.min():g}, "
             f"{images.max():g}]: {outside} of {images.size} are outside, NaN or infinite"
         )
-    return np.rint(images.astype(np.float32) * 255).astype(np.uint8)
+    scaled = images.astype(np.float32)
+    scaled *= 255
+    return np.rint(scaled, out=scaled).astype(np.uint8)
 
 
 def _channels_first(images: np.ndarray, source: Path) -> Tensor:
@@ -835,16 +958,28 @@ def _listed(names: Sequence[str]) -> str:
 def _read_images(path: Path, files: Sequence[Path]) -> Tensor:
     # delay: no bar where it would be gone at once; disable=None: none where nobody watches
     bar = tqdm(files, desc="reading images", unit="image", delay=1, leave=False, disable=None)
-    images = [_read_image(path / file) for file in bar]
-    for file, image in zip(files, images, strict=True):
+    packed = sum((path / file).stat().st_size for file in files)
+    images: list[Tensor] = []
+    for file in bar:
+        image = _read_image(path / file)
+        images.append(image)
         if image.shape[1:] != images[0].shape[1:]:
             (h, w), (first_h, first_w) = image.shape[1:], images[0].shape[1:]
             raise ValueError(
                 f"{path}: all images must have one size (height x width), not {first_h}x{first_w} "
                 f"({files[0]}) and {h}x{w} ({file})"
             )
+        if len(images) == 1:
+            _check_folder(path, 3 * len(files) * image[0].numel(), packed)
     channels = max(len(image) for image in images)  # grey only where all are grey
     return torch.stack([image.expand(channels, -1, -1) for image in images])
+
+
+def _check_folder(path: Path, unpacked: int, packed: int) -> None:
+    try:
+        check_unpacked(unpacked, packed)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _folder_labels(path: Path, files: Sequence[Path], depth: int = 0) -> Tensor | None:
@@ -865,14 +1000,18 @@ def _folder_labels(path: Path, files: Sequence[Path], depth: int = 0) -> Tensor 
 def _read_image(path: Path) -> Tensor:
     """`(1, H, W)` uint8 where the file is grey, else `(3, H, W)`."""
     try:
-        with Image.open(path) as image:
+        # no other formats by these names: of some Pillow starts a program of the machine
+        with Image.open(path, formats=("PNG", "JPEG", "BMP", "WEBP")) as image:
+            if image.width * image.height > _PIXELS:
+                raise ValueError(
+                    f"it must have at most {_PIXELS:,} pixels, not {image.width}x{image.height}"
+                )
             # ";16B": colours of 16 bits in a PNG, which Pillow would cut to 8 without a word
             if image.mode.startswith(("I", "F")) or ";16B" in str(image.tile):
                 raise ValueError(f"its pixels must have 8 bits, not as in {image.tile}")
             if image.mode == "P":  # straight to RGB, Pillow warns where it has transparency
                 image = image.convert("RGBA")
             array = np.array(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # SyntaxError: Pillow, of a broken PNG
+    except Exception as error:  # whatever Pillow says: of a broken PNG it is a SyntaxError
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
     return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)

@@ -4,21 +4,21 @@ The end of a run and the full evaluation both take them from here. All are nats 
 over images, never over batches.
 """
 
-import json
 import math
 import os
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pvae import evaluate, tables
+from pvae import evaluate, processes, tables
 from pvae.builder import LIKELIHOODS
 from pvae.data import Observed, Split
 from pvae.evaluate import Estimate, estimate
+from pvae.untrusted import read_json
 from pvae.vae import VAE
 
 _SUBSET = 1000  # test images of the importance-weighted bound at the end of a run
@@ -72,14 +72,22 @@ class Subject:
     def over(
         self, split: Split, function: Callable[..., Any], batch_size: int, title: str = ""
     ) -> Any:
-        """`function(x, y)` over a split, as `evaluate.over`; `y` is None for a pair without it."""
-        return evaluate.over(
-            self.shown(split),
+        """`function(x, y)` over a split, as `evaluate.over`; `y` is None for a pair without it.
+
+        Several processes share the images, and each has all results.
+        """
+        images, *rest = self.shown(split)
+        part = processes.part(len(images))
+        found = evaluate.over(
+            Split(images[part], *(None if t is None else t[part] for t in rest)),
             function,
             batch_size=batch_size,
-            seed=self.seed,
+            seed=processes.seed(self.seed),
             title=self.title(title),
         )
+        if isinstance(found, Tensor):
+            return processes.gather(found, len(images))
+        return type(found)(*(processes.gather(t, len(images)) for t in found))
 
     def title(self, text: str) -> str:
         """What a progress bar is called; nothing where none is wanted."""
@@ -215,14 +223,23 @@ def table(rows: Sequence[Row], subject: Subject, name: str) -> str:
 
 def _collapsed(rows: Sequence[Row]) -> list[str]:
     """What to say where the latents are hardly used."""
-    for row in rows:
-        units = row.out_of or 0
-        if row.key == "active_units" and row.images != 1 and row.value.mean < max(1, _FEW * units):
-            return [
-                f"warning: {row.value.mean:.0f} of {units} units are active: the pair hardly "
-                "uses z. A lower learning rate, a longer KL warm-up or free bits usually help"
-            ]
-    return []
+    found = [row for row in rows if row.key == "active_units" and row.images != 1]
+    texts = [collapse(row.value.mean, row.out_of or 0) for row in found]
+    return [text for text in texts if text]
+
+
+def collapse(active: float, units: int) -> str:
+    """A warning where fewer than a tenth of the units are active, or none; else nothing.
+
+    >>> collapse(4, 32)
+    ''
+    """
+    if active >= max(1, _FEW * units):
+        return ""
+    return (
+        f"warning: {active:.0f} of {units} units are active: the pair hardly uses z. A lower "
+        "learning rate, a longer KL warm-up or free bits usually help"
+    )
 
 
 def as_json(rows: Sequence[Row]) -> dict[str, Any]:
@@ -248,21 +265,29 @@ def read(path: str | os.PathLike[str]) -> dict[str, Estimate]:
         ValueError: the file is not one of them.
     """
     try:
-        content = json.loads(Path(path).read_text())
+        content = read_json(path)
         if "numbers" not in content:
             return _of_version_0_1(content)
-        return {key: _estimate(row) for key, row in content["numbers"].items()}
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        return {
+            key: Estimate(*(_number(row[name]) for name in ("mean", "se")))
+            for key, row in content["numbers"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} holds no results of a run: {error!r}") from error
 
 
-def _estimate(row: Mapping[str, Any]) -> Estimate:
-    return Estimate(*(math.nan if row[key] is None else row[key] for key in ("mean", "se")))
+def _number(value: Any) -> float:
+    """A number as JSON keeps it: None where it is none."""
+    if value is None:
+        return math.nan
+    if type(value) not in (int, float):
+        raise TypeError(f"a number must be one, not {reprlib.repr(value)}")
+    return float(value)
 
 
-def _of_version_0_1(content: Mapping[str, float]) -> dict[str, Estimate]:
+def _of_version_0_1(content: Mapping[str, Any]) -> dict[str, Estimate]:
     return {
-        key: Estimate(sign * content[old], content.get(f"{old}_se", math.nan))
+        key: Estimate(sign * _number(content[old]), _number(content.get(f"{old}_se")))
         for old, (key, sign) in _OLD.items()
         if old in content or old == "test_elbo"
     }

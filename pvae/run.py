@@ -1,15 +1,20 @@
 """The folder of one run: its configuration, its results, and never another run's."""
 
+import contextlib
 import importlib.metadata
 import itertools
 import json
 import os
 import platform
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pvae.files import write_atomically
+from pvae.untrusted import read_json
 
 
 def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
@@ -27,6 +32,21 @@ def versions() -> dict[str, str]:
     packages = ("numpy", "pvae", "pyro-ppl", "torch", "torchvision")
     found = {name: importlib.metadata.version(name) for name in packages}
     return {"python": platform.python_version(), **found}
+
+
+def processor(device: torch.device) -> str:
+    """What computes on a device, by its maker's name.
+
+    >>> processor(torch.device("cpu")) != ""
+    True
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def new_folder(out: str | os.PathLike[str] | None, name: str) -> Path:
@@ -76,7 +96,20 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} is not the folder of a run: it has no config.json")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    config = read_json(path)
+    arguments, dataset = (config.get(name) for name in ("arguments", "dataset"))
+    if not isinstance(arguments, dict) or not isinstance(dataset, dict):
+        raise ValueError(f"{path} is damaged: arguments and dataset must be objects in braces")
+    texts = {name: dataset.get(name) for name in ("name", "sha256", "observed")}
+    texts |= {name: arguments.get(name) or "" for name in ("dataset", "data_root")}
+    for name, value in texts.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{path} is damaged: {name} must be a text, not {reprlib.repr(value)}")
+    for name in ("seed", "data_seed"):
+        seed = config.get(name, config.get("seed"))  # version 0.1 had one seed for all
+        if type(seed) is not int or seed < 0:
+            raise ValueError(
+                f"{path} is damaged: {name} must be a whole number of at least 0, not "
+                f"{reprlib.repr(seed)}"
+            )
+    return config

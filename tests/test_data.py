@@ -9,7 +9,6 @@ import socket
 import struct
 import sys
 import urllib.error
-import warnings
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -82,19 +81,19 @@ def write_idx(root: Path, name: str = "mnist", train: int = 12, test: int = 4, m
     return raw
 
 
-def write_cifar(root: Path, monkeypatch, extra: object = None) -> np.ndarray:
+def write_cifar(root: Path, monkeypatch) -> np.ndarray:
     """CIFAR-10's batches of 4 images, their checksums told to torchvision."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
 
     def write(file: str, content: dict) -> str:
-        (folder / file).write_bytes(pickle.dumps(content))
+        (folder / file).write_bytes(pickle.dumps(content, protocol=4))
         return hashlib.md5((folder / file).read_bytes()).hexdigest()
 
     flat = images_of(24, 3 * 32 * 32)
     files = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
     sums = [
-        [file, write(file, {"data": part, "labels": [i, i, i, i], "extra": extra})]
+        [file, write(file, {"data": part, "labels": [i, i, i, i]})]
         for i, (file, part) in enumerate(zip(files, np.split(flat, 6), strict=True))
     ]
     meta = write("batches.meta", {"label_names": list("abcdef")})
@@ -510,16 +509,33 @@ def test_cifar_batches_are_read_whole_and_the_last_tenth_validates(tmp_path, mon
     assert y.tolist() == [i // 4 for i in range(24)]
 
 
-class OldPickle:
-    """Unpickles as CIFAR-10's own files do under NumPy 2.4.0: with a warning."""
+def as_python_2_wrote_it(images: np.ndarray, labels: list[int]) -> bytes:
+    """A published batch: its bytes are what Python 2 called strings."""
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR"
+        + b"(K\x01"
+        + pickle.dumps(images.shape, protocol=2)[2:-1]
+        + b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xff"
+        + b"J\xff\xff\xff\xffK\x00tb"
+        + b"\x89T"
+        + struct.pack("<I", images.size)
+        + images.tobytes()
+        + b"tb"
+    )
+    return b"\x80\x02}(U\x04data" + array + b"U\x06labels" + pickle.dumps(labels, 2)[2:-1] + b"u."
 
-    def __reduce__(self):
-        return warnings.warn, ("dtype(): align should be passed as Python or NumPy boolean",)
 
-
-def test_cifar_is_read_without_a_warning(tmp_path, monkeypatch):
-    write_cifar(tmp_path, monkeypatch, extra=OldPickle())
-    assert sizes(load("cifar10", tmp_path, download=False)) == (18, 2, 4)
+def test_cifar_as_it_was_published_is_read(tmp_path, monkeypatch):
+    """Without a warning: NumPy warns of the way in which those pickles name a dtype."""
+    images = write_cifar(tmp_path, monkeypatch)
+    sums = []
+    for i in range(1, 6):
+        content = as_python_2_wrote_it(images[4 * i - 4 : 4 * i].reshape(4, 3072), [i, i, i, i])
+        (tmp_path / "cifar-10-batches-py" / f"data_batch_{i}").write_bytes(content)
+        sums.append([f"data_batch_{i}", hashlib.md5(content).hexdigest()])
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", sums)
+    data = load("cifar10", tmp_path, download=False)
+    assert torch.equal(everything(data)[0], torch.from_numpy(images))
 
 
 def test_cifar_with_another_checksum_is_damaged(tmp_path, monkeypatch):
@@ -672,7 +688,7 @@ def test_a_download_that_is_cut_off_leaves_nothing_behind(tmp_path, monkeypatch,
         (
             "t10k-labels-idx1-ubyte",
             idx(images_of(4, 6, 5)),
-            "an unpacked IDX file of bytes in 1 axes must begin",
+            "an IDX file of bytes in 1 axes must begin",
         ),
         ("train-labels-idx1-ubyte", idx(images_of(11)), r"labels must be \(12,\).*not \(11,\)"),
         (
@@ -690,6 +706,13 @@ def test_damaged_idx_files_are_named(tmp_path, file, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         load(None, tmp_path, download=False)  # found, so damage is no reason for the fallback
     assert str(tmp_path) in str(caught.value)
+
+
+def test_training_and_test_images_have_one_shape(tmp_path):
+    raw = write_idx(tmp_path)
+    (raw / "t10k-images-idx3-ubyte").write_bytes(idx(images_of(4, 5, 6)))
+    with pytest.raises(ValueError, match=r"one shape, not \(1, 6, 5\) and \(1, 5, 6\)"):
+        load("mnist", tmp_path, download=False)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,574 @@
+"""Does what must not happen happen? Programs that try to break the package, and count.
+
+    python benchmarks/reliability.py fuzz
+    python benchmarks/reliability.py kill
+
+`fuzz` gives every reader of files inputs that are wrong on purpose: headers that claim too much,
+and small real files of which bytes are flipped, cut off, put in or copied. A reader must answer
+with a right reading, or with a `ValueError` or an `OSError` that names the file; anything else, and
+more memory than 1 GiB above that of the imports, is wrong. All is drawn from a fixed seed. It needs
+Linux, which counts the memory. `kill` is in the file of this name.
+"""
+
+import argparse
+import gzip
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import shutil
+import struct
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from kill import kills  # beside this file
+from PIL import Image
+
+import pvae
+from pvae import checkpoint, cli, data, results, run, tables
+
+# ---- fuzz: wrong files for every reader ----
+
+MEMORY = 2**30  # bytes above what the imports take
+Draw = np.random.Generator
+
+
+class Format(NamedTuple):
+    """A kind of file: a real one and a made one, where it belongs, and how it is read.
+
+    `read` raises where what it has read is not what it must be; `headers` tells whether a
+    file passes a look at its first bytes, so that the fuzz is seen to reach what comes after.
+    """
+
+    valid: Callable[[Draw], bytes]
+    made: Callable[[Draw], bytes]
+    file: str
+    read: Callable[[Path], object]
+    header: Callable[[bytes], bool]
+
+
+class Counts(NamedTuple):
+    """How the inputs of one format ended, and what was wrong."""
+
+    errors: int = 0
+    read: int = 0
+    passed: int = 0
+    wrong: tuple[str, ...] = ()
+
+
+def mutated(content: bytes, draw: Draw) -> bytes:
+    """One to four of: a bit flipped, a byte or a number put in place, a cut, a run put in, copied
+    or left out."""
+    out = bytearray(content)
+    for _ in range(draw.integers(1, 5)):
+        at, length = int(draw.integers(len(out) + 1)), int(draw.geometric(0.1))
+        kind = draw.integers(7)
+        if kind == 0 and at < len(out):
+            out[at] ^= 1 << int(draw.integers(8))
+        elif kind == 1 and at < len(out):
+            out[at] = int(draw.choice([0, 1, 0x7F, 0x80, 0xFF, *b"()[]{}.,-9"]))
+        elif kind == 2:
+            size, order = int(draw.choice([2, 4, 8])), str(draw.choice(["<", ">"]))
+            form = order + {2: "H", 4: "I", 8: "Q"}[size]
+            out[at : at + size] = struct.pack(form, number(draw) % 256**size)
+        elif kind == 3:
+            del out[at:]
+        elif kind == 4:
+            out[at:at] = draw.bytes(length)
+        elif kind == 5:
+            out[at:at] = out[at : at + length]
+        else:
+            del out[at : at + length]
+    return bytes(out)
+
+
+def number(draw: Draw) -> int:
+    """A size that a header might claim: mostly small, at times at an edge or out of all bounds."""
+    edges = [0, 1, 2**7, 2**8, 2**15, 2**16, 2**31, 2**32, 2**48, 2**63, 2**64, 10**30]
+    near = int(draw.choice(edges[:-3])) if draw.random() < 0.9 else edges[draw.integers(9, 12)]
+    return int(draw.integers(12)) if draw.random() < 0.5 else max(0, near - int(draw.integers(2)))
+
+
+def pixels(draw: Draw, *shape: int) -> np.ndarray:
+    return draw.integers(0, 256, shape, dtype=np.uint8)
+
+
+# -- IDX, plain and packed
+
+_MNIST = data._PUBLISHED["mnist"].files[0]
+
+
+def idx(draw: Draw) -> bytes:
+    return struct.pack(">4I", 0x803, 12, 6, 5) + pixels(draw, 12, 6, 5).tobytes()
+
+
+def idx_claim(draw: Draw) -> bytes:
+    sizes = [number(draw) % 2**32 for _ in range(3)]
+    if draw.random() < 0.5:
+        sizes = [int(n) for n in draw.integers(0, 20, 3)]
+    held = math.prod(sizes) if draw.random() < 0.7 else int(draw.integers(5000))
+    return struct.pack(">4I", 0x803, *sizes) + bytes(min(held, 8000))
+
+
+def packed(make: Callable[[Draw], bytes]) -> Callable[[Draw], bytes]:
+    return lambda draw: gzip.compress(make(draw), mtime=0)
+
+
+def gzip_bomb(draw: Draw) -> bytes:
+    """A header and up to 32 MiB of zeros for what it claims, or for less, or for more."""
+    if draw.random() < 0.7:
+        return packed(idx_claim)(draw)
+    count = int(draw.choice([1, 2**10, 2**15, 2**31]))
+    return gzip.compress(struct.pack(">4I", 0x803, count, 32, 32) + bytes(2**25), 1, mtime=0)
+
+
+def read_idx(path: Path) -> None:
+    dataset = data.load("mnist", path.parents[2], download=False)
+    require(dataset.train.images.shape[0] + dataset.validation.images.shape[0] == 12)
+    right(dataset)
+
+
+# -- arrays
+
+
+def npy(draw: Draw) -> bytes:
+    return saved(pixels(draw, 20, 4, 4))
+
+
+def saved(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array(file, array, allow_pickle=True)
+    return file.getvalue()
+
+
+_DTYPES = ("|u1", "|b1", "<f4", ">f8", "<i8", "|O", "<U3", "|V8", "<M8[s]", "<c8", "junk", "<f2")
+
+
+def npy_claim(draw: Draw) -> bytes:
+    """A header of any version, of few or many or negative sizes, of any kind of element."""
+    if draw.random() < 0.4:
+        kind = draw.choice(["u1", "?", "f2", "f4", ">f8"])
+        sizes = [int(n) for n in draw.integers(0, 14, draw.integers(2, 6))]
+        return saved((pixels(draw, *sizes) / 255).astype(kind))
+    sizes = [number(draw) for _ in range(draw.integers(0, 6))]
+    if draw.random() < 0.1:
+        sizes.append(-number(draw))
+    shape = tuple(sizes) if draw.random() < 0.95 else "(" * int(draw.integers(1, 3000))
+    dtype, fortran = draw.choice(_DTYPES), bool(draw.random() < 0.3)
+    text = f"{{'descr': '{dtype}', 'fortran_order': {fortran}, 'shape': {shape}, }}\n".encode()
+    version = int(draw.choice([1, 2, 3, 9], p=[0.7, 0.1, 0.1, 0.1]))
+    length = struct.pack("<H" if version == 1 else "<I", len(text))
+    return b"\x93NUMPY" + bytes([version, 0]) + length + text + draw.bytes(int(draw.integers(900)))
+
+
+def npz(draw: Draw) -> bytes:
+    labels = draw.integers(0, 10, 20)
+    return archive({"images.npy": npy(draw), "labels.npy": saved(labels)}, zipfile.ZIP_DEFLATED)
+
+
+def archive(entries: dict[str, bytes], how: int = zipfile.ZIP_STORED) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", how) as made:
+        for name, content in entries.items():
+            made.writestr(zipfile.ZipInfo(name), content, how)
+    return file.getvalue()
+
+
+def npz_claim(draw: Draw) -> bytes:
+    """Arrays under any names, now and then one of objects or 160 MiB of zeros."""
+    names = ["images.npy", "labels.npy", "x.npy", "y", "../../x.npy", "other.npy"]
+    chosen = draw.choice(names, draw.integers(0, 4), replace=False)
+    entries = {str(name): npy_claim(draw) for name in chosen}
+    chance = draw.random()
+    if chance < 0.2:
+        entries["images.npy"] = saved(np.array([print, None], dtype=object))
+    elif chance < 0.5:
+        entries["images.npy"] = npy(draw)
+    elif chance < 0.52:
+        entries["images.npy"] = saved(np.zeros((40, 2048, 2048), np.uint8))
+    how = zipfile.ZIP_STORED if draw.random() < 0.3 else zipfile.ZIP_DEFLATED
+    return archive(entries, how)
+
+
+def read_array(path: Path) -> None:
+    right(data.load(path))
+
+
+# -- pictures
+
+
+def picture(draw: Draw) -> bytes:
+    kind = str(draw.choice(["PNG", "JPEG", "BMP", "WEBP"]))
+    mode = str(draw.choice(["L", "RGB", "P", "RGBA", "LA", "1"]))
+    mode = mode if kind == "PNG" else "RGB"
+    file = io.BytesIO()
+    Image.fromarray(pixels(draw, 8, 8, 3)).convert(mode).save(file, kind)
+    return file.getvalue()
+
+
+def png_claim(draw: Draw) -> bytes:
+    """A PNG of any size and depth, of which the pixels are there, or are not."""
+    small = draw.random() < 0.6
+    width, height = (int(draw.integers(1, 12)) if small else number(draw) % 2**31 for _ in range(2))
+    depth, kind = int(draw.choice([1, 2, 4, 8, 16])), int(draw.choice([0, 2, 3, 4, 6]))
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
+    row = 1 + (width * depth * channels + 7) // 8
+    rows = bytes(min(row * height, 2**24) if draw.random() < 0.8 else 100)
+    palette = [(b"PLTE", bytes(768))] if kind == 3 else []
+    header = struct.pack(">2I5B", width, height, depth, kind, 0, 0, 0)
+    chunks = [(b"IHDR", header), *palette, (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+    )
+
+
+def read_pictures(path: Path) -> None:
+    """Ten pictures: the one in question, and copies of it, as one alone is too few."""
+    for i in range(9):
+        shutil.copy(path, path.with_name(f"{i}.png"))
+    dataset = data.load(path.parent)
+    require(sum(len(split.images) for split in dataset.splits) == 10)
+    right(dataset)
+
+
+# -- CIFAR-10's batches
+
+
+def batch(draw: Draw) -> bytes:
+    return pickled({"data": pixels(draw, 4, 3072), "labels": [0, 1, 2, 3]})
+
+
+def pickled(content: object) -> bytes:
+    return pickle.dumps(content, protocol=4)
+
+
+def batch_claim(draw: Draw) -> bytes:
+    """Arrays of other shapes and kinds, names of functions, numbers of objects out of bounds."""
+    junk = [None, 3, -(10**40), "x", [], {}, {"a": []}, math.nan, np.float64(3), print, Runs()]
+    values = [*junk, pixels(draw, 3, 3072), pixels(draw, 5), np.array([print], dtype=object)]
+    pick = lambda: values[draw.integers(len(values))]  # noqa: E731
+    if draw.random() < 0.3:
+        put = b"r" + struct.pack("<I", number(draw) % 2**32)
+        return b"\x80\x02]" + put + pickle.dumps(pick(), 2)[2:]
+    shape = tuple(int(n) for n in draw.integers(0, 5, 1)), 3072
+    images = pixels(draw, shape[0][0], 3072)
+    labels = [int(n) for n in draw.integers(-1, 12, draw.integers(6))]
+    content = {"data": images, "labels": labels}
+    if draw.random() < 0.5:
+        content[str(draw.choice(["data", "labels"]))] = pick()
+    return pickled(content)
+
+
+def read_batch(path: Path) -> None:
+    images, labels = data._read_batch(path, hashlib.md5(path.read_bytes()).hexdigest())
+    require(images.dtype == np.uint8 and images.shape == (len(labels), 3, 32, 32))
+
+
+# -- checkpoints
+
+
+def pair() -> pvae.VAE:
+    return pvae.build((1, 4, 4), 2, "mlp", hidden=3)
+
+
+def kept(state: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+_STATE: dict[str, Any] = {"format": checkpoint.FORMAT, **checkpoint.pair_state(pair())}
+_STATE["model"] = dict(_STATE["model"])
+_KEPT = kept(_STATE)
+
+
+def junk(draw: Draw, depth: int = 0) -> Any:
+    """Any plain value."""
+    plain = (None, True, -1, 0, 2.5, math.nan, math.inf, "mlp", "", "x" * 999, (), number(draw))
+    chance = draw.random()
+    if chance < 0.7 or depth > 3:
+        return plain[draw.integers(len(plain))]
+    values = [junk(draw, depth + 1) for _ in range(draw.integers(4))]
+    if chance < 0.8:
+        return values
+    return tuple(values) if chance < 0.9 else {str(draw.choice([*"abc"])): v for v in values}
+
+
+def checkpoint_claim(draw: Draw) -> bytes:
+    """The real one with another recipe or model, or as an archive that claims what it has not."""
+    state = {**_STATE, "model": dict(_STATE["model"]), "recipe": dict(_STATE["recipe"])}
+    chance = draw.random()
+    if chance < 0.45:
+        for _ in range(draw.integers(1, 3)):
+            name = str(draw.choice([*state["recipe"], "depth"]))
+            value = junk(draw)
+            if name.endswith(("shape", "dims")) and draw.random() < 0.7:
+                value = tuple(number(draw) for _ in range(draw.integers(4)))
+            state["recipe"][name] = value
+    elif chance < 0.65:
+        tensors = [torch.zeros(1).expand(10**9), torch.zeros(3), torch.zeros(2, dtype=torch.cfloat)]
+        value = [*tensors, Runs(), print, junk(draw)][draw.integers(6)]
+        state["model"][str(draw.choice([*state["model"], "other"]))] = value
+    elif chance < 0.75:
+        state[str(draw.choice(["format", "model", "recipe", "history"]))] = junk(draw)
+    elif chance < 0.95:
+        return repacked(draw)
+    return kept(state)
+
+
+def repacked(draw: Draw) -> bytes:
+    """The entries of the real one, packed, or with numbers of its pickle replaced."""
+    with zipfile.ZipFile(io.BytesIO(_KEPT)) as real:
+        entries = {name: real.read(name) for name in real.namelist()}
+    name = next(name for name in entries if name.endswith("data.pkl"))
+    content = bytearray(entries[name])
+    places = [at for at, code in enumerate(content) if code == ord("K")]
+    for at in draw.choice(places, 3):
+        content[at : at + 2] = b"J" + struct.pack("<i", number(draw) % 2**31)
+    entries[name] = bytes(content)
+    if draw.random() < 0.3:
+        entries[name.replace("data.pkl", "data/0")] = bytes(int(draw.choice([10, 2**20, 2**27])))
+        return archive(entries, zipfile.ZIP_DEFLATED)
+    return archive(entries)
+
+
+class Runs:
+    """In a pickle, a call that leaves a file."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch let_in",)
+
+
+def read_checkpoint(path: Path) -> None:
+    vae = pvae.load(path)
+    require(all(torch.is_tensor(t) for t in vae.state_dict().values()))
+    require(vae.sample(1).shape[1:] == vae.recipe.event_shape)
+
+
+# -- JSON
+
+_NUMBERS = {"elbo": {"label": "ELBO", "mean": -94.0, "se": None, "images": 10}}
+_CONFIG = {
+    "arguments": {"dataset": None, "data_root": None, "num_epochs": 3, "latent_dims": [2]},
+    "dataset": {"name": "digits", "sha256": "0" * 64, "observed": "dynamic"},
+    "seed": 0,
+    "data_seed": 0,
+}
+
+
+def json_claim(real: dict[str, Any]) -> Callable[[Draw], bytes]:
+    """The real object with any value in the place of one of its own, or too deep, or too long."""
+
+    def claim(draw: Draw) -> bytes:
+        chance = draw.random()
+        if chance < 0.1:
+            return b"[" * int(draw.integers(1, 200_000))
+        if chance < 0.2:
+            return b'{"seed": ' + b"9" * int(draw.integers(1, 9000)) + b"}"
+        if chance < 0.22:
+            return b"[" + b"[]," * 2**23
+        content = json.loads(json.dumps(real))
+        inside = content
+        while True:
+            key = str(draw.choice([*inside, "other"]))
+            if isinstance(inside.get(key), dict) and draw.random() < 0.7:
+                inside = inside[key]
+                continue
+            inside[key] = junk(draw)
+            return json.dumps(content, indent=2).encode()
+
+    return claim
+
+
+def read_config(path: Path) -> None:
+    config = run.read_config(path.parent)
+    require(isinstance(config["arguments"], dict) and isinstance(config["dataset"]["name"], str))
+
+
+def read_results(path: Path) -> None:
+    for value in results.read(path).values():
+        require(isinstance(value.mean, float) and isinstance(value.se, float))
+
+
+# -- all of them
+
+FORMATS = {
+    "IDX": Format(idx, idx_claim, _MNIST, read_idx, lambda b: b[:4] == b"\0\0\x08\x03"),
+    "IDX, gzip": Format(
+        packed(idx), gzip_bomb, f"{_MNIST}.gz", read_idx, lambda b: b[:3] == b"\x1f\x8b\x08"
+    ),
+    "npy": Format(npy, npy_claim, "a.npy", read_array, lambda b: b[:6] == b"\x93NUMPY"),
+    "npz": Format(npz, npz_claim, "a.npz", read_array, lambda b: b[:4] == b"PK\3\4"),
+    "pictures": Format(
+        picture,
+        png_claim,
+        "pictures/a.png",
+        read_pictures,
+        lambda b: b[:4] in (b"\x89PNG", b"RIFF") or b[:2] in (b"\xff\xd8", b"BM"),
+    ),
+    "CIFAR-10": Format(batch, batch_claim, "test_batch", read_batch, lambda b: b[:1] == b"\x80"),
+    "checkpoint": Format(
+        lambda draw: _KEPT, checkpoint_claim, "best.pt", read_checkpoint, lambda b: b[:2] == b"PK"
+    ),
+    "config.json": Format(
+        lambda draw: json.dumps(_CONFIG).encode(),
+        json_claim(_CONFIG),
+        "config.json",
+        read_config,
+        lambda b: b[:1] == b"{",
+    ),
+    "results.json": Format(
+        lambda draw: json.dumps({"numbers": _NUMBERS}).encode(),
+        json_claim({"numbers": _NUMBERS}),
+        "results.json",
+        read_results,
+        lambda b: b[:1] == b"{",
+    ),
+}
+
+
+def require(holds: bool) -> None:
+    if not holds:
+        raise AssertionError("what was read is not what it must be")
+
+
+def right(dataset: data.Dataset) -> None:
+    """Bytes in three splits of one shape, labels that number them."""
+    for split in dataset.splits:
+        require(split.images.dtype == torch.uint8)
+        require(split.images.ndim == 4 and split.images.shape[1:] == dataset.image_shape)
+        require(split.labels is None or split.labels.shape == split.images.shape[:1])
+
+
+def inputs(kind: Format, count: int, draw: Draw) -> Iterator[bytes]:
+    """Real files mutated, made ones, and made ones mutated."""
+    for i in range(count):
+        content = kind.valid(draw) if i % 2 else kind.made(draw)
+        # a long one is not mutated: it is there for its length
+        as_it_is = i % 4 == 0 or i % 20 == 1 or len(content) > 2**20
+        yield content if as_it_is else mutated(content, draw)
+
+
+def fuzz_one(kind: Format, count: int, seed: int = 0) -> Counts:
+    """Reads `count` wrong files of a format, each in an emptied folder, and counts the answers."""
+    errors = read = passed = 0
+    wrong: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for i, content in enumerate(inputs(kind, count, np.random.default_rng(seed))):
+            path = laid_out(Path(folder) / "run", kind, content)
+            passed += kind.header(content)
+            try:
+                kind.read(path)
+                read += 1
+            except (ValueError, OSError) as error:
+                errors += 1
+                # a data set or a run is named by its folder where the folder is at fault
+                if folder not in str(error) and path.name not in str(error):
+                    wrong.append(f"input {i}: names no file: {error!r:.200}")
+            except Exception as error:
+                wrong.append(f"input {i}: {error!r:.200}")
+            if Path("let_in").exists():
+                raise SystemExit(f"input {i} ran code")
+    return Counts(errors, read, passed, tuple(wrong))
+
+
+def laid_out(folder: Path, kind: Format, content: bytes) -> Path:
+    """The file in its place, with the real files that belong beside it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    path = folder / kind.file
+    path.parent.mkdir(parents=True)
+    if kind.read is read_idx:
+        sizes = {"train-labels-idx1": 12, "t10k-labels-idx1": 4}
+        for name, size in sizes.items():
+            labels = struct.pack(">2I", 0x801, size) + bytes(size)
+            (path.parent / f"{name}-ubyte").write_bytes(labels)
+        images = struct.pack(">4I", 0x803, 4, 6, 5) + bytes(120)
+        (path.parent / "t10k-images-idx3-ubyte").write_bytes(images)
+    path.write_bytes(content)
+    return path
+
+
+class Watch(threading.Thread):
+    """Ends the process where it takes more memory than it may; knows the most that it took."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(daemon=True)
+        self.doing, self.before, self.limit = "", peak(), limit
+
+    def over(self) -> int:
+        return peak() - self.before
+
+    def run(self) -> None:
+        while True:
+            if self.over() > self.limit:
+                print(f"{self.doing}: more than {self.limit:,} bytes of memory", file=sys.stderr)
+                os._exit(3)
+            time.sleep(0.002)
+
+
+def peak() -> int:
+    """The most memory in bytes that this process had since `forget_peak`."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def fuzz(args: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    pair().sample(1)  # what is imported late is imported
+    forget_peak()
+    watch = Watch(MEMORY)
+    watch.start()
+    rows, wrong = [], []
+    share = math.ceil(args.inputs / len(FORMATS))
+    for name, kind in FORMATS.items():
+        forget_peak()
+        watch.doing, began = name, time.perf_counter()
+        counts = fuzz_one(kind, share, args.seed)
+        wrong += [f"{name}, {text}" for text in counts.wrong]
+        seconds = f"{time.perf_counter() - began:.0f}"
+        found = (share, counts.errors, counts.read, counts.passed, len(counts.wrong))
+        rows.append([name, *(f"{n:,}" for n in found), f"{watch.over() / 2**20:,.0f}", seconds])
+    head = ["", "inputs", "clean errors", "read", "passed the header", "wrong", "MiB", "s"]
+    title = f"wrong files from seed {args.seed}; at most {MEMORY / 2**20:,.0f} MiB of memory"
+    print(tables.columns(title, head, rows))
+    if wrong:
+        raise ValueError("\n".join([f"{len(wrong)} answers were wrong:", *wrong[:20]]))
+
+
+# ---- the command line ----
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Programs that try to break the package.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("fuzz", help="wrong files for every reader")
+    cli.option(p, "--inputs", "how many, over all formats (default: 10000)", cli.NATURAL, 10_000)
+    cli.option(p, "--seed", "of what is wrong with them (default: 0)", cli.COUNT, 0)
+    p.set_defaults(call=fuzz)
+    p = commands.add_parser("kill", help="runs that are killed and resumed")
+    cli.option(p, "--runs", "how many (default: 30)", cli.NATURAL, 30)
+    cli.option(p, "--seed", "of the moments (default: 0)", cli.COUNT, 0)
+    cli.choice(p, "--engine", ["eager", "captured"], "eager", "how a step runs")
+    p.set_defaults(call=kills)
+    args = parser.parse_args(argv)
+    args.call(args)
+
+
+if __name__ == "__main__":
+    cli.run_main(main)
