@@ -237,13 +237,13 @@ def plane(name: str, subject: Subject, study: Study) -> Figure:
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = cli.study_parser("An autoencoder beside the VAE of the same networks.")
+    parser = cli.study_parser("An autoencoder beside the VAE of the same networks.", resumable=True)
     parser.set_defaults(learning_rate=2e-3)
     group = parser.add_argument_group("networks")
     what = "p(x|z): cross-entropy on binarised pixels, or squared error on grey ones"
     cli.choice(group, "--likelihood", list(LOSSES), "bernoulli", what)
     cli.option(group, "--latent-dim", "of z; with 2 the codes are drawn too", cli.NATURAL, 20, "D")
-    return parser.parse_args(argv)
+    return cli.resumed(parser, argv)
 
 
 if __name__ == "__main__":

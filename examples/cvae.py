@@ -144,6 +144,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "An MLP VAE and its conditional VAE, on garments or digits.",
         default_data="Fashion-MNIST where it is found, else MNIST, found or downloaded; offline, "
         "scikit-learn's digits",
+        resumable=True,
     )
     parser.set_defaults(learning_rate=2e-3)
     group = parser.add_argument_group("pairs")
@@ -154,7 +155,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     cli.choice(group, "--likelihood", LIKELIHOODS, "bernoulli", "p(x|z)")
     cli.option(group, "--latent-dim", "of z", cli.NATURAL, 20, "D")
-    args = parser.parse_args(argv)
+    args = cli.resumed(parser, argv)
     if args.dataset is None and data.is_found("fashion-mnist", args.data_root):
         args.dataset = "fashion-mnist"
     return args

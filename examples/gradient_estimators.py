@@ -284,10 +284,12 @@ def figure(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = cli.study_parser("Score-function and reparameterized gradients of the ELBO.")
+    parser = cli.study_parser(
+        "Score-function and reparameterized gradients of the ELBO.", resumable=True
+    )
     cli.option(parser, "--replicates", "estimates of each gradient", cli.NATURAL, 200, "R")
     parser.set_defaults(learning_rate=1e-3)
-    args = parser.parse_args(argv)
+    args = cli.resumed(parser, argv)
     if args.replicates < 2:
         parser.error("--replicates must be at least 2, for a variance, not 1")
     study = start(args, "gradient_estimators", "dynamic")

@@ -213,10 +213,10 @@ def drawn(blocks: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Figure:
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = cli.study_parser("Missing pixels, in training and in use.")
+    parser = cli.study_parser("Missing pixels, in training and in use.", resumable=True)
     group = parser.add_argument_group("model and guide")
     cli.option(group, "--latent-dim", "of z", cli.NATURAL, 16, "D")
-    return parser.parse_args(argv)
+    return cli.resumed(parser, argv)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # pyro.infer.SVI and Trace_ELBO, unless --engine and --objective say otherwise
     SVI, objective = engine(study), OBJECTIVES[args.objective]
     adam = torch.optim.Adam(vae.parameters(), lr=args.learning_rate, fused=True)
-    optimizer = pvae.SingleOptimizer(adam)  # one for all parameters
+    # one for all parameters
+    optimizer = pvae.SingleOptimizer(adam, clip_norm=args.clip_norm, on_nan=args.on_nan)
     svi = SVI(vae.model, vae.guide, optimizer, objective.elbo(args.num_particles))
 
     trainer = fit(

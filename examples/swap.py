@@ -213,7 +213,9 @@ def picture(numbers: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = cli.study_parser("One piece swapped at a time, on the same data, seed and budget.")
+    parser = cli.study_parser(
+        "One piece swapped at a time, on the same data, seed and budget.", resumable=True
+    )
     parser.add_argument(
         "--combinations",
         nargs="+",
@@ -225,7 +227,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     cli.option(parser, "--latent-dim", "of z", cli.NATURAL, 16, "D")
     cli.option(parser, "--hidden", "hidden width", cli.NATURAL, 400, "N")
     parser.set_defaults(learning_rate=2e-3)
-    return parser.parse_args(argv)
+    return cli.resumed(parser, argv)
 
 
 if __name__ == "__main__":

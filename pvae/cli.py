@@ -12,11 +12,15 @@ from pvae import data, run
 from pvae.builder import ACTIVATIONS, GUIDES, LIKELIHOODS, NETS, PRIORS
 from pvae.objectives import OBJECTIVES
 from pvae.schedule import Schedule
+from pvae.stopping import Stopped
 from pvae.study import ENGINES, PAYS_BACK
 from pvae.train import TrainingFailed
 
 # what may be given anew when a run is resumed; all else is part of what the run is
-_RESUMABLE = {"num_epochs", "device", "data_root", "resume", "quiet", "out", "engine"}
+_RESUMABLE = {
+    *("num_epochs", "device", "data_root", "resume", "quiet", "out", "engine"),
+    *("checkpoint_minutes", "accumulate"),
+}
 _BINARIZE = ["none", "threshold", "static", "dynamic"]
 
 
@@ -87,7 +91,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     _pair_arguments(p.add_argument_group("model and guide"))
     _schedule_arguments(_training_arguments(p))
     g = _run_arguments(p)
-    option(g, "--resume", "go on with the run in this folder", metavar="DIR")
+    _resume_argument(p, g)
     how = (
         "how a step runs: eager is stock SVI, captured compiles it once, cuda-graph replays it on "
         f"a GPU without the host, auto captures a run of at least {PAYS_BACK:,} steps"
@@ -95,6 +99,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     choice(g, "--engine", ["auto", *ENGINES], "auto", how)
     how = "of the networks in training: tf32 for matrix products on a GPU, bf16 by autocast"
     choice(g, "--precision", ["fp32", "tf32", "bf16"], "fp32", how)
+    what = "parts in which a process takes its part of a batch, one after another"
+    option(g, "--accumulate", what, NATURAL, 1, "K")
     return p
 
 
@@ -103,10 +109,11 @@ def study_parser(
     *,
     images: bool = True,
     training: bool = True,
+    resumable: bool = False,
     default_data: str = _DEFAULT_DATA,
 ) -> argparse.ArgumentParser:
-    """The arguments of a short study, which composes its pairs itself and is not resumed; without
-    `images` it takes no data set, without `training` no epochs.
+    """The arguments of a short study, which composes its pairs itself; without `images` it takes no
+    data set, without `training` no epochs. One that is `resumable` is parsed by `resumed`.
 
     `default_data` is what the help says of a `--dataset` that is not given.
 
@@ -118,8 +125,10 @@ def study_parser(
         _data_arguments(p, default_data)
     if training:
         _training_arguments(p)
-    _run_arguments(p)
-    p.set_defaults(resume=None, engine=None, precision="fp32")
+    g = _run_arguments(p)
+    p.set_defaults(resume=None, engine=None, precision="fp32", accumulate=1, resumable=False)
+    if resumable:
+        _resume_argument(p, g)
     return p
 
 
@@ -135,7 +144,7 @@ def _data_arguments(p: argparse.ArgumentParser, default: str = _DEFAULT_DATA) ->
 
 
 def _pair_arguments(g: Any) -> None:
-    what = "dimension of z; two of them make two layers, z2 -> z1 -> x, the first that of z1"
+    what = "dimension of z; several make layers, ... -> z2 -> z1 -> x, the first that of z1"
     flags = ("--latent-dims", "--latent-dim")
     g.add_argument(*flags, type=NATURAL, nargs="+", default=[32], metavar="D", help=what)
     choice(g, "--net", NETS, "conv", "networks")
@@ -158,7 +167,14 @@ def _training_arguments(p: argparse.ArgumentParser) -> Any:
     option(g, "-n --num-epochs", what, NATURAL, metavar="N")
     option(g, "-b --batch-size", "batch size", NATURAL, 128, "B")
     option(g, "-lr --learning-rate", "Adam's rate", _POSITIVE, 4e-3, "LR")
+    what = "minutes between checkpoints within an epoch"
+    option(g, "--checkpoint-minutes", what, _POSITIVE, 5.0, "M")
     return g
+
+
+def _resume_argument(p: argparse.ArgumentParser, g: Any) -> None:
+    option(g, "--resume", "go on with the run in this folder", metavar="DIR")
+    p.set_defaults(resumable=True)
 
 
 def _schedule_arguments(g: Any) -> None:
@@ -173,6 +189,10 @@ def _schedule_arguments(g: Any) -> None:
     option(g, "--kl-warmup", what, _FRACTION, 0.05, "F")
     what = "how often it does so, each time in its share of training"
     option(g, "--kl-cycles", what, NATURAL, 1, "N")
+    what = "scale gradients down to this norm, over all parameters (default: as they are)"
+    option(g, "--clip-norm", what, _POSITIVE, metavar="C")
+    what = "at a loss or a gradient that is not finite: stop the run, or skip the batch"
+    choice(g, "--on-nan", ["stop", "skip"], "stop", what)
 
 
 def _run_arguments(p: argparse.ArgumentParser) -> Any:
@@ -186,9 +206,25 @@ def _run_arguments(p: argparse.ArgumentParser) -> Any:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses and checks; with `--resume` the run's own arguments are the defaults.
+    """Parses as `resumed`, and checks; `args.observe` is one of `pvae.data.OBSERVATIONS`."""
+    args = resumed(parser, argv)
+    args.observe = _observation(parser, args)
+    least = OBJECTIVES[args.objective].min_particles
+    if args.num_particles < least:
+        parser.error(
+            f"--objective {args.objective} needs --num-particles of at least {least}: with 1 it is "
+            "the ELBO"
+        )
+    return args
 
-    `args.out` is then the run's folder, and `args.observe` one of `pvae.data.OBSERVATIONS`.
+
+def resumed(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Parses; with `--resume` the run's own arguments are the defaults, and `args.out` its folder.
+
+    >>> resumed(study_parser("A study.", resumable=True), ["--seed", "3"]).seed
+    3
     """
     known = vars(parser.parse_args([]))
     args = parser.parse_args(argv)
@@ -202,18 +238,23 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
                 f"--resume {args.resume}: that run was made by another version of pvae (it has "
                 f"{', '.join(unknown)}); it can be evaluated, not resumed"
             )
+        for name, value in saved.items():
+            if not _is_like(value, known[name]):
+                parser.error(
+                    f"--resume {args.resume}: its config.json is damaged: {name} must be as "
+                    f"{known[name]!r}, not {value!r}"
+                )
         # what is not on the command line keeps the value that the namespace already has
         args = parser.parse_args(argv, argparse.Namespace(**saved))
         _refuse_changes(parser, args, saved)
         args.out = args.resume
-    args.observe = _observation(parser, args)
-    least = OBJECTIVES[args.objective].min_particles
-    if args.num_particles < least:
-        parser.error(
-            f"--objective {args.objective} needs --num-particles of at least {least}: with 1 it is "
-            "the ELBO"
-        )
     return args
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether a value from a file is of the default's kind, where there is a default."""
+    kinds = {float: (int, float), tuple: (list,)}
+    return None in (value, default) or isinstance(value, kinds.get(type(default), type(default)))
 
 
 def _refuse_changes(
@@ -267,7 +308,7 @@ def schedule(args: argparse.Namespace) -> Schedule:
 def run_main(main: Callable[[], None]) -> None:
     """Runs an example's `main`; what a person did wrong, or can mend, is said in plain words.
 
-    Exit status: 1 on an error, 130 when interrupted, so that scripts notice. With
+    Exit status: 1 on an error, 130 by Ctrl-C, 143 by SIGTERM, so that scripts notice. With
     `PVAE_TRACEBACK=1` in the environment, errors are raised as they are.
     """
     signal.signal(signal.SIGTERM, _interrupt)
@@ -279,8 +320,8 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(f"error: {error}\n(PVAE_TRACEBACK=1 shows where in the code)")
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(stop.status if isinstance(stop, Stopped) else 128 + signal.SIGINT)
 
 
 def _interrupt(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+    raise Stopped("", signum)

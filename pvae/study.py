@@ -13,19 +13,18 @@ import pyro
 import torch
 from pyro.infer import SVI
 
-from pvae import captured, data, memory, plots, report, results, run
+from pvae import captured, data, keeping, memory, plots, processes, report, results, run
+from pvae.files import remove_leftovers
 from pvae.results import Row
 from pvae.schedule import Schedule
 from pvae.train import Trainer
 from pvae.vae import VAE
 
-# What runs a step. A signature as rare as the short last batch does not pay for a graph, so that a
-# graph is made only after so many steps of one signature
-_AFTER = 20
+# What runs a step
 ENGINES: Mapping[str, Callable[..., SVI]] = {
     "eager": SVI,
-    "captured": partial(captured.SVI, after=_AFTER),
-    "cuda-graph": partial(captured.SVI, after=_AFTER, record=captured.cuda_graph),
+    "captured": captured.SVI,
+    "cuda-graph": partial(captured.SVI, record=captured.cuda_graph),
 }
 PAYS_BACK = 3000  # steps; to capture takes 10 to 30 s, and saves a sixth of a step or more
 
@@ -43,15 +42,17 @@ class Study:
     dataset: data.Dataset
     data: data.Observed
     began: float  # by time.perf_counter
+    go_on: str | None = None  # what a person types to go on, where the program takes it
 
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.began
 
     def part(self, name: str) -> "Study":
-        """A study of one pair among several: a run folder of its own inside this one."""
+        """A study of one pair among several: a run folder of its own inside this one, which is
+        there already where the study is resumed."""
         folder = self.folder / name
-        folder.mkdir()
+        folder.mkdir(exist_ok=self.args.resume is not None)
         run.write_json(folder / "config.json", run.read_config(self.folder))
         return replace(self, folder=folder, began=time.perf_counter())
 
@@ -78,21 +79,26 @@ def start(args: argparse.Namespace, name: str, observe: str | None = None) -> St
     pyro.set_rng_seed(args.seed)
     device = find_device(args.device)
     dataset = data.load(args.dataset, args.data_root, seed=args.data_seed)
-    if dataset.note:
+    device = processes.start(device)
+    if processes.count() > 1 and not args.engine:
+        raise ValueError(f"this study runs in one process, not in {processes.count()}")
+    args.quiet = args.quiet or not processes.is_first()
+    if dataset.note and processes.is_first():
         print(dataset.note)
     args.observe = observe or args.observe
     if hasattr(args, "num_epochs"):  # a study that trains
         args.num_epochs = num_epochs(args, len(dataset.train.images))
-    folder = Path(args.resume) if args.resume else run.new_folder(args.out, name)
-    _keep_config(folder, args, dataset)
+    folder = processes.from_first(lambda: _folder(args, name, dataset, device))
     kept = memory.keep_freed_memory()
     observed = data.observe(dataset, args.observe, args.data_seed).to(device)
     if not args.quiet:
         sizes = "/".join(f"{len(s.images):,}" for s in dataset.splits)
         print(f"data: {dataset.name}, {sizes} images of {dataset.image_shape}, {observed.label}")
         allocator = "; the C allocator keeps freed memory" if kept else ""
-        print(f"run: on {device}{allocator}; kept in {folder}/")
-    return Study(args, folder, device, dataset, observed, began)
+        group = "" if processes.count() == 1 else f", {processes.count()} processes"
+        print(f"run: on {device}{group}{allocator}; kept in {folder}/")
+    go_on = f"--resume {folder}" if args.resumable else None
+    return Study(args, folder, device, dataset, observed, began, go_on)
 
 
 def fit(
@@ -122,14 +128,15 @@ def fit(
         schedule=schedule,
         precision=args.precision,
         seed=args.seed,
+        accumulate=args.accumulate,
         folder=study.folder,
+        checkpoint_minutes=args.checkpoint_minutes,
         quiet=args.quiet,
         on_epoch=on_epoch,
-        go_on=f"--resume {study.folder}" if args.engine else None,  # else it takes no --resume
+        go_on=study.go_on,
     )
-    checkpoint = study.folder / "checkpoint.pt"
-    if args.resume and checkpoint.exists():  # else no epoch was finished
-        trainer.resume(checkpoint)
+    if args.resume and keeping.exists(study.folder):  # else it was stopped before the first one
+        trainer.resume(study.folder / "checkpoint.pt")
     trainer.fit()
     return trainer
 
@@ -144,6 +151,9 @@ def finish(study: Study, trainer: Trainer, *, quiet: bool = False) -> list[Row]:
     trainer.restore_best()
     subject = results.Subject(vae, study.data, args.seed, args.quiet)
     rows = results.end_of_run(subject)
+    if not processes.is_first():
+        processes.wait()  # torchrun ends the first process where another one fails on its way out
+        return rows
     seconds, best = study.seconds, trainer.best["epoch"]
     numbers = {"numbers": results.as_json(rows), "best_epoch": best, "seconds": seconds}
     run.write_json(study.folder / "results.json", numbers)
@@ -160,6 +170,7 @@ def finish(study: Study, trainer: Trainer, *, quiet: bool = False) -> list[Row]:
     if not quiet:
         print(results.table(rows, subject, study.dataset.name))
         print(f"best epoch {best}; {seconds:.0f} s; pictures and numbers: {study.folder}/")
+    processes.wait()
     return rows
 
 
@@ -211,12 +222,7 @@ def engine(study: Study) -> Callable[..., SVI]:
 def _engine_line(chosen: str, steps: int) -> str:
     if chosen == "eager":
         return f"eager, for a run of {steps:,} steps"
-    if steps <= _AFTER:
-        return (
-            f"{chosen}, but a graph is made after {_AFTER} steps, and this run has {steps}: all "
-            "of them run eager"
-        )
-    return f"{chosen}, for a run of {steps:,} steps; the first epoch waits for the compiler"
+    return f"{chosen}, for a run of {steps:,} steps; the first of them waits for the compiler"
 
 
 def _described(vae: VAE) -> str:
@@ -230,16 +236,39 @@ def _described(vae: VAE) -> str:
     )
 
 
-def _keep_config(folder: Path, args: argparse.Namespace, dataset: data.Dataset) -> None:
+def _folder(
+    args: argparse.Namespace, name: str, dataset: data.Dataset, device: torch.device
+) -> Path:
+    """The run's folder, new or the resumed one, for this run alone, with its configuration."""
+    folder = Path(args.resume) if args.resume else run.new_folder(args.out, name)
+    keeping.lock(folder)
+    remove_leftovers(folder)
+    _keep_config(folder, args, dataset, device)
+    return folder
+
+
+def _keep_config(
+    folder: Path, args: argparse.Namespace, dataset: data.Dataset, device: torch.device
+) -> None:
     """Writes `config.json`; of a resumed run, once it is known that the data is still the same."""
     if args.resume is not None:
-        before = run.read_config(folder)["dataset"]
-        dataset.require_same(before["name"], before["sha256"], folder)
+        before = run.read_config(folder)
+        dataset.require_same(before["dataset"]["name"], before["dataset"]["sha256"], folder)
+        _tell_changes(before, {"processor": run.processor(device), **run.versions()})
     config = {
-        "arguments": {name: value for name, value in vars(args).items() if name != "observe"},
+        "arguments": {k: v for k, v in vars(args).items() if k not in ("observe", "resumable")},
         "dataset": {"name": dataset.name, "sha256": dataset.sha256, "observed": args.observe},
         "seed": args.seed,
         "data_seed": args.data_seed,
+        "processor": run.processor(device),
         "versions": run.versions(),
     }
     run.write_json(folder / "config.json", config)
+
+
+def _tell_changes(config: Mapping[str, Any], now: Mapping[str, str]) -> None:
+    """A warning where what a run's numbers depend on is not what it was."""
+    before = {"processor": config.get("processor"), **config["versions"]}
+    changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
+    if changed:
+        print(f"warning: {', '.join(changed)}: the rest of this run may differ by rounding")

@@ -3,30 +3,39 @@
 import contextlib
 import csv
 import io
+import itertools
 import math
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.infer import SVI
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from pvae import captured, checkpoint, evaluate
-from pvae.crosscheck import STANDARD_ERRORS, TOLERANCE, Check, cross_check, objective_of
+from pvae import captured, checkpoint, evaluate, keeping, processes
+from pvae.crosscheck import STANDARD_ERRORS, TOLERANCE, Check, by_hand, cross_check, objective_of
 from pvae.data import Observed, pixels
 from pvae.files import write_atomically
 from pvae.objectives import temper
-from pvae.optim import SingleOptimizer
+from pvae.optim import NotFinite, SingleOptimizer
+from pvae.programs import HierarchicalGuide, evaluating, optional
+from pvae.results import Subject, collapse
 from pvae.schedule import Schedule
+from pvae.stopping import Asked, Stopped, asked_to_stop
 from pvae.vae import VAE
 
 _LOOKS = 100  # steps after which a loss that is summed on a GPU is looked at
 _CHECKED = 250  # images of the fixed validation batch that the cross-check sees
+_CODED = 1000  # validation images whose codes say how many units are active
+_KINDS = {"optimizer": dict, "history": list, "step": int}  # in a checkpoint
 _LINES = 25  # of epochs on the screen, spread over the run; all are in metrics.csv
 
 
@@ -49,30 +58,43 @@ class Trainer:
     """Trains a pair by a stock SVI object, and keeps in a folder what a resumed run needs.
 
     After each epoch it computes the validation ELBO (always at beta = 1), cross-checks SVI
-    against the same loss by hand, and writes `metrics.csv`, `checkpoint.pt` (the last state) and,
-    where the validation ELBO is the best so far, `best.pt`. Without a folder nothing is written.
+    against the same loss by hand, and writes `metrics.csv`, `checkpoint.pt` (the last state; the
+    one before it stays as `checkpoint.previous.pt`) and, where the validation ELBO is the best so
+    far, `best.pt`. Within an epoch it writes a checkpoint every few minutes, and where SIGINT or
+    SIGTERM stops it. A resumed run is the uninterrupted one, bit for bit, on the same processor
+    and versions. Without a folder nothing is written.
     Labels (or masks) of the data go to a pair that takes them, `vae.takes_y`.
+
+    Several processes (`pvae.processes`) each take their part of every batch and of the splits, and
+    the first one writes, prints and calls `on_epoch`. The noise of each is drawn from the seed, its
+    rank and the step.
 
     Args:
         vae: the pair.
         svi: `pyro.infer.SVI` or `pvae.captured.SVI` over `vae.model` and `vae.guide`, with a
             `SingleOptimizer` over the parameters of `vae`.
         data: the observed data set, on the device of `vae`.
-        epochs, batch_size: how long, and how many images a step.
+        epochs, batch_size: how long, and how many images a step, of all processes together.
         schedule: of the KL's weight and the learning rate.
         precision: of a training step: "fp32", "tf32" (matrix products on a GPU) or "bf16" (the
             networks, by autocast). Numbers are always reported in float32.
         seed: of the shuffles and redrawn pixels; the guide's noise is the global random state's.
         folder: where the run is kept.
+        checkpoint_minutes: minutes between checkpoints within an epoch.
         quiet: no progress bar, no line an epoch.
-        on_epoch: called after each epoch with the trainer.
+        accumulate: in how many parts, one after another, a process takes its part of a batch that
+            does not fit.
+        on_epoch: called after each epoch with the trainer; the random numbers it draws are its own.
         go_on: what a person types to go on with a stopped run, such as "--resume runs/a"; part of
             the message that stops it.
 
     Raises:
         ValueError: an argument out of its range, an `svi` of another pair or without some of its
             parameters, data outside the likelihood's support or without the `y` that the pair
-            takes, or a last batch of one image where the pair has BatchNorm.
+            takes, or a last batch of one image where the pair has BatchNorm. Of batches in parts
+            also: a `batch_size` that they do not divide, a loss that is not a sum over images (the
+            ELBO says so by `sums_over_images = False`), BatchNorm, a site outside the data plate,
+            a split with fewer images than processes.
 
     >>> import pyro, pvae
     >>> from pyro.infer import Trace_ELBO
@@ -98,34 +120,49 @@ class Trainer:
         schedule: Schedule = Schedule(),  # noqa: B008 (a value that nobody can change)
         precision: str = "fp32",
         seed: int = 0,
+        accumulate: int = 1,
         folder: Path | None = None,
+        checkpoint_minutes: float = 5.0,
         quiet: bool = False,
         on_epoch: Callable[["Trainer"], None] | None = None,
         go_on: str | None = None,
     ) -> None:
-        for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+        positive = {"epochs": epochs, "batch_size": batch_size, "accumulate": accumulate}
+        for name, value in positive.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if not checkpoint_minutes > 0:
+            raise ValueError(f"checkpoint_minutes must be above 0, not {checkpoint_minutes}")
         schedule.check(epochs)
         if precision not in ("fp32", "tf32", "bf16"):
             raise ValueError(f"precision must be one of fp32, tf32, bf16, not {precision!r}")
         _check_belongs(svi, vae)
         _check_data(data, vae, batch_size)
+        self.parts = processes.count() * accumulate  # of a batch
+        if self.parts > 1:
+            _check_parts(svi, vae, data, batch_size, self.parts)
         self.vae, self.svi, self.data = vae, svi, data
         self.optimizer = svi.optim.optimizer
         self.epochs, self.batch_size, self.seed = epochs, batch_size, seed
         self.schedule, self.precision = schedule, precision
-        self.folder, self.quiet, self.on_epoch, self.go_on = folder, quiet, on_epoch, go_on
+        self.folder, self.on_epoch, self.go_on = folder, on_epoch, go_on
+        self.quiet = quiet or not processes.is_first()
         self.steps_per_epoch = math.ceil(len(data.train.images) / batch_size)
         self.step = 0
         self.history: list[dict[str, float]] = []
-        self._kept_epochs = 0
+        self._sum: float | Tensor = 0.0  # of the epoch's losses; on a GPU a tensor there
+        self._images: int | Tensor = 0  # that are in it
+        self._asked, self._stored = Asked(), ""  # a signal to stop; what the last checkpoint is of
+        self.checkpoint_minutes, self._stored_at = checkpoint_minutes, time.perf_counter()
+        self._told_collapse = False
         self._shown = spread(epochs, _LINES)
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
         first = data.validation.first(_CHECKED)
         self._checked = pixels(first.images), vae.given(first.y)
         with self._explained(*self._checked):
             self.vae.check(*self._checked)
+            if self.parts > 1:
+                _check_sites(vae, *self._checked)
         self._against = self._cross_check(1.0).against  # refused before the run, not after it
 
     # ---- the loop ----
@@ -136,28 +173,40 @@ class Trainer:
 
         Raises:
             TrainingFailed: the loss is not finite, or Pyro and the hand-written loss disagree.
-            KeyboardInterrupt: as it came, with a message that says how to go on.
+            pvae.stopping.Stopped: by Ctrl-C (a `KeyboardInterrupt`) or SIGTERM, once the step is
+                finished and the state kept; a message says how to go on. A second one stops at
+                once.
+            ConnectionError: another process has ended or does not answer; the same message.
         """
+        processes.copy_from_first([*self.vae.parameters(), *self.vae.buffers()])
         images = len(self.data.train.images)
+        self._prepare()
         if not self.quiet:
             self._say(_header(self._against))
         # the bar covers the whole run: it shows images a second and the time left.
         # disable=None: no bar where the output is not a terminal
-        with tqdm(
-            total=images * self.epochs,
-            initial=images * self.epoch,
-            unit="img",
-            unit_scale=True,
-            leave=False,
-            disable=True if self.quiet else None,
-        ) as bar:
+        with (
+            tqdm(
+                total=images * self.epochs,
+                initial=images * self.epoch + min(images, self._batch * self.batch_size),
+                unit="img",
+                unit_scale=True,
+                leave=False,
+                disable=True if self.quiet else None,
+            ) as bar,
+            asked_to_stop() as self._asked,
+        ):
+            self._stored_at = time.perf_counter()
             try:
                 while self.epoch < (self.epochs if until is None else until):
                     self._one_epoch(bar)
+                    self._pause()
             except KeyboardInterrupt:
-                raise KeyboardInterrupt(
-                    f"stopped in epoch {self.epoch + 1} of {self.epochs}.{self._kept()}"
-                ) from None
+                at = f"stopped in epoch {min(self.epoch + 1, self.epochs)} of {self.epochs}."
+                signum = self._asked.signum or signal.SIGINT
+                raise Stopped(at + self._kept(), signum) from None
+            except ConnectionError as error:
+                raise ConnectionError(f"{error}.{self._kept()}") from error
 
     @property
     def epoch(self) -> int:
@@ -184,6 +233,8 @@ class Trainer:
             "beta": self._beta(self.step - 1),
             "train_objective": objective,
             **self._validate(),
+            **self._active_units(),
+            "skipped": self._skipped(),
         }
         check = self._cross_check(row["beta"])
         row["seconds"] = time.perf_counter() - start
@@ -192,53 +243,145 @@ class Trainer:
         self._keep()
         if not self.quiet and self.epoch in self._shown:
             self._say(_line(row, check))
+        self._tell_collapse(row)
         if check.suspicious:
             self._say(
                 f"warning: the sampled KL is off the analytic one by more than "
                 f"{STANDARD_ERRORS:g} standard errors: {check}"
             )
-        if self.on_epoch is not None:
-            self.on_epoch(self)
+        if self.on_epoch is not None and processes.is_first():
+            with evaluate.fixed_noise(self._checked[0].device, self.seed):
+                self.on_epoch(self)
 
     def _train(self, bar: Any) -> float:
         """One pass over the data; the mean of the (tempered) objective, nats per image."""
         self.vae.train()
-        total: Any = 0.0  # on a GPU a tensor there, which is read now and then
+        images = len(self.data.train.images)
         batches = self.data.batches(self.batch_size, seed=self.seed, epoch=self.epoch)
-        for x, y in batches:
+        # the batches that a stopped run has seen are drawn again, so that the rest are its own
+        for x, y in itertools.islice(batches, self._batch, None):
             self._set_learning_rate()
-            total = total + self._step(x, self.vae.given(y))
+            y = self.vae.given(y)
+            self._count(self._step(x, y), len(x))
+            if (self.step + 1) % _LOOKS == 0:
+                self._look(x, y)
+            bar.update(min(self.batch_size, images - self._batch * self.batch_size))
             self.step += 1
-            bar.update(len(x))
-            if self.step % _LOOKS == 0:
-                self._finite(float(total))
-        return -self._finite(float(total)) / len(self.data.train.images)
+            self._pause()
+        self._look(*self._checked)
+        if not (counted := processes.total(float(self._images))):
+            raise TrainingFailed(self._not_finite("every batch of the epoch was left out"))
+        mean = -processes.total(float(self._sum)) / counted
+        self._sum, self._images = 0.0, 0
+        return mean
 
-    def _step(self, x: Tensor, y: Tensor | None) -> float | Tensor:
+    def _prepare(self) -> None:
+        """Captures the step of each size of batch before the first is taken, so that all steps of
+        a run, and of one that goes on with it, are the same code."""
+        if not isinstance(self.svi, captured.SVI):
+            return
+        self.vae.train()
+        x, y = next(self.data.batches(self.batch_size, seed=self.seed, epoch=0))
+        y = self.vae.given(y)
+        last = len(self.data.train.images) % self.batch_size
+        mine = len(range(last)[processes.part(last)])
+        rest = x[:mine], None if y is None else y[:mine]
+        sizes = {
+            len(part): (part, its_y) for part, its_y in [*self._parts(x, y), *self._parts(*rest)]
+        }
+        for part, its_y in sizes.values():
+            with self._around_a_step(x.device.type), self._explained(part, its_y):
+                self.svi.prepare(part, its_y)
+
+    @property
+    def _batch(self) -> int:
+        """Batches of this epoch that are done."""
+        return self.step - self.epoch * self.steps_per_epoch
+
+    def _step(self, x: Tensor, y: Tensor | None) -> float | Tensor | None:
+        """The loss of a step on this process's images; None where the batch was left out."""
+        optim, left_out = self.svi.optim, self.svi.optim.left_out + 0
+        try:
+            with self._explained(x, y):
+                loss = self._launch(x, y) if self.parts == 1 else self._launch_parts(x, y)
+                # to read a number from a GPU is to wait for it
+                if isinstance(loss, Tensor) and loss.is_cuda:
+                    return loss
+                return _finite(float(loss)) if optim.left_out == left_out else None
+        except TrainingFailed:
+            if optim.on_nan == "stop" or optim.left_out != left_out:
+                raise
+            optim.left_out += 1  # Pyro refused the numbers of a site before there was a gradient
+            return None
+
+    def _launch_parts(self, x: Tensor, y: Tensor | None) -> float | Tensor:
+        if processes.count() > 1:  # so that a resumed run needs no random state of each process
+            torch.manual_seed(processes.seed(self.seed, self.step))
+        total: Any = 0.0
+        with self.svi.optim.summing():
+            for part, its_y in self._parts(x, y):
+                total = total + self._launch(part, its_y)
+        return total
+
+    def _parts(self, x: Tensor, y: Tensor | None = None) -> list[tuple[Tensor, Tensor | None]]:
+        """What this process takes of a batch, in the parts that it takes one after another."""
+        size = self.batch_size // self.parts
+        ys = itertools.repeat(None) if y is None else y.split(size)
+        return [(part, its_y) for part, its_y in zip(x.split(size), ys, strict=False) if len(part)]
+
+    def _launch(self, x: Tensor, y: Tensor | None) -> float | Tensor:
         launch = self.svi.launch if isinstance(self.svi, captured.SVI) else self.svi.step
-        with temper(self._beta(self.step)), self._precisely(x.device.type), self._explained(x, y):
-            loss = launch(x, y)
-        # to read a number from a GPU is to wait for it
-        return loss if isinstance(loss, Tensor) and loss.is_cuda else self._finite(float(loss))
+        with self._around_a_step(x.device.type):
+            return launch(x, y)
+
+    @contextlib.contextmanager
+    def _around_a_step(self, device: str) -> Iterator[None]:
+        with temper(self._beta(self.step)), self._precisely(device):
+            yield
+
+    def _count(self, loss: float | Tensor | None, images: int) -> None:
+        """Adds a batch to the epoch's objective, but for one that was left out."""
+        if isinstance(loss, Tensor):
+            finite = loss.isfinite()
+            skip = self.svi.optim.on_nan == "skip"
+            self._sum = self._sum + (torch.where(finite, loss, 0.0) if skip else loss)
+            self._images = self._images + (finite * images if skip else images)
+        elif loss is not None:
+            self._sum, self._images = self._sum + loss, self._images + images
+
+    def _look(self, x: Tensor, y: Tensor | None) -> None:
+        """Reads what a GPU has added up."""
+        with self._explained(x, y):
+            _finite(float(self._sum))
+            if self.svi.optim.on_nan == "stop" and int(self.svi.optim.left_out):
+                raise NotFinite(
+                    "a gradient is not finite, and the steps since are left out; the last "
+                    f"{_LOOKS} steps are in question"
+                )
 
     @contextlib.contextmanager
     def _explained(self, x: Tensor, y: Tensor | None) -> Iterator[None]:
-        """Pyro's validation stops at a number that is not finite: which site it is, in words."""
+        """A number that is not finite stops the run: which site or parameter it is, in words."""
         try:
             yield
-        except ValueError as error:
+        except (ValueError, NotFinite) as error:
             try:
                 site = evaluate.not_finite(self.vae.model, self.vae.guide, x, y)
             except (ValueError, RuntimeError):  # the pair does not run at all: another error
                 site = None
-            if site is None:
+            if site is not None:
+                what = f"site {site!r} is not finite"
+            elif isinstance(error, NotFinite):
+                what = self._named(error)
+            else:
                 raise
-            raise TrainingFailed(self._not_finite(f"site {site!r} is not finite")) from error
+            raise TrainingFailed(self._not_finite(what)) from error
 
-    def _finite(self, loss: float) -> float:
-        if not math.isfinite(loss):
-            raise TrainingFailed(self._not_finite(f"the loss is {loss}"))
-        return loss
+    def _named(self, error: NotFinite) -> str:
+        names: dict[Tensor, str] = {p: name for name, p in self.vae.named_parameters()}
+        bad = [names[p] for p in error.parameters]
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        return f"{error}" + (f", of {', '.join(bad[:3])}{more}" if bad else "")
 
     @contextlib.contextmanager
     def _precisely(self, device: str) -> Iterator[None]:
@@ -254,12 +397,39 @@ class Trainer:
         """The means of the ELBO at beta = 1 and its terms, with fixed noise."""
 
         def bound(x: Tensor, y: Tensor | None) -> evaluate.Bound:
-            y = self.vae.given(y)
             with self._explained(x, y):
                 return evaluate.elbo(self.vae.model, self.vae.guide, x, y)
 
-        means = evaluate.over(self.data.validation, bound, batch_size=500, seed=self.seed)
+        subject = Subject(self.vae, self.data, self.seed, quiet=True)
+        means = subject.over(self.data.validation, bound, 500)
         return {f"validation_{name}": t.mean().item() for name, t in means._asdict().items()}
+
+    def _active_units(self) -> dict[str, int]:
+        """How many units are active, of one layer of latents."""
+        if isinstance(self.vae.guide, HierarchicalGuide):
+            return {}
+        codes = evaluate.over(
+            self.data.validation.first(_CODED),
+            lambda x, y: evaluate.posterior_means(self.vae.guide, x, self.vae.given(y)),
+            batch_size=500,
+            seed=self.seed,
+        )
+        self._units = codes.shape[1]
+        return {"active_units": evaluate.active_units(codes)}
+
+    def _skipped(self) -> int:
+        """Batches of this epoch that were left out."""
+        before = sum(row.get("skipped", 0) for row in self.history)
+        return int(self.svi.optim.left_out - before)
+
+    def _tell_collapse(self, row: Mapping[str, float]) -> None:
+        """A warning, once, where hardly a unit is active after the warm-up."""
+        early = max(self.schedule.kl_warmup, self.schedule.lr_warmup, 0.1) * self.epochs
+        if self.quiet or self._told_collapse or self.epoch <= early or "active_units" not in row:
+            return
+        if text := collapse(row["active_units"], self._units):
+            self._told_collapse = True
+            self._say(f"{text} (epoch {self.epoch})")
 
     def _cross_check(self, beta: float) -> Check:
         with self._explained(*self._checked):
@@ -287,14 +457,54 @@ class Trainer:
     # ---- what is kept ----
 
     def _keep(self) -> None:
+        """What is written after an epoch, by the first process."""
         if self.folder is None:
             return
-        _write_csv(self.folder / "metrics.csv", self.history)
-        if self.best is self.history[-1]:
-            notes = {name: self.best[name] for name in ("epoch", "validation_elbo")}
-            checkpoint.save(self.vae, self.folder / "best.pt", notes)
-        checkpoint.write(self.folder / "checkpoint.pt", self.state())
-        self._kept_epochs = self.epoch
+        if processes.is_first():
+            self._keep_best(self.folder)
+        self._store()
+
+    def _keep_best(self, folder: Path) -> None:
+        with self._room():
+            _write_csv(folder / "metrics.csv", self.history)
+            if self.best is self.history[-1]:
+                notes = {name: self.best[name] for name in ("epoch", "validation_elbo")}
+                checkpoint.save(self.vae, folder / "best.pt", notes)
+
+    def _store(self) -> None:
+        """Writes a checkpoint, in an epoch or after one."""
+        if self.folder is None:
+            return
+        state = self.state()  # of all processes
+        with self._room():
+            if processes.is_first():
+                keeping.write(self.folder, state)
+        processes.wait()  # what another one reads is whole
+        self._stored, self._stored_at = self._position(), time.perf_counter()
+
+    def _pause(self) -> None:
+        """Between two steps: is it time for a checkpoint, or to stop? All processes do the same."""
+        due = time.perf_counter() - self._stored_at >= 60 * self.checkpoint_minutes
+        asked, due = processes.any_of(self._asked.signum is not None, due)
+        if (asked or due) and self._stored != self._position():
+            self._store()
+        if asked:
+            raise KeyboardInterrupt
+
+    def _position(self) -> str:
+        if not self._batch:
+            return f"after epoch {self.epoch}"
+        return f"after batch {self._batch} of {self.steps_per_epoch} in epoch {self.epoch + 1}"
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        """A disk that is full stops the run, and the files that are there stay."""
+        try:
+            yield
+        except OSError as error:
+            raise TrainingFailed(
+                f"the run cannot be kept in {self.folder}: {error}.{self._kept()}"
+            ) from error
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs: tensors and plain values only."""
@@ -302,11 +512,15 @@ class Trainer:
         optimizer = {path: saved[i] for i, path in enumerate(self._paths()) if i in saved}
         device = self._checked[0].device
         own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
+        alone = processes.count() == 1
         return {
             **checkpoint.pair_state(self.vae),
             "optimizer": optimizer,  # by module path: store names differ from run to run
             "history": self.history,
             "step": self.step,
+            "sum": self._sum if alone else processes.total(float(self._sum)),
+            "images": self._images if alone else processes.total(float(self._images)),
+            "left_out": int(self.svi.optim.left_out),
             "random_state": torch.get_rng_state(),
             "device_random_state": own,
         }
@@ -320,19 +534,40 @@ class Trainer:
     def resume(self, path: str | Path) -> None:
         """Goes back to the state of a checkpoint; nothing is changed if it does not fit.
 
+        Where the file is damaged, the one before it takes its place, and a line says so.
+
         Raises:
             FileNotFoundError, ValueError: no checkpoint, a damaged one, or of another architecture.
         """
-        state = checkpoint.read(path)
+        state = processes.from_first(lambda: keeping.read(Path(path)))
+        try:
+            self._go_back(state, path)
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(f"{path} is not a checkpoint to go on from: {error!r}") from error
+
+    def _go_back(self, state: dict[str, Any], path: str | Path) -> None:
+        for name, kind in _KINDS.items():
+            if not isinstance(state[name], kind):
+                raise TypeError(f"{name} must be a {kind.__name__}")
+        for row in state["history"]:
+            float(row["validation_elbo"])
+        saved, paths = state["optimizer"], self._paths()
         checkpoint.restore(self.vae, state["model"], path)
-        saved = state["optimizer"]
-        by_index = {i: saved[path] for i, path in enumerate(self._paths()) if path in saved}
+        if unknown := saved.keys() - paths:
+            raise KeyError(*unknown)
+        by_index = {i: saved[path] for i, path in enumerate(paths) if path in saved}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": by_index})
         self.history, self.step = state["history"], state["step"]
-        self._kept_epochs = self.epoch
+        device = self._checked[0].device
+        self._sum, self._images = (
+            (t.to(device) if isinstance(t, Tensor) else t) if processes.is_first() else 0
+            for t in (state.get("sum", 0.0), state.get("images", 0))
+        )
+        self.svi.optim.left_out = state.get("left_out", 0)
+        self._stored = self._position()
         torch.set_rng_state(state["random_state"])
         if state["device_random_state"] is not None:
-            own = torch.get_device_module(self._checked[0].device)
+            own = torch.get_device_module(device)
             own.set_rng_state(state["device_random_state"])
 
     def _paths(self) -> list[str]:
@@ -343,23 +578,31 @@ class Trainer:
     # ---- what is said ----
 
     def _say(self, text: str) -> None:
+        if not processes.is_first():
+            return
         tqdm.write(text)
         sys.stdout.flush()  # a pipe is to see each epoch as it ends
 
     def _not_finite(self, what: str) -> str:
         return (
-            f"{what}, at step {self.step} (epoch {self.epoch + 1}).{self._kept()} Try a smaller "
-            "learning rate; with a learned scale, a larger floor or dequantised pixels"
+            f"{what}, at step {self.step} (epoch {self.epoch + 1}, batch {self._batch + 1} of "
+            f"{self.steps_per_epoch}, learning rate {self.optimizer.param_groups[0]['lr']:.3g})."
+            f"{self._kept()} Try a smaller learning rate or --clip-norm; with a learned scale, a "
+            "larger floor or dequantised pixels"
         )
 
     def _kept(self) -> str:
-        if not self._kept_epochs:
+        if not self._stored:
             return " Nothing was kept yet."
+        best = ", best.pt the best model so far" if self.history else ""
         by = "" if self.go_on is None else f"; go on by {self.go_on}"
-        return (
-            f" {self.folder}/checkpoint.pt holds the state after epoch {self._kept_epochs}, "
-            f"best.pt the best model so far{by}."
-        )
+        return f" {self.folder}/checkpoint.pt holds the state {self._stored}{best}{by}."
+
+
+def _finite(loss: float) -> float:
+    if not math.isfinite(loss):
+        raise NotFinite(f"the loss is {loss}")
+    return loss
 
 
 def _check_columns(check: Check) -> dict[str, float]:
@@ -373,7 +616,7 @@ def _header(against: str) -> str:
     return (
         "nats per image; train: the objective at this beta; validation: ELBO at beta = 1\n"
         f"{'epoch':>5} {'beta':>5} {'train':>9} {'validation':>10} {'reconstr.':>10} {'KL':>7} "
-        f"{'time':>7}  SVI against {against}"
+        f"{'active':>6} {'time':>7}  SVI against {against}"
     )
 
 
@@ -381,7 +624,9 @@ def _line(row: dict[str, float], check: Check) -> str:
     return (
         f"{row['epoch']:>5} {row['beta']:>5.2f} {row['train_objective']:>9.2f} "
         f"{row['validation_elbo']:>10.2f} {row['validation_reconstruction']:>10.2f} "
-        f"{row['validation_kl']:>7.2f} {row['seconds']:>6.1f}s  {check}"
+        f"{row['validation_kl']:>7.2f} {row.get('active_units', '-'):>6} "
+        f"{row['seconds']:>6.1f}s  {check}"
+        + (f"  {row['skipped']} batches left out" if row["skipped"] else "")
     )
 
 
@@ -408,12 +653,62 @@ def _check_belongs(svi: SVI, vae: VAE) -> None:
 def _check_data(data: Observed, vae: VAE, batch_size: int) -> None:
     if vae.takes_y and data.train.y is None:
         raise ValueError("the pair takes y, but the data has neither labels nor masks")
-    has_batchnorm = any(isinstance(module, _BatchNorm) for module in vae.modules())
-    if has_batchnorm and len(data.train.images) % batch_size == 1:
+    if _has_batchnorm(vae) and len(data.train.images) % batch_size == 1:
         raise ValueError(
             f"batch_size must not leave one image over, which BatchNorm cannot normalize: "
             f"{len(data.train.images):,} training images by {batch_size} do; choose another"
         )
+
+
+def _check_parts(svi: SVI, vae: VAE, data: Observed, batch_size: int, parts: int) -> None:
+    """Whether the parts of a batch, of processes and in time, together are the batch."""
+    if batch_size % parts:
+        raise ValueError(
+            f"batch_size must be a multiple of {parts} ({processes.count()} process(es) by "
+            f"{parts // processes.count()} part(s) of each), not {batch_size}"
+        )
+    for name in ("train", "validation", "test"):
+        images = len(getattr(data, name).images)
+        if images < processes.count():
+            raise ValueError(
+                f"data.{name} must hold an image for each of {processes.count()} processes, "
+                f"not {images} image(s)"
+            )
+    elbo = getattr(svi.loss, "__self__", None)
+    if not getattr(elbo, "sums_over_images", by_hand(svi) is not None):
+        raise ValueError(
+            "svi must have a loss that is a sum over images, so that those of the parts of a batch "
+            f"add up: {type(elbo).__name__} does not say so by sums_over_images = True; train it "
+            "in one process, without accumulate"
+        )
+    if _has_batchnorm(vae):
+        raise ValueError(
+            "vae must be without BatchNorm, which normalizes by the batch, and would see only a "
+            "part of it; train it in one process, without accumulate"
+        )
+    if getattr(svi, "record", None) is not None:
+        raise ValueError("svi must not record a CUDA graph where batches are taken in parts")
+    if svi.optim.on_nan == "skip" and processes.count() > 1:
+        raise ValueError("on_nan must be stop with several processes: one cannot skip alone")
+
+
+def _check_sites(vae: VAE, x: Tensor, y: Tensor | None) -> None:
+    """Whether each site is per image: any other would be counted once in each part of a batch."""
+    with evaluating(vae), evaluate.fixed_noise(x.device, 0):
+        drawn = poutine.trace(vae.guide).get_trace(x, *optional(y))
+        model = poutine.trace(poutine.replay(vae.model, trace=drawn)).get_trace(x, *optional(y))
+    for name, site in [*drawn.nodes.items(), *model.nodes.items()]:
+        if site["type"] != "sample" or site_is_subsample(site):
+            continue
+        if not any(frame.dim == -1 for frame in site["cond_indep_stack"]):
+            raise ValueError(
+                f"vae must have all sites in the data plate where batches are taken in parts: "
+                f"{name!r}, outside of it, would be counted once in each part"
+            )
+
+
+def _has_batchnorm(vae: VAE) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in vae.modules())
 
 
 def _write_csv(path: Path, rows: list[dict[str, float]]) -> None:

@@ -299,7 +299,7 @@ def test_a_run_of_elbo(tmp_path, capsys):
         assert all(row["elbo"] < row["log_evidence"] for row in rows)
         assert rows[-1]["kl"] < rows[0]["kl"]
     files = {path.name for path in (tmp_path / "r").iterdir()}
-    assert files == {"config.json", "results.json", "elbo.png"}
+    assert files == {".lock", "config.json", "results.json", "elbo.png"}
 
 
 @pytest.mark.slow

@@ -19,6 +19,8 @@ mnist_svi = example("mnist_svi")
 FILES = {
     "best.pt",
     "checkpoint.pt",
+    "checkpoint.previous.pt",
+    ".lock",
     "config.json",
     "curves.png",
     "interpolations.png",
@@ -151,7 +153,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == 128 + signal.SIGTERM
     assert f"--resume {tmp_path / 'r'}" in stderr
     assert "Traceback" not in stderr
 

@@ -21,6 +21,7 @@ HOUSE = [
     "tables",
     "plots",
     "run",
+    "keeping",
     "evaluate",
     "captured",
     "checkpoint",
@@ -36,6 +37,7 @@ ROOMS = [
     "programs",
     "objectives",
     "schedule",
+    "stopping",
     "closed_form",
     "conditional",
     "heads",
@@ -43,6 +45,8 @@ ROOMS = [
     "flows",
     "nets",
     "files",
+    "processes",
+    "untrusted",
 ]
 TORCH_ONLY = ["closed_form", "conditional", "kinds", "nets"]
 

@@ -164,7 +164,8 @@ def test_what_is_kept(tmp_path):
     again = load(tmp_path)
     assert not again.training
     assert all(torch.equal(best["model"][name], t) for name, t in again.state_dict().items())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "checkpoint.pt", "metrics.csv"]
+    kept = ["best.pt", "checkpoint.previous.pt", "checkpoint.pt", "metrics.csv"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == kept
 
 
 def test_validation_neither_trains_nor_spends_random_numbers():
