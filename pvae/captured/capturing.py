@@ -450,9 +450,7 @@ class Capturing:
                 graph.bind_to(seen)
                 start.put_back()
                 by_graph = self._try(graph, inputs)
-            difference = self._difference(graph, by_graph, outcome)
-            if difference and self._is_rounding(start, graph, by_graph, args, kwargs):
-                difference = None
+            difference = self._unlike(start, graph, by_graph, outcome, args, kwargs)
             difference = difference or Moment(end.tensors).difference(end)
         except Exception as error:  # whatever the tracer or the compiler says
             return in_words(error)
@@ -476,9 +474,7 @@ class Capturing:
         changes = entry.seen.changes()
         start.put_back()
         by_graph = self._try(graph, inputs)
-        difference = self._difference(graph, by_graph, outcome)
-        if difference and self._is_rounding(start, graph, by_graph, args, kwargs):
-            difference = None
+        difference = self._unlike(start, graph, by_graph, outcome, args, kwargs)
         difference = difference or Moment(start.tensors).difference(end)
         if changes:
             difference = f"`{changes[0]}`, which the programs change,"
@@ -492,11 +488,14 @@ class Capturing:
         self._distrust(entry, difference)
         return self._finish(outcome)
 
-    def _is_rounding(
-        self, start: Moment, graph: Any, by_graph: Any, args: Any, kwargs: Any
-    ) -> bool:
-        """Whether the graph gives what the programs give where each parameter is moved by its last
-        digits: as at the kink of a ReLU, on whose two sides two roundings may lie."""
+    def _unlike(
+        self, start: Moment, graph: Any, by_graph: Any, outcome: Any, args: Any, kwargs: Any
+    ) -> str | None:
+        """What of the graph's results is not the programs', not even where each parameter is moved
+        by its last digits: a ReLU has a kink, and two roundings may lie on its two sides."""
+        difference = self._difference(graph, by_graph, outcome)
+        if difference is None:
+            return None
         after, leaves = Moment(start.tensors), leaves_of(start)
         signs = torch.Generator().manual_seed(0)
         try:
@@ -508,8 +507,8 @@ class Capturing:
                 with pyro.validation_enabled(False):
                     moved = self._reference(leaves, args, kwargs)
                 if self._difference(graph, by_graph, moved) is None:
-                    return True
-            return False
+                    return None
+            return difference
         finally:
             after.put_back()
 
