@@ -489,6 +489,34 @@ def peak_rate(turns: int = 60) -> float:
     return 2 * 1024**3 / best
 
 
+def product_rates(batch: int, turns: int = 300) -> str:
+    """Of the products of the MLP's layers, forward and backward: torch's way and oneDNN's, in turn,
+    the best time of each as a rate."""
+    ways: list[Callable[..., Tensor]] = [_by_torch, torch.ops.pvae.product]
+    cells = []
+    for fan_in, fan_out in ((784, 400), (400, 40), (20, 400), (400, 784)):
+        x, w = torch.randn(batch, fan_in), torch.randn(fan_out, fan_in)
+        bias, g = torch.randn(fan_out), torch.randn(batch, fan_out)
+        for what, given in (
+            ("forward", (x, w.t(), bias)),
+            ("gradient of the input", (g, w, None)),
+            ("gradient of the weight", (g.t(), x, None)),
+        ):
+            best = [float("inf")] * len(ways)
+            for _, (i, way) in itertools.product(range(turns), enumerate(ways)):
+                start = time.perf_counter()
+                way(*given)
+                best[i] = min(best[i], time.perf_counter() - start)
+            rates = [f"{2 * batch * fan_in * fan_out / t / 1e9:.0f}" for t in best]
+            cells.append([f"{fan_in} to {fan_out}, {what}", *rates, f"{best[1] / best[0]:.2f}"])
+    title = f"products at batch {batch}, GFLOP/s"
+    return tables.columns(title, ["", "torch", "oneDNN", "time"], cells)
+
+
+def _by_torch(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return a @ b if bias is None else torch.addmm(bias, a, b)
+
+
 def rows_of(
     net: str, batch: int, measured: dict[str, tuple[list[float], float]], least: float
 ) -> list[dict[str, Any]]:
@@ -580,6 +608,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--epochs", action="store_true",
                    help="whole epochs of the training set instead of steps, data and all; stock "
                    "Pyro and the plain loop with a loader as torchvision's")  # fmt: skip
+    p.add_argument("--products", action="store_true",
+                   help="the MLP's matrix products alone, by torch and by oneDNN")  # fmt: skip
     p.add_argument("--json", type=Path, metavar="FILE", help="where to write the rows")
     p.add_argument("--figure", type=Path, metavar="FILE", help="where to draw them")
     args = p.parse_args(argv)
@@ -597,6 +627,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{platform.processor() or platform.machine()}, {args.threads} thread(s), torch "
         f"{torch.__version__}; a matrix product runs at {rate / 1e9:.0f} GFLOP/s"
     )
+    if args.products:
+        for batch in args.batches:
+            print(product_rates(batch), flush=True)
+        return
     rows: list[dict[str, Any]] = []
     for net in args.nets:
         builders = {

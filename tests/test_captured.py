@@ -748,7 +748,8 @@ class Recordings:
         return record
 
 
-@pytest.mark.parametrize("net", ["mlp", "deep"])  # deep: buffers that a step writes
+# deep: buffers that a step writes
+@pytest.mark.parametrize("net", ["mlp", pytest.param("deep", marks=pytest.mark.slow)])
 def test_a_recorded_step_trains_as_stock_svi(net):
     """Data, noise, beta and learning rate change from step to step; then the optimizer's state
     is replaced, and its settings: each makes one new recording."""

@@ -14,7 +14,9 @@ from torch._dynamo.utils import counters
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pvae import captured
+from pvae.captured import compiling
 from pvae.captured.compiling import _without_cuda_home, _without_log1p
+from pvae.captured.products import amd_family_in, by_onednn
 
 PROCESS = """
 import json, os, sys
@@ -187,3 +189,98 @@ def test_a_weighted_density_keeps_log1p():
     before = graph.code
     _without_log1p(graph)
     assert graph.code == before
+
+
+def layer(x, w, b, g):
+    """A linear layer, the gradient of its input, that of its weight, and a small product."""
+    return torch.addmm(b, x, w.t()), torch.mm(g, w), torch.mm(g.t(), x), torch.mm(x[:4], w.t())
+
+
+def of_layer(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((128, 784), (400, 784), (400,), (128, 400))
+    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+
+
+def taken(graph):
+    """Which of its products are oneDNN's."""
+    products = [n.target for n in graph.graph.nodes if n.name.startswith(("mm", "addmm"))]
+    return [target is torch.ops.pvae.product.default for target in products]
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        (26, [True, True, True, False]),
+        (25, [False] * 4),
+        (None, [False] * 4),
+    ],
+)
+def test_the_processor_decides_which_products_are_onednns_and_all_are_right(family, expected):
+    given = of_layer()
+    graph = make_fx(layer, tracing_mode="fake")(*given)
+    before = graph(*given)
+    by_onednn(graph, family)
+    assert taken(graph) == expected
+    for ours, theirs, exact in zip(
+        graph(*given), before, layer(*(t.double() for t in given)), strict=True
+    ):
+        assert (ours.dtype, ours.stride()) == (theirs.dtype, theirs.stride())
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+        assert (ours - exact).norm() <= 1e-6 * exact.norm()
+
+
+def scaled(x, w, b, g):
+    return torch.addmm(b, x, w.t(), beta=2), torch.addmm(g, x, w.t())
+
+
+def test_what_onednn_would_compute_otherwise_stays_torchs():
+    wide = make_fx(layer, tracing_mode="fake")(*of_layer(torch.float64))
+    by_onednn(wide, 26)
+    assert not any(taken(wide))
+    narrow = make_fx(layer, tracing_mode="fake")(*of_layer(torch.bfloat16))
+    by_onednn(narrow, 26)
+    assert not any(taken(narrow))
+    other = make_fx(scaled, tracing_mode="fake")(*of_layer())  # another factor, another bias
+    by_onednn(other, 26)
+    assert not any(taken(other))
+
+
+def test_below_full_precision_and_without_onednn_products_stay_torchs():
+    graph = make_fx(layer, tracing_mode="fake")(*of_layer())
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        by_onednn(graph, 26)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        by_onednn(graph, 26)
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+    assert not any(taken(graph))
+
+
+def test_which_processors_products_are_measured_for():
+    said = "vendor_id\t: {}\ncpu family\t: {}\nmodel\t\t: 17\nflags\t\t: fma avx2 {}\n"
+    assert amd_family_in(said.format("AuthenticAMD", 26, "avx512f avx512dq")) == 26
+    assert amd_family_in(said.format("AuthenticAMD", 25, "sha_ni")) is None  # Zen 3
+    assert amd_family_in(said.format("GenuineIntel", 6, "avx512f avx512dq")) is None
+    assert amd_family_in("processor\t: 0\nCPU implementer\t: 0x41\n") is None
+
+
+@pytest.mark.slow
+def test_products_of_onednn_are_compiled_once(folder, monkeypatch):
+    monkeypatch.setattr(compiling, "amd_family", lambda: 26)
+    given = of_layer()
+    for already in (False, True):
+        counters.clear()
+        graph = make_fx(layer, tracing_mode="fake")(*given)
+        results = captured.inductor(graph, given)(*given)
+        assert taken(graph) == [True, True, True, False]
+        for ours, theirs in zip(results, layer(*given), strict=True):
+            assert ours.stride() == theirs.stride()
+            assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+        assert counters["inductor"]["fxgraph_cache_hit"] == already

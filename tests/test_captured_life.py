@@ -245,6 +245,7 @@ def test_arguments_that_cannot_be_told_apart(monkeypatch):
         svi.step(DATA)
 
 
+@pytest.mark.slow
 def test_a_tensor_at_the_place_of_another_that_is_gone():
     """An `id` that is used again is not the same tensor."""
     layers = nn.ModuleList([nn.Linear(1, 1)])

@@ -49,6 +49,7 @@ class Signature(NamedTuple):
 
 
 def signature_of(args: Any, kwargs: Any) -> Signature:
+    """What a call must have in common with another one to use its graph, and its tensors."""
     leaves, structure = pytree.tree_flatten((args, kwargs))
     key: list[Hashable] = [structure, torch.get_default_dtype(), torch.get_default_device()]
     key += [torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()]
@@ -169,6 +170,7 @@ class Entry:
 
 
 def places(seen: Seen, signature: Signature) -> list[int | None]:
+    """Where each tensor of the arguments lies in what the programs see; None where it does not."""
     return [seen.place_of(t) for t in signature.tensors]
 
 
@@ -540,10 +542,12 @@ def is_due(done: int) -> bool:
 
 
 def spot_value(spot: Spot) -> float:
+    """The number that is held at a spot."""
     return spot.holder[spot.key]
 
 
 def leaves_of(moment: Moment) -> list[Tensor]:
+    """The tensors that the programs see and that may get a gradient."""
     return [t for t in moment.tensors if t.requires_grad and t.is_leaf]
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from pvae.captured.products import amd_family, by_onednn
+
 Run = Callable[..., Sequence[Any]]
 Compiler = Callable[[GraphModule, list[Tensor]], Run]
 
@@ -28,6 +30,7 @@ def inductor(graph: GraphModule, inputs: list[Tensor]) -> Run:
     """
     _sum_for_biases(graph)
     _without_log1p(graph)
+    by_onednn(graph, amd_family())
     # Inductor looks into its folder only where the shapes come from tensors without data. The graph
     # was traced on such; where a version of torch keeps none of its graphs, it compiles each anew.
     fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]

@@ -110,6 +110,7 @@ _door("torch.distributions.Distribution._validate_sample")
 
 
 def global_hooks() -> list[Any]:
+    """The hooks that torch calls for all modules."""
     return [hook for hooks in _OF_ALL_MODULES for hook in hooks.values()]
 
 

@@ -17,6 +17,7 @@ def is_of_tracing(error: Exception) -> bool:
 
 
 def in_words(error: Exception) -> str:
+    """The reason, as one line."""
     if "FakeTensor(" in str(error):  # as a text shows a tensor without data
         return "the programs put the value of a tensor into the name of a site or parameter"
     if isinstance(error, NotCaptured):

@@ -80,6 +80,7 @@ class Spot(NamedTuple):
 
 
 def layout(t: Tensor) -> tuple[Hashable, ...]:
+    """What has to stay the same of a tensor for another one to take its place."""
     return t.shape, t.stride(), t.dtype, t.device, t.requires_grad
 
 
@@ -210,6 +211,7 @@ def _put(holder: dict[Any, Any], content: dict[Any, Any]) -> None:
 
 
 def is_library(module: str | None) -> bool:
+    """Whether a module is of a library, into which nobody looks."""
     return (module or "").partition(".")[0] in _LIBRARIES
 
 
