@@ -121,11 +121,14 @@ def same(a: Any, b: Any) -> bool:
 
 def metrics(path: Path) -> list[dict[str, str]]:
     with open(path) as file:
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+        return [
+            {k: v for k, v in row.items() if not k.startswith("seconds")}
+            for row in csv.DictReader(file)
+        ]
 
 
 def results(path: Path) -> dict[str, Any]:
-    return {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"}
+    return {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("seconds")}
 
 
 def kills(args: argparse.Namespace) -> None:

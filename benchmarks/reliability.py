@@ -2,12 +2,16 @@
 
     python benchmarks/reliability.py fuzz
     python benchmarks/reliability.py kill
+    python benchmarks/reliability.py memory
+    python benchmarks/reliability.py processes
 
 `fuzz` gives every reader of files inputs that are wrong on purpose: headers that claim too much,
 and small real files of which bytes are flipped, cut off, put in or copied. A reader must answer
 with a right reading, or with a `ValueError` or an `OSError` that names the file; anything else, and
 more memory than 1 GiB above that of the imports, is wrong. All is drawn from a fixed seed. It needs
-Linux, which counts the memory. `kill` is in the file of this name.
+Linux, which counts the memory. `kill` is in the file of this name. `memory` trains on files of more
+and more images that are streamed, and tells the most memory that each takes. `processes` times a
+training in one process of two threads and in two of one, by turns.
 """
 
 import argparse
@@ -16,10 +20,13 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import shutil
+import statistics
 import struct
+import subprocess
 import sys
 import tempfile
 import threading
@@ -34,9 +41,12 @@ import numpy as np
 import torch
 from kill import kills  # beside this file
 from PIL import Image
+from pyro.infer import SVI, Trace_ELBO
 
 import pvae
-from pvae import checkpoint, cli, data, results, run, tables
+from pvae import checkpoint, cli, data, processes, reading, results, run, tables
+from pvae.memory import keep_freed_memory
+from pvae.train import Trainer
 
 # ---- fuzz: wrong files for every reader ----
 
@@ -106,7 +116,7 @@ def pixels(draw: Draw, *shape: int) -> np.ndarray:
 
 # -- IDX, plain and packed
 
-_MNIST = data._PUBLISHED["mnist"].files[0]
+_MNIST = reading.PUBLISHED["mnist"].files[0]
 
 
 def idx(draw: Draw) -> bytes:
@@ -205,6 +215,12 @@ def read_array(path: Path) -> None:
     right(data.load(path))
 
 
+def read_streamed(path: Path) -> None:
+    dataset = data.load(path, stream=True)
+    right(dataset)
+    require(all(bool((split.images[:1] >= 0).all()) for split in dataset.splits))
+
+
 # -- pictures
 
 
@@ -272,7 +288,7 @@ def batch_claim(draw: Draw) -> bytes:
 
 
 def read_batch(path: Path) -> None:
-    images, labels = data._read_batch(path, hashlib.md5(path.read_bytes()).hexdigest())
+    images, labels = reading._read_batch(path, hashlib.md5(path.read_bytes()).hexdigest())
     require(images.dtype == np.uint8 and images.shape == (len(labels), 3, 32, 32))
 
 
@@ -351,6 +367,48 @@ class Runs:
         return os.system, ("touch let_in",)
 
 
+def safetensors_file(change: Callable[[dict[str, Any], dict[str, Any]], None]) -> bytes:
+    """The real pair by safetensors, after `change(header, what is under "pvae")`."""
+    with tempfile.TemporaryDirectory() as folder:
+        pvae.save(pair(), f"{folder}/v.safetensors", data="digits")
+        content = Path(folder, "v.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    ours = json.loads(header["__metadata__"]["pvae"])
+    change(header, ours)
+    if isinstance(header.get("__metadata__"), dict):
+        header["__metadata__"] = {**header["__metadata__"], "pvae": json.dumps(ours)}
+    claimed = json.dumps(header).encode()
+    return struct.pack("<Q", len(claimed)) + claimed + content[8 + length :]
+
+
+def safetensors_claim(draw: Draw) -> bytes:
+    """The real one with another recipe, other claims of a tensor, or a header of another length."""
+
+    def change(header: dict[str, Any], ours: dict[str, Any]) -> None:
+        chance = draw.random()
+        tensor = header[str(draw.choice([name for name in header if name != "__metadata__"]))]
+        if chance < 0.4:
+            sizes = [number(draw) for _ in range(draw.integers(4))]
+            value = [sizes, junk(draw)][draw.integers(2)]
+            ours["recipe"][str(draw.choice([*ours["recipe"], "depth"]))] = value
+        elif chance < 0.6:
+            tensor["shape"] = [number(draw) for _ in range(draw.integers(4))]
+        elif chance < 0.8:
+            tensor["data_offsets"] = [number(draw), number(draw)]
+        else:
+            owner = [header, ours, tensor][draw.integers(3)]
+            owner[str(draw.choice([*owner]))] = junk(draw)
+
+    content = safetensors_file(change)
+    if draw.random() < 0.2:
+        return struct.pack("<Q", number(draw) % 2**64) + content[8:]
+    return content
+
+
+_SAFETENSORS = safetensors_file(lambda header, ours: None)
+
+
 def read_checkpoint(path: Path) -> None:
     vae = pvae.load(path)
     require(all(torch.is_tensor(t) for t in vae.state_dict().values()))
@@ -410,6 +468,9 @@ FORMATS = {
         packed(idx), gzip_bomb, f"{_MNIST}.gz", read_idx, lambda b: b[:3] == b"\x1f\x8b\x08"
     ),
     "npy": Format(npy, npy_claim, "a.npy", read_array, lambda b: b[:6] == b"\x93NUMPY"),
+    "npy, streamed": Format(
+        npy, npy_claim, "a.npy", read_streamed, lambda b: b[:6] == b"\x93NUMPY"
+    ),
     "npz": Format(npz, npz_claim, "a.npz", read_array, lambda b: b[:4] == b"PK\3\4"),
     "pictures": Format(
         picture,
@@ -421,6 +482,13 @@ FORMATS = {
     "CIFAR-10": Format(batch, batch_claim, "test_batch", read_batch, lambda b: b[:1] == b"\x80"),
     "checkpoint": Format(
         lambda draw: _KEPT, checkpoint_claim, "best.pt", read_checkpoint, lambda b: b[:2] == b"PK"
+    ),
+    "safetensors": Format(
+        lambda draw: _SAFETENSORS,
+        safetensors_claim,
+        "v.safetensors",
+        read_checkpoint,
+        lambda b: b[8:9] == b"{",
     ),
     "config.json": Format(
         lambda draw: json.dumps(_CONFIG).encode(),
@@ -445,10 +513,12 @@ def require(holds: bool) -> None:
 
 
 def right(dataset: data.Dataset) -> None:
-    """Bytes in three splits of one shape, labels that number them."""
+    """Bytes, or other finite data, in three splits of one shape, labels that number them."""
     for split in dataset.splits:
-        require(split.images.dtype == torch.uint8)
-        require(split.images.ndim == 4 and split.images.shape[1:] == dataset.image_shape)
+        require(split.images.dtype == (torch.uint8 if dataset.pictures else torch.float32))
+        require(split.images.ndim == 4 if dataset.pictures else split.images.ndim > 1)
+        require(split.images.shape[1:] == dataset.image_shape)
+        require(bool(split.images.isfinite().all()))
         require(split.labels is None or split.labels.shape == split.images.shape[:1])
 
 
@@ -551,6 +621,92 @@ def fuzz(args: argparse.Namespace) -> None:
         raise ValueError("\n".join([f"{len(wrong)} answers were wrong:", *wrong[:20]]))
 
 
+# ---- memory: more and more images in a file that is streamed ----
+
+
+def blank(folder: Path, count: int, pixels: int = 28) -> Path:
+    """A `.npy` file of so many black images, which takes no room on the disk."""
+    path = folder / f"{count}.npy"
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, pixels, pixels)}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + count * pixels**2)
+    return path
+
+
+def memory(args: argparse.Namespace) -> None:
+    rows = []
+    for count in args.images:
+        # each in a process of its own, which has freed nothing yet
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            mib, seconds = pool.apply(streamed_epoch, (count,))
+        rate = f"{count / seconds:,.0f}"
+        rows.append([f"{count:,}", f"{count * 784 / 2**20:,.0f}", f"{mib:,.0f}", rate])
+    head = ["images", "file, MiB", "memory above the imports, MiB", "images a second"]
+    print(tables.columns("one epoch on a mapped file of 28x28 images, mlp net", head, rows))
+
+
+def streamed_epoch(count: int) -> tuple[float, float]:
+    """The most memory of an epoch in MiB, above that of the imports, and its seconds."""
+    pair().sample(1)  # what is imported late is imported
+    forget_peak()
+    before, began = peak(), time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = data.load(blank(Path(folder), count), stream=True)
+        trainer_of(dataset, "mlp", 1000, epochs=1, hidden=16).fit()
+    return (peak() - before) / 2**20, time.perf_counter() - began
+
+
+def trainer_of(
+    dataset: data.Dataset, net: str, batch: int, *, epochs: int, hidden: int | None = None
+) -> Trainer:
+    vae = pvae.build(dataset.image_shape, 16, net, hidden=hidden)
+    adam = pvae.SingleOptimizer(torch.optim.Adam(vae.parameters(), fused=True))
+    svi = SVI(vae.model, vae.guide, adam, Trace_ELBO())
+    observed = data.observe(dataset, "dynamic")
+    return Trainer(vae, svi, observed, epochs=epochs, batch_size=batch, quiet=True)
+
+
+# ---- processes: one of two threads against two of one ----
+
+
+def compare_processes(args: argparse.Namespace) -> None:
+    found: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(args.rounds):
+        for count, rates in found.items():
+            rates.append(rate_of(count, threads=2 // count))
+    rows = []
+    for count, rates in found.items():
+        median = statistics.median(rates)
+        ratio = median / statistics.median(found[1])
+        rows.append([str(count), str(2 // count), f"{median:,.0f}", f"{ratio:.2f}"])
+    head = ["processes", "threads of each", "images a second", "ratio"]
+    title = f"conv net, batches of 128; medians of {args.rounds} rounds by turns"
+    print(tables.columns(title, head, rows))
+
+
+def rate_of(count: int, threads: int) -> float:
+    """Images a second of `count` processes, started by torchrun."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    run += ["--nproc-per-node", str(count), __file__, "step-rate"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(run, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return float(done.stdout.split()[-1])
+
+
+def step_rate(args: argparse.Namespace) -> None:
+    """Images a second of the epochs after the first, by the first process; a few validate."""
+    processes.start(torch.device("cpu"))
+    keep_freed_memory()
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (12_900, 1, 28, 28), dtype=torch.uint8)
+    train, validation, test = (data.Split(part, None) for part in images.split([12_800, 50, 50]))
+    trainer = trainer_of(data.Dataset("noise", train, validation, test, ""), "conv", 128, epochs=4)
+    trainer.fit()
+    if processes.is_first():
+        print(12_800 / statistics.median(row["seconds"] for row in trainer.history[1:]))
+
+
 # ---- the command line ----
 
 
@@ -566,6 +722,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.option(p, "--seed", "of the moments (default: 0)", cli.COUNT, 0)
     cli.choice(p, "--engine", ["eager", "captured"], "eager", "how a step runs")
     p.set_defaults(call=kills)
+    p = commands.add_parser("memory", help="what training on streamed files takes")
+    numbers = "numbers of images (default: 20000 200000 1000000)"
+    sizes = [20_000, 200_000, 1_000_000]
+    p.add_argument(
+        "--images", type=cli.NATURAL, nargs="+", default=sizes, metavar="N", help=numbers
+    )
+    p.set_defaults(call=memory)
+    p = commands.add_parser("processes", help="one process of two threads against two of one")
+    cli.option(p, "--rounds", "of both, by turns (default: 4)", cli.NATURAL, 4)
+    p.set_defaults(call=compare_processes)
+    p = commands.add_parser("step-rate", help="what each process of `processes` does")
+    p.set_defaults(call=step_rate)
     args = parser.parse_args(argv)
     args.call(args)
 

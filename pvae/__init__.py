@@ -10,7 +10,7 @@ from pvae.conditional import (
     concat_mask as concat_mask,
     ignore_label as ignore_label,
 )
-from pvae.objectives import temper as temper
+from pvae.objectives import part_of_batch as part_of_batch, temper as temper
 from pvae.optim import SingleOptimizer as SingleOptimizer
 from pvae.programs import (
     Guide as Guide,

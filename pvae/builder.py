@@ -26,12 +26,19 @@ class Likelihood(NamedTuple):
 
     head: Callable[[Shape], heads.Head]
     log_likelihood: Callable[[Any, Tensor, Tensor], Tensor]  # (head, x, raw) -> (*, B)
-    data: str  # "binary", "levels" (256 of grey) or "continuous" (any number in [0, 1])
+    data: str  # a kind of `pvae.data.KINDS`: "binary", "levels", "counts" or "continuous"
     label: str
+    taken: Callable[[], nn.Module] | None = None  # what the data goes through before the encoder
 
     @property
     def binary(self) -> bool:
         return self.data == "binary"
+
+    @property
+    def kind(self) -> str:
+        """What its numbers are of; those of two kinds do not compare."""
+        normalized = self.head((1, 1, 1)).normalized
+        return self.data if normalized else f"{self.data}, not a likelihood"
 
 
 class Posterior(NamedTuple):
@@ -68,8 +75,9 @@ class Net(NamedTuple):
     """A named architecture: `encoder(event_shape, out_shape)`, `decoder(latent_shape, out_shape)`,
     each with the hidden width and the activation.
 
-    `activation` and `hidden` are its own (`hidden` is None where it has no hidden layer); `flat`
-    says that a label is better appended to the flattened image than given as planes.
+    `activation` and `hidden` are its own (`hidden` is None where it has no hidden layer); `event`
+    are the sizes of a datum that it is for, None where it takes any; `flat` says that a label is
+    better appended to the flattened datum than given as planes.
     """
 
     encoder: Callable[[Shape, Shape, int, nets.Activation], nn.Module]
@@ -77,6 +85,7 @@ class Net(NamedTuple):
     label: str
     activation: str
     hidden: int | None = None
+    event: Sequence[str] | None = nets.IMAGE
     flat: bool = False
 
 
@@ -100,31 +109,43 @@ def _normal_shared(head: heads.NormalSharedScale, x: Tensor, h: Tensor) -> Tenso
 
 
 def _normal_pixelwise(head: heads.Normal, x: Tensor, h: Tensor) -> Tensor:
-    loc, log_variance = h.split(h.shape[-3] // 2, dim=-3)
+    loc, log_variance = h.chunk(2, dim=-head.event_dim)
     return closed_form.normal(x, loc, (head.min_scale + (log_variance / 2).exp()).log())
 
 
 def _laplace(head: heads.Laplace, x: Tensor, h: Tensor) -> Tensor:
-    loc, log_scale = h.split(h.shape[-3] // 2, dim=-3)
+    loc, log_scale = h.chunk(2, dim=-head.event_dim)
     return closed_form.laplace(x, loc, (head.min_scale + log_scale.exp()).log())
 
 
 def _discretized_logistic(head: heads.Head, x: Tensor, h: Tensor) -> Tensor:
-    loc, log_scale = h.unflatten(-3, (2, 1, -1)).unbind(-5)  # (*, B, K = 1, C, H, W)
+    e = head.event_dim
+    loc, log_scale = h.unflatten(-e, (2, 1, -1)).unbind(-e - 2)  # (*, B, K = 1, *event)
     scale = log_scale.exp() + heads.MIN_LOGISTIC_SCALE
     return closed_form.discretized_logistics(x, loc, scale, torch.zeros_like(loc))
 
 
 def _logistic_mixture(head: heads.MixtureOfDiscretizedLogistics, x: Tensor, h: Tensor) -> Tensor:
-    logits, loc, log_scale = h.unflatten(-3, (3, head.components, -1)).unbind(-5)
+    e = head.event_dim
+    logits, loc, log_scale = h.unflatten(-e, (3, head.components, -1)).unbind(-e - 2)
     scale = log_scale.exp() + heads.MIN_LOGISTIC_SCALE
     return closed_form.discretized_logistics(x, loc, scale, logits)
 
 
 def _grey_categorical(head: heads.Head, x: Tensor, h: Tensor) -> Tensor:
-    return closed_form.grey_categorical(x, h.unflatten(-3, (heads.LEVELS, -1)))
+    return closed_form.grey_categorical(x, h.unflatten(-head.event_dim, (heads.LEVELS, -1)))
 
 
+def _poisson(head: heads.Head, x: Tensor, h: Tensor) -> Tensor:
+    return closed_form.poisson(x, h)
+
+
+def _negative_binomial(head: heads.NegativeBinomial, x: Tensor, h: Tensor) -> Tensor:
+    log_mean, raw = h.chunk(2, dim=-head.event_dim)
+    return closed_form.negative_binomial(x, log_mean, (head.min_dispersion + raw.exp()).log())
+
+
+#: The likelihoods, by name.
 LIKELIHOODS: Mapping[str, Likelihood] = {
     "bernoulli": Likelihood(
         heads.Bernoulli, _bernoulli, "binary", "Bernoulli pixels from logits: binary data"
@@ -180,8 +201,19 @@ LIKELIHOODS: Mapping[str, Likelihood] = {
         "levels",
         "free probabilities of 256 levels: 8-bit data",
     ),
+    "poisson": Likelihood(
+        heads.Poisson, _poisson, "counts", "Poisson counts from log-rates", nets.LogCounts
+    ),
+    "negative_binomial": Likelihood(
+        heads.NegativeBinomial,
+        _negative_binomial,
+        "counts",
+        "negative binomial counts: more variance than Poisson",
+        nets.LogCounts,
+    ),
 }
 
+#: The guides, by name.
 GUIDES: Mapping[str, Posterior] = {
     "normal": Posterior(heads.Normal, closed_form.loc_log_variance, "loc and log-variance"),
     "normal_log_scale": Posterior(
@@ -248,10 +280,12 @@ def _vamp(recipe: "Recipe", dim: int, posterior: nn.Module, mean_image: Tensor |
         recipe.event_shape,
         components=recipe.own_components,
         mean_image=mean_image,
+        counts=LIKELIHOODS[recipe.likelihood].data == "counts",
         label_dim=0 if recipe.side_dim is None else 1,
     )
 
 
+#: The priors, by name.
 PRIORS: Mapping[str, Prior] = {
     "standard_normal": Prior(
         lambda recipe, dim, *_: priors.StandardNormal(dim), "N(0, I)", standard=True
@@ -297,6 +331,13 @@ def _without_hidden(net: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     )
 
 
+def _of_one_width(net: Any) -> Any:
+    return lambda in_shape, out_shape, hidden, activation: net(
+        in_shape, out_shape, (hidden,) * 3, activation
+    )
+
+
+#: The networks, by name.
 NETS: Mapping[str, Net] = {
     "conv": Net(
         nets.ConvEncoder,
@@ -305,18 +346,27 @@ NETS: Mapping[str, Net] = {
         activation="silu",
         hidden=256,
     ),
-    "mlp": Net(_mlp, _mlp, "one hidden layer each way", activation="silu", hidden=256, flat=True),
+    "mlp": Net(
+        _mlp,
+        _mlp,
+        "one hidden layer each way, for data of any shape",
+        activation="silu",
+        hidden=256,
+        event=None,
+        flat=True,
+    ),
     "gated": Net(
         _gated,
         _gated,
-        "two gated hidden layers each way",
+        "two gated hidden layers each way, for data of any shape",
         activation="identity",
         hidden=300,
+        event=None,
         flat=True,
     ),
     "resnet": Net(
-        nets.ResNetEncoder,
-        nets.ResNetDecoder,
+        _of_one_width(nets.ResNetEncoder),
+        _of_one_width(nets.ResNetDecoder),
         "residual blocks at three sizes, as many channels as hidden",
         activation="silu",
         hidden=64,
@@ -333,14 +383,24 @@ NETS: Mapping[str, Net] = {
         "five strided convolutions with BatchNorm",
         activation="leaky_relu",
     ),
+    "conv1d": Net(
+        nets.Conv1dEncoder,
+        _without_hidden(nets.Conv1dDecoder),
+        "conv for signals, (channels, length)",
+        activation="silu",
+        hidden=256,
+        event=nets.SIGNAL,
+    ),
 }
 
+#: The activations, by name.
 ACTIVATIONS: Mapping[str, nets.Activation] = {
     "silu": nn.SiLU,
     "relu": nn.ReLU,
     "leaky_relu": nn.LeakyReLU,
     "gelu": nn.GELU,
     "tanh": nn.Tanh,
+    "softplus": nn.Softplus,
     "identity": nn.Identity,
 }
 
@@ -350,7 +410,7 @@ def choose(name: str, value: str, table: Mapping[str, Any]) -> Any:
 
     >>> choose("net", "cnn", NETS)
     Traceback (most recent call last):
-    ValueError: net must be one of conv, mlp, gated, resnet, course, deep, not 'cnn'
+    ValueError: net must be one of conv, mlp, gated, resnet, course, deep, conv1d, not 'cnn'
     """
     if not isinstance(value, str) or value not in table:
         raise ValueError(f"{name} must be one of {', '.join(table)}, not {reprlib.repr(value)}")
@@ -400,6 +460,7 @@ class Recipe:
     side_dim: int | None = None
     components: int | None = None
     num_data: int | None = None
+    dropout: float | None = None
 
     def __post_init__(self) -> None:
         choose("likelihood", self.likelihood, LIKELIHOODS)
@@ -422,6 +483,12 @@ class Recipe:
             raise ValueError(
                 f"latent_dims must be the dimension of each latent layer, 1 to {_MOST_LAYERS} "
                 f"whole numbers of at least 1, not {reprlib.repr(self.latent_dims)}"
+            )
+        if self.dropout is not None and not (
+            type(self.dropout) in (int, float) and 0 <= self.dropout < 1
+        ):
+            raise ValueError(
+                f"dropout must be a share of at least 0 and below 1, not {self.dropout!r}"
             )
         if self.num_classes is not None and self.side_dim is not None:
             raise ValueError(
@@ -455,6 +522,7 @@ class Recipe:
             ("hidden", has_hidden, f"net {self.net!r} has no hidden width to choose"),
             ("components", prior.components is not None, f"prior {self.prior!r} has none"),
             ("num_data", not guide.amortized, f"guide {self.guide!r} has no use for it"),
+            ("dropout", guide.amortized, f"guide {self.guide!r} has no encoder"),
         ):
             value = getattr(self, name)
             if value is not None and not used:
@@ -466,7 +534,13 @@ class Recipe:
             )
 
     def _refuse_misfits(self) -> None:
-        guide, prior = GUIDES[self.guide], PRIORS[self.prior]
+        guide, prior, event = GUIDES[self.guide], PRIORS[self.prior], NETS[self.net].event
+        if event is not None and len(event) != len(self.event_shape):
+            anything = ", ".join(name for name, net in NETS.items() if net.event is None)
+            raise ValueError(
+                f"event_shape must be ({', '.join(event)}), not {self.event_shape}: that is what "
+                f"net {self.net!r} takes; the nets {anything} take data of any shape"
+            )
         if prior.of_images and not guide.amortized:
             raise ValueError(
                 f"prior {self.prior!r} puts pseudo-inputs through q(z|x), but guide "
@@ -504,6 +578,7 @@ def build(
     side_dim: int | None = None,
     components: int | None = None,
     num_data: int | None = None,
+    dropout: float | None = None,
     mean_image: Tensor | None = None,
     image_shape: Shape | None = None,
     latent_dim: int | None = None,
@@ -511,22 +586,25 @@ def build(
     """Builds a VAE from names: the tables `NETS`, `LIKELIHOODS`, `GUIDES` and `PRIORS`.
 
     Args:
-        event_shape: the shape of one datum; of an image `(C, H, W)`, by default `(1, 28, 28)`.
+        event_shape: the shape of one datum; of an image `(C, H, W)`, by default `(1, 28, 28)`; of
+            a signal `(C, L)`, for the net "conv1d"; any other for "mlp" and "gated".
         latent_dims: the dimension of each latent layer. One, `(32,)` or 32, makes
             `p(z) p(x | z)`; two, `(40, 8)`, make `p(z2) p(z1 | z2) p(x | z1)` and
             `q(z1 | x) q(z2 | z1)`, z1 of 40 and z2 of 8, and so on for any number. The prior is
             that of the last. By default 16.
         hidden, activation: of the networks; None is the net's own: 256 and "silu" for "conv" and
-            "mlp", 300 and "identity" for "gated", 64 (channels) and "silu" for "resnet", "relu" for
-            "course" and "leaky_relu" for "deep", which have no hidden width. The published form of
-            "conv" has 16 and "relu".
+            "mlp" and "conv1d", 300 and "identity" for "gated", 64 (channels) and "silu" for
+            "resnet", "relu" for "course" and "leaky_relu" for "deep", which have no hidden width.
+            The published form of "conv" has 16 and "relu".
         num_classes: makes the pair conditional on labels `y` `(B,)` from 0 to `num_classes - 1`:
             `p(x | z, y)` and `q(z | x, y)`, one-hot labels joining decoder and encoder.
         side_dim: makes it conditional on side vectors `y` `(B, side_dim)` instead.
         components: of the priors "mixture" and "vamp", by default 50.
         num_data: how many data the guide "per_datum" holds a factor for.
-        mean_image: `event_shape` in [0, 1]: the decoder's output bias starts there, without which
-            a run may sit for epochs at the collapsed solution.
+        dropout: the share of what the encoder takes that is left out in training, at random: most
+            of a pair's overfitting sits in the encoder.
+        mean_image: `event_shape`, the mean of the data (of images in [0, 1]): the decoder's output
+            bias starts there, without which a run may sit for epochs at the collapsed solution.
         image_shape, latent_dim: other names of `event_shape` and `latent_dims`.
 
     Raises:
@@ -537,6 +615,9 @@ def build(
     torch.Size([2, 3, 20, 16])
     >>> build((1, 8, 8), latent_dim=2, num_classes=10).sample(y=torch.arange(10)).shape
     torch.Size([10, 1, 8, 8])
+    >>> counts = build(event_shape=(64,), latent_dim=2, net="mlp", likelihood="poisson")
+    >>> counts.sample(3).shape  # rates
+    torch.Size([3, 64])
     >>> build((1, 8, 8), latent_dims=(4, 2), guide="iaf", prior="vamp")
     Traceback (most recent call last):
     ValueError: prior 'vamp' is a mixture of posteriors of images, but with several latent ...
@@ -556,6 +637,7 @@ def build(
         side_dim=side_dim,
         components=components,
         num_data=num_data,
+        dropout=dropout,
     )
     return compose(recipe, mean_image)
 
@@ -688,7 +770,16 @@ def _posterior(recipe: Recipe, guide: Posterior) -> Conditional:
     shape = _joined(join, recipe.event_shape)
     activation = ACTIVATIONS[recipe.own_activation]
     encoder = net.encoder(shape, head.param_shape, recipe.own_hidden, activation)
-    return Conditional(encoder, head, event_dim=len(shape), join=join)
+    return Conditional(_taking(recipe, encoder), head, event_dim=len(shape), join=join)
+
+
+def _taking(recipe: Recipe, net: nn.Module) -> nn.Module:
+    """The net, after what the likelihood's data goes through first, and dropout."""
+    taken = LIKELIHOODS[recipe.likelihood].taken
+    first = [] if taken is None else [taken()]
+    if recipe.dropout:
+        first.append(nn.Dropout(recipe.dropout))
+    return nn.Sequential(*first, net) if first else net
 
 
 def _likelihood(recipe: Recipe, family: Likelihood, mean_image: Tensor | None) -> Conditional:
@@ -718,4 +809,5 @@ def _baseline(recipe: Recipe, guide: Posterior) -> nn.Module | None:
         return None
     # costs are of the size of an image's log density
     size = nets.Affine(math.prod(recipe.event_shape), 0)
-    return nn.Sequential(nets.MLP(recipe.event_shape, (1,), (recipe.own_hidden,)), size)
+    net = _taking(recipe, nets.MLP(recipe.event_shape, (1,), (recipe.own_hidden,)))
+    return nn.Sequential(net, size)

@@ -97,6 +97,27 @@ def laplace(x: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
     return _sum_event(-(x - loc).abs() * (-log_scale).exp() - log_scale - math.log(2), x)
 
 
+def poisson(x: Tensor, log_rate: Tensor) -> Tensor:
+    r"""`log P(x) = sum_i x_i h_i - exp(h_i) - log x_i!`, for counts `x`, log-rates `h`.
+
+    >>> poisson(torch.zeros(1, 2), torch.zeros(1, 2))
+    tensor([-2.])
+    """
+    return _sum_event(x * log_rate - log_rate.exp() - torch.lgamma(x + 1), x)
+
+
+def negative_binomial(x: Tensor, log_mean: Tensor, log_dispersion: Tensor) -> Tensor:
+    r"""`log P(x) = sum_i log G(x_i + r_i) / (G(r_i) x_i!) + r_i log(r_i / (r_i + m_i)) +
+    x_i log(m_i / (r_i + m_i))`, with the mean `m` and `r` one over the dispersion.
+
+    >>> negative_binomial(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2))
+    tensor([-1.3863])
+    """
+    r, logit = (-log_dispersion).exp(), log_mean + log_dispersion  # of the share m / (r + m)
+    ways = torch.lgamma(x + r) - torch.lgamma(r) - torch.lgamma(x + 1)
+    return _sum_event(ways - r * softplus(logit) - x * softplus(-logit), x)
+
+
 def _log_level(x: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """The log probability of each grey level under a rounded logistic.
 

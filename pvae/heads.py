@@ -312,6 +312,57 @@ class Laplace(Normal):
         return torch.cat([mean, torch.full_like(mean, -1.0)])
 
 
+# ---- likelihoods of counts: whole numbers of at least 0 ----
+
+
+class Poisson(Head):
+    r"""Independent Poisson counts from log-rates: support `{0, 1, 2, ...}`.
+
+    `log P(x) = sum_i x_i h_i - exp(h_i) - log x_i!`. Its variance is its mean; for counts that vary
+    more, `NegativeBinomial`.
+
+    >>> Poisson((3,))(torch.zeros(5, 3)).mean[0]
+    tensor([1., 1., 1.])
+    """
+
+    def forward(self, h: Tensor) -> dist.Distribution:
+        return dist.Poisson(h.exp()).to_event(self.event_dim)
+
+    def raw_mean(self, mean: Tensor) -> Tensor:
+        return mean.clamp(min=0.01).log()
+
+
+class NegativeBinomial(Head):
+    r"""Independent negative binomial counts, mean and dispersion from the network.
+
+    With the mean `m = exp(h)` and the dispersion `a = min_dispersion + exp(raw)` the variance is
+    `m + a m^2`: a Poisson whose rate varies. The first half of the raw parameters is the log-mean,
+    the second the log-dispersion. Near `a = 0`, the Poisson, its density is a small difference of
+    large numbers, of which float32 has no digits: hence the floor.
+    Source: scVI, Deep generative modeling for single-cell transcriptomics (2018), Nature Methods
+    15, 1053-1058.
+
+    >>> p = NegativeBinomial((2,), min_dispersion=0.0)(torch.zeros(5, 4))
+    >>> p.mean[0], p.variance[0]
+    (tensor([1., 1.]), tensor([2., 2.]))
+    """
+
+    def __init__(self, event_shape: Shape, *, min_dispersion: float = 1e-3) -> None:
+        super().__init__(event_shape, 2)
+        if min_dispersion < 0:
+            raise ValueError(f"min_dispersion must be at least 0, not {min_dispersion}")
+        self.min_dispersion = min_dispersion
+
+    def forward(self, h: Tensor) -> dist.Distribution:
+        log_mean, raw = h.chunk(2, dim=-self.event_dim)
+        dispersion = self.min_dispersion + raw.exp()
+        logits = log_mean + dispersion.log()
+        return dist.NegativeBinomial(1 / dispersion, logits=logits).to_event(self.event_dim)
+
+    def raw_mean(self, mean: Tensor) -> Tensor:
+        return torch.cat([mean.clamp(min=0.01).log(), torch.full_like(mean, -1.0)])
+
+
 # ---- likelihoods of 8-bit pixels: probabilities of the 256 grey levels k / 255 ----
 
 LEVELS = 256

@@ -1,7 +1,7 @@
 """Encoders and decoders: tensors to tensors, knowing nothing of probability.
 
-Every net takes any image size and channel count, or refuses it at construction. Every decoder can
-set its own output bias.
+A net for images takes any image size and channel count, or refuses it at construction; an MLP takes
+data of any shape, and `Conv1dEncoder` signals. Every decoder can set its own output bias.
 """
 
 import math
@@ -16,9 +16,14 @@ from pvae.kinds import Shape
 Activation = Callable[[], nn.Module]
 
 
-def _check_image_shape(name: str, shape: Shape) -> None:
-    if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(f"{name} must be (channels, height, width), not {tuple(shape)}")
+# the sizes of one datum, for people
+IMAGE = ("channels", "height", "width")
+SIGNAL = ("channels", "length")
+
+
+def _check_shape(name: str, shape: Shape, sizes: Sequence[str]) -> None:
+    if len(shape) != len(sizes) or min(shape) < 1:
+        raise ValueError(f"{name} must be ({', '.join(sizes)}), not {tuple(shape)}")
 
 
 def _check_input(v: Tensor, shape: torch.Size) -> None:
@@ -29,12 +34,12 @@ def _check_input(v: Tensor, shape: torch.Size) -> None:
         )
 
 
-def _halvings(shape: Shape, times: int) -> list[tuple[int, int]]:
-    """Height and width of an image `(C, H, W)`, then after each 3x3 s2 p1 convolution."""
-    sizes = [(shape[1], shape[2])]
+def _halvings(shape: Shape, times: int) -> list[tuple[int, ...]]:
+    """The sizes of an image `(C, H, W)` or a signal `(C, L)`, then after each convolution of
+    kernel 3, stride 2 and padding 1."""
+    sizes = [tuple(shape[1:])]
     for _ in range(times):
-        height, width = sizes[-1]
-        sizes.append(((height + 1) // 2, (width + 1) // 2))
+        sizes.append(tuple((size + 1) // 2 for size in sizes[-1]))
     return sizes
 
 
@@ -129,13 +134,15 @@ class GatedMLP(MLP):
 
 
 class _Encoder(nn.Module):
-    """Base of the encoders for images: a subclass makes `layers`, from an image to its output."""
+    """Base of the encoders for images (or signals, by `sizes`): a subclass makes `layers`, from an
+    image to its output."""
 
     layers: nn.Sequential
+    sizes: Sequence[str] = IMAGE
 
     def __init__(self, image_shape: Shape, out_shape: Shape) -> None:
         super().__init__()
-        _check_image_shape("image_shape", image_shape)
+        _check_shape("image_shape", image_shape, self.sizes)
         self.image_shape, self.out_shape = torch.Size(image_shape), torch.Size(out_shape)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,15 +151,16 @@ class _Encoder(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """Base of the decoders to images: a subclass makes `layers`, from a flat latent to channels,
-    and `out`, the convolution that makes the output's channels of them."""
+    """Base of the decoders to images (or signals, by `sizes`): a subclass makes `layers`, from a
+    flat latent to channels, and `out`, the convolution that makes the output's channels of them."""
 
     layers: nn.Sequential
-    out: nn.Conv2d | nn.ConvTranspose2d
+    out: nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.ConvTranspose2d
+    sizes: Sequence[str] = IMAGE
 
     def __init__(self, latent_shape: Shape, out_shape: Shape) -> None:
         super().__init__()
-        _check_image_shape("out_shape", out_shape)
+        _check_shape("out_shape", out_shape, self.sizes)
         self.latent_shape, self.out_shape = torch.Size(latent_shape), torch.Size(out_shape)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -163,7 +171,7 @@ class _Decoder(nn.Module):
         """Sets each channel's output bias to the mean of `raw` (`out_shape`) over its pixels."""
         assert self.out.bias is not None
         with torch.no_grad():
-            self.out.bias.copy_(raw.mean(dim=(1, 2)))
+            self.out.bias.copy_(raw.mean(dim=tuple(range(1, raw.dim()))))
 
 
 class ConvEncoder(_Encoder):
@@ -203,7 +211,7 @@ class ConvEncoder(_Encoder):
         )
 
 
-def _doubling(in_channels: int, out_channels: int, size: tuple[int, int]) -> nn.ConvTranspose2d:
+def _doubling(in_channels: int, out_channels: int, size: tuple[int, ...]) -> nn.ConvTranspose2d:
     """A 3x3 s2 transposed convolution from the halved size to `size`, odd or even."""
     even = (1 - size[0] % 2, 1 - size[1] % 2)
     return nn.ConvTranspose2d(
@@ -242,6 +250,78 @@ class ConvDecoder(_Decoder):
             activation(),
         )
         self.out = nn.ConvTranspose2d(32, out_shape[0], 3, padding=1)
+
+
+class Conv1dEncoder(_Encoder):
+    """`ConvEncoder` for signals: Conv 3 s2 C->32, 32->64, a hidden layer, the output.
+
+    Args:
+        signal_shape: `(C, L)`, any sizes.
+        out_shape, hidden, activation: as of `ConvEncoder`.
+
+    Raises:
+        ValueError: `signal_shape` is not two sizes, or the input is not `(N, C, L)` of it.
+
+    >>> Conv1dEncoder((2, 50), (40,))(torch.zeros(5, 2, 50)).shape
+    torch.Size([5, 40])
+    """
+
+    sizes = SIGNAL
+
+    def __init__(
+        self,
+        signal_shape: Shape,
+        out_shape: Shape,
+        hidden: int = 256,
+        activation: Activation = nn.SiLU,
+    ) -> None:
+        super().__init__(signal_shape, out_shape)
+        flat = 64 * math.prod(_halvings(signal_shape, 2)[-1])
+        self.layers = nn.Sequential(
+            nn.Conv1d(signal_shape[0], 32, 3, stride=2, padding=1),  # (N, 32, L/2)
+            activation(),
+            nn.Conv1d(32, 64, 3, stride=2, padding=1),  # (N, 64, L/4)
+            activation(),
+            nn.Flatten(),
+            nn.Linear(flat, hidden),
+            activation(),
+            nn.Linear(hidden, math.prod(out_shape)),
+        )
+
+
+class Conv1dDecoder(_Decoder):
+    """`ConvDecoder` for signals: Linear to 64 x L/4, ConvTranspose 3 s2 64->64, 64->32,
+    ConvTranspose 3 to the likelihood's parameters.
+
+    Args:
+        latent_shape: shape of one latent, `(D,)`.
+        out_shape: `(channels, L)` of the output, any sizes.
+        activation: makes the activations.
+
+    Raises:
+        ValueError: `out_shape` is not two sizes, or the input is not `(N, *latent_shape)`.
+
+    >>> Conv1dDecoder((20,), (2, 50))(torch.zeros(5, 20)).shape
+    torch.Size([5, 2, 50])
+    """
+
+    sizes = SIGNAL
+
+    def __init__(
+        self, latent_shape: Shape, out_shape: Shape, activation: Activation = nn.SiLU
+    ) -> None:
+        super().__init__(latent_shape, out_shape)
+        (full,), (half,), (quarter,) = _halvings(out_shape, 2)
+        self.layers = nn.Sequential(
+            nn.Linear(math.prod(latent_shape), 64 * quarter),
+            activation(),
+            nn.Unflatten(1, (64, quarter)),
+            nn.ConvTranspose1d(64, 64, 3, stride=2, padding=1, output_padding=1 - half % 2),
+            activation(),
+            nn.ConvTranspose1d(64, 32, 3, stride=2, padding=1, output_padding=1 - full % 2),
+            activation(),
+        )
+        self.out = nn.ConvTranspose1d(32, out_shape[0], 3, padding=1)
 
 
 _COURSE = (28, 28)
@@ -445,14 +525,18 @@ def _normed(width: int, groups: int | None, activation: Activation) -> list[nn.M
     return [*norm, activation()]
 
 
-def _check_residual(width: int, depth: int, halvings: int) -> None:
-    for name, value, least in (("width", width, 1), ("depth", depth, 1), ("halvings", halvings, 0)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, not {value}")
+def _check_residual(widths: Sequence[int], depths: Sequence[int]) -> None:
+    if not widths or min(widths) < 1:
+        raise ValueError(f"widths must be channels of at least 1, one a size, not {tuple(widths)}")
+    if len(depths) != len(widths) or min(depths) < 0:
+        raise ValueError(
+            f"depths must be blocks of at least 0, one for each of {len(widths)} widths, not "
+            f"{tuple(depths)}"
+        )
 
 
 class ResNetEncoder(_Encoder):
-    """A residual network: Conv 3x3 C->width, residual blocks at each size, the output.
+    """A residual network: Conv 3x3 C->widths[0], residual blocks at each size, the output.
 
     Between two sizes a Conv 3x3 s2 halves height and width, rounding up. A block is
     `v + f(v)`, `f` two 3x3 convolutions with a norm and an activation before each; a norm and an
@@ -464,19 +548,18 @@ class ResNetEncoder(_Encoder):
     Args:
         image_shape: `(C, H, W)`, any sizes.
         out_shape: shape of one output, such as `(2 * latent_dim,)`.
-        width: channels of every layer.
-        depth: residual blocks at each size.
-        halvings: how many times height and width are halved, 0 or more.
-        groups: of GroupNorm, a divisor of `width`; None for no norm.
-        gated: whether `f(v)` is `a sigmoid(b)`, `a` and `b` both from the second convolution.
+        widths: channels at each size, from the image's own down.
         activation: makes the activations.
+        depths: residual blocks at each size.
+        hidden: width of a hidden layer before the output; None for none.
+        groups: of GroupNorm, a divisor of all `widths`; None for no norm.
+        gated: whether `f(v)` is `a sigmoid(b)`, `a` and `b` both from the second convolution.
 
     Raises:
-        ValueError: `image_shape` is not three sizes; `width` or `depth` is below 1, or `halvings`
-            below 0; `groups` does not divide `width` (torch's error); the input is not
-            `(N, C, H, W)`.
+        ValueError: `image_shape` is not three sizes; `widths` or `depths` are out of their range;
+            `groups` does not divide a width (torch's error); the input is not `(N, C, H, W)`.
 
-    >>> ResNetEncoder((3, 28, 20), (40,), width=8)(torch.zeros(5, 3, 28, 20)).shape
+    >>> ResNetEncoder((3, 28, 20), (40,), (8, 8, 16))(torch.zeros(5, 3, 28, 20)).shape
     torch.Size([5, 40])
     """
 
@@ -484,24 +567,34 @@ class ResNetEncoder(_Encoder):
         self,
         image_shape: Shape,
         out_shape: Shape,
-        width: int = 64,
+        widths: Sequence[int] = (64, 64, 64),
         activation: Activation = nn.SiLU,
         *,
-        depth: int = 1,
-        halvings: int = 2,
+        depths: Sequence[int] = (1, 1, 1),
+        hidden: int | None = None,
         groups: int | None = 1,
         gated: bool = False,
     ) -> None:
         super().__init__(image_shape, out_shape)
-        _check_residual(width, depth, halvings)
-        layers: list[nn.Module] = [nn.Conv2d(image_shape[0], width, 3, padding=1)]
-        for number in range(halvings + 1):
-            if number > 0:
-                layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+        _check_residual(widths, depths)
+        layers: list[nn.Module] = [nn.Conv2d(image_shape[0], widths[0], 3, padding=1)]
+        for above, width, depth in zip((None, *widths), widths, depths, strict=False):
+            if above is not None:
+                layers.append(nn.Conv2d(above, width, 3, stride=2, padding=1))
             layers += [_Residual(width, groups, gated, activation) for _ in range(depth)]
-        flat = width * math.prod(_halvings(image_shape, halvings)[-1])
-        out = nn.Linear(flat, math.prod(out_shape))
-        self.layers = nn.Sequential(*layers, *_normed(width, groups, activation), nn.Flatten(), out)
+        flat = widths[-1] * math.prod(_halvings(image_shape, len(widths) - 1)[-1])
+        sizes = [flat, *([] if hidden is None else [hidden]), math.prod(out_shape)]
+        self.layers = nn.Sequential(
+            *layers,
+            *_normed(widths[-1], groups, activation),
+            nn.Flatten(),
+            *_linear(sizes, activation),
+        )
+
+
+def _linear(sizes: Sequence[int], activation: Activation) -> list[nn.Module]:
+    first, *rest = (nn.Linear(size, next_size) for size, next_size in pairwise(sizes))
+    return [first, *(module for layer in rest for module in (activation(), layer))]
 
 
 class ResNetDecoder(_Decoder):
@@ -511,13 +604,13 @@ class ResNetDecoder(_Decoder):
     Args:
         latent_shape: shape of one latent, `(D,)`.
         out_shape: `(channels, H, W)` of the output, any sizes.
-        width, depth, halvings, groups, gated, activation: as of `ResNetEncoder`.
+        widths, depths, hidden, groups, gated, activation: as of `ResNetEncoder`, in its order.
 
     Raises:
         ValueError: `out_shape` is not three sizes, the input is not `(N, *latent_shape)`, and as of
             `ResNetEncoder`.
 
-    >>> ResNetDecoder((20,), (3, 28, 20), width=8)(torch.zeros(5, 20)).shape
+    >>> ResNetDecoder((20,), (3, 28, 20), (8, 8, 16))(torch.zeros(5, 20)).shape
     torch.Size([5, 3, 28, 20])
     """
 
@@ -525,28 +618,27 @@ class ResNetDecoder(_Decoder):
         self,
         latent_shape: Shape,
         out_shape: Shape,
-        width: int = 64,
+        widths: Sequence[int] = (64, 64, 64),
         activation: Activation = nn.SiLU,
         *,
-        depth: int = 1,
-        halvings: int = 2,
+        depths: Sequence[int] = (1, 1, 1),
+        hidden: int | None = None,
         groups: int | None = 1,
         gated: bool = False,
     ) -> None:
         super().__init__(latent_shape, out_shape)
-        _check_residual(width, depth, halvings)
-        *larger, smallest = _halvings(out_shape, halvings)
-        deepest = (width, *smallest)
-        layers: list[nn.Module] = [
-            nn.Linear(math.prod(latent_shape), math.prod(deepest)),
-            nn.Unflatten(1, deepest),
-        ]
-        for size in (None, *reversed(larger)):
-            if size is not None:
-                layers.append(_doubling(width, width, size))
+        _check_residual(widths, depths)
+        *larger, smallest = _halvings(out_shape, len(widths) - 1)
+        deepest = (widths[-1], *smallest)
+        sizes = [math.prod(latent_shape), *([] if hidden is None else [hidden])]
+        layers = [*_linear([*sizes, math.prod(deepest)], activation), nn.Unflatten(1, deepest)]
+        up = zip((None, *reversed(widths)), reversed(widths), reversed(depths), strict=False)
+        for below, width, depth in up:
+            if below is not None:
+                layers.append(_doubling(below, width, larger.pop()))
             layers += [_Residual(width, groups, gated, activation) for _ in range(depth)]
-        self.layers = nn.Sequential(*layers, *_normed(width, groups, activation))
-        self.out = nn.Conv2d(width, out_shape[0], 3, padding=1)
+        self.layers = nn.Sequential(*layers, *_normed(widths[0], groups, activation))
+        self.out = nn.Conv2d(widths[0], out_shape[0], 3, padding=1)
 
 
 class Affine(nn.Module):
@@ -565,3 +657,14 @@ class Affine(nn.Module):
 
     def forward(self, v: Tensor) -> Tensor:
         return self.scale * v + self.shift
+
+
+class LogCounts(nn.Module):
+    """`v -> sign(v) log(1 + |v|)`: counts, which may be large, in a range that suits a network.
+
+    >>> LogCounts()(torch.tensor([0.0, 1.0, 999.0]))
+    tensor([0.0000, 0.6931, 6.9078])
+    """
+
+    def forward(self, v: Tensor) -> Tensor:
+        return v.sign() * v.abs().log1p()

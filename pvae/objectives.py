@@ -50,6 +50,36 @@ class temper(Messenger):
             msg["scale"] = msg["scale"] * self.beta
 
 
+class part_of_batch(Messenger):
+    r"""Lets the losses of the parts of a batch add up to that of the batch, where not all of it is
+    a sum over images.
+
+    `with part_of_batch(share): svi.step(part)`, with `share = len(part) / len(batch)`, weighs by
+    the share each site outside the data plate (the last batch dimension), such as the weights of a
+    Bayesian decoder, which is then counted once, not once in each part; and each site in a data
+    plate that is a subsample of N images, of which each part alone would stand for all N. Of
+    several processes each takes such a part, `share = len(x) / processes.total(len(x))`.
+
+    Raises:
+        ValueError: `share` is not above 0, or above 1.
+
+    >>> part_of_batch(2.0)
+    Traceback (most recent call last):
+    ValueError: share must be above 0 and at most 1, not 2.0
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        if not 0 < share <= 1:
+            raise ValueError(f"share must be above 0 and at most 1, not {share}")
+        self.share = float(share)  # captured.SVI takes a float as an input, but freezes an int
+
+    def _pyro_sample(self, msg: Message) -> None:
+        plates = [frame for frame in msg["cond_indep_stack"] if frame.dim == -1]
+        if all(frame.full_size not in (None, frame.size) for frame in plates):
+            msg["scale"] = msg["scale"] * self.share
+
+
 def inverse_multiquadric(scale: float) -> Callable[[Tensor], Tensor]:
     """The kernel `k = 1 / (1 + d^2 / scale^2)`, of squared distances `d^2`.
 
@@ -452,6 +482,7 @@ class Objective(NamedTuple):
     min_particles: int = 1
 
 
+#: The objectives, by name.
 OBJECTIVES: Mapping[str, Objective] = {
     "trace_elbo": Objective(
         lambda particles: Trace_ELBO(particles, **_VECTORIZED), "the ELBO, its KL sampled"

@@ -70,15 +70,15 @@ class VampPrior(nn.Module):
 
     `posterior` is the guide's own module, so the prior follows what q learns. The best such prior,
     with free weights and inputs, is the aggregate posterior. `u_k = sigmoid(v_k)` are images in
-    [0, 1].
+    [0, 1]; for counts `u_k = softplus(v_k)` is at least 0.
     Source: VAE with a VampPrior (2017), arXiv:1705.07120.
 
     Args:
         posterior: a module with `posterior(x)` or `posterior(x, y)`, shared with the guide.
-        image_shape: `(C, H, W)`.
+        image_shape: `(C, H, W)`, or the shape of one datum of any other kind.
         components: `K`.
-        mean_image: `(C, H, W)` in [0, 1]: the pseudo-inputs start around it; without it, around
-            1/2.
+        mean_image: `image_shape`: the pseudo-inputs start around it; without it, around 1/2.
+        counts: whether the data are counts, not numbers in [0, 1].
         label_dim: dimensions of one `y`: 0 for a label, 1 for a side vector.
 
     Raises:
@@ -98,6 +98,7 @@ class VampPrior(nn.Module):
         *,
         components: int = 100,
         mean_image: Tensor | None = None,
+        counts: bool = False,
         label_dim: int = 0,
     ) -> None:
         super().__init__()
@@ -107,14 +108,17 @@ class VampPrior(nn.Module):
                 "posterior has BatchNorm: a VampPrior puts its pseudo-inputs through it, and their "
                 "statistics would be mixed with those of the data; choose a net without BatchNorm"
             )
-        self.posterior, self.label_dim = posterior, label_dim
+        self.posterior, self.counts, self.label_dim = posterior, counts, label_dim
         start = torch.full(tuple(image_shape), 0.5) if mean_image is None else mean_image.cpu()
-        start = start.clamp(0.05, 0.95).logit()
+        # the inverse of softplus, or of the sigmoid
+        start = start.clamp(min=0.05) if counts else start.clamp(0.05, 0.95)
+        start = start + (-torch.expm1(-start)).log() if counts else start.logit()
         self.pseudo_inputs = nn.Parameter(start + torch.randn(components, *image_shape))
         self.logits = nn.Parameter(torch.zeros(components))
 
     def forward(self, y: Tensor | None = None) -> dist.Distribution:
-        u = self.pseudo_inputs.sigmoid()  # (K, C, H, W)
+        v = self.pseudo_inputs  # (K, *event)
+        u = nn.functional.softplus(v) if self.counts else v.sigmoid()
         # labels (*) become (*, 1); with the components (K,) the batch shape is (*, K)
         given = () if y is None else (y.unsqueeze(-1 - self.label_dim),)
         components = self.posterior(u, *given)

@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import gc
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -54,8 +55,15 @@ def start(device: torch.device, timeout: float = TIMEOUT) -> torch.device:
         dist.init_process_group(
             "gloo" if device.type == "cpu" else "nccl", timeout=timedelta(seconds=timeout)
         )
-    atexit.register(stop)
+    atexit.register(_end)
     return device
+
+
+def _end() -> None:
+    """Leaves the group as the program ends: a signal that came now would leave its threads, and
+    these would abort the process."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends one where another has failed
+    stop()
 
 
 def stop() -> None:
@@ -165,16 +173,23 @@ def sum_gradients(parameters: Sequence[Tensor]) -> None:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make()` returns on the first process, on all of them.
+    """What `make()` returns on the first process, on all of them; what it raises, all raise.
 
     >>> from_first(lambda: "runs/a")
     'runs/a'
     """
     if count() == 1:
         return make()
-    made: list[Any] = [make() if is_first() else None]
+    made: list[Any] = [None, None]
+    if is_first():
+        try:
+            made[0] = make()
+        except Exception as error:  # the others wait for it, and are to stop as well
+            made[1] = error
     with _answered():
         dist.broadcast_object_list(made, device=_device())
+    if made[1] is not None:
+        raise made[1]
     return made[0]
 
 

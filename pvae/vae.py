@@ -1,9 +1,12 @@
 """A VAE is a pair of Pyro programs: what people do with one."""
 
+import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
@@ -20,6 +23,14 @@ from pvae.programs import (
     mean_of,
     optional,
 )
+
+_TAKES = {
+    constraints.boolean: "0 and 1. Binarise the data, or choose a likelihood for grey pixels",
+    constraints.nonnegative_integer: "counts, whole numbers of at least 0. Choose a likelihood for "
+    "real numbers, such as gaussian_shared",
+    constraints.unit_interval: "numbers in [0, 1]. Choose a likelihood for real numbers, such as "
+    "gaussian_shared",
+}
 
 
 class _AtMeans(Messenger):
@@ -155,8 +166,9 @@ class VAE(nn.Module):
         prior = self.model.prior(*optional(y))
         return objectives.kl_by_unit(self.encode(x, y), prior)
 
-    def check(self, x: Tensor, y: Tensor | None = None) -> None:
-        """Checks that the pair can be trained on images like `x`, before a long run starts.
+    def check(self, x: Tensor, y: Tensor | None = None, further: Sequence[Tensor] = ()) -> None:
+        """Checks that the pair can be trained on images like `x`, before a long run starts, and
+        that the values of `further` images are in the likelihood's support too.
 
         Raises:
             ValueError: wrong shape or dtype, NaN, or values outside the likelihood's support.
@@ -170,14 +182,15 @@ class VAE(nn.Module):
                 f"but the likelihood is over {tuple(p.event_shape)}"
             )
         elements: Any = getattr(p, "base_dist", p)  # the distribution inside `to_event`
-        outside = int((~elements.support.check(x)).sum())
-        if outside:
-            raise ValueError(
-                f"x has values outside the likelihood's support "
-                f"({outside} of {x.numel()}; x lies in [{x.min():.3g}, {x.max():.3g}]): "
-                f"{type(elements).__name__.lstrip('_')} takes {elements.support}. "
-                "Binarise the data, or choose a likelihood for grey pixels"
-            )
+        for part in (x, *further):
+            outside = sum(int((~elements.support.check(t)).sum()) for t in part.split(10_000))
+            if outside:
+                takes = _TAKES.get(elements.support) or textwrap.shorten(f"{elements.support}", 80)
+                raise ValueError(
+                    f"x has values outside the likelihood's support ({outside:,} of "
+                    f"{part.numel():,}; x lies in [{part.min():.3g}, {part.max():.3g}]): "
+                    f"{type(elements).__name__.lstrip('_')} takes {takes}"
+                )
 
 
 def _mean_image(model: Fn, x: Tensor | None, y: Tensor | None, size: int = 1) -> Tensor:

@@ -40,9 +40,16 @@ def example(name: str) -> ModuleType:
 
 def images(likelihood: str, shape: tuple[int, ...], n: int = 6) -> torch.Tensor:
     """Images in the support of a named likelihood, float64."""
-    x = torch.rand(n, *shape, dtype=torch.float64)
-    levels = {"binary": 1, "levels": 255, "continuous": None}[LIKELIHOODS[likelihood].data]
-    return x if levels is None else (x * levels).round() / levels
+    return in_support(likelihood, torch.rand(n, *shape, dtype=torch.float64))
+
+
+def in_support(likelihood: str, x: torch.Tensor) -> torch.Tensor:
+    """Numbers in [0, 1] brought to the support of a named likelihood; counts are 0 to 9."""
+    kind = LIKELIHOODS[likelihood].data
+    if kind == "continuous":
+        return x
+    most = {"binary": 1, "levels": 255, "counts": 9}[kind]
+    return (x * most).round() / (1 if kind == "counts" else most)
 
 
 def tiny(

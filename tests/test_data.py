@@ -20,6 +20,7 @@ from PIL import Image
 from torchvision import datasets
 
 from pvae.data import (
+    KINDS,
     NAMES,
     OBSERVATIONS,
     Dataset,
@@ -149,7 +150,7 @@ def epoch(observed, *, seed: int = 0, epoch: int = 0, batch_size: int = 64) -> t
 
 
 @pytest.mark.parametrize("how", OBSERVATIONS)
-def test_every_observation_is_float32_in_the_unit_interval(how):
+def test_every_observation_is_float32_in_the_unit_interval_or_counts(how):
     observed = observe(ramp(70), how)
     for x, y in (
         *observed.batches(32, seed=0, epoch=0),
@@ -159,7 +160,7 @@ def test_every_observation_is_float32_in_the_unit_interval(how):
         assert x.dtype == torch.float32
         assert x.shape == (len(y), 1, 16, 16)
         assert x.min() >= 0
-        assert x.max() <= 1
+        assert x.max() <= (255 if how == "as_is" else 1)
         assert observed.how == how
 
 
@@ -168,17 +169,19 @@ def test_an_observation_suits_the_likelihoods_whose_values_it_makes(how):
     """Binary pixels are also levels, and levels are also numbers."""
     observed = observe(ramp(3), how)
     x = torch.cat([epoch(observed), pixels(observed.test.images)])
-    levels = torch.equal((x * 255).round() / 255, x)
+    levels = torch.equal((x * 255).round() / 255, x) and x.max() <= 1
     holds = {"binary": ((x == 0) | (x == 1)).all(), "levels": levels, "continuous": True}
+    holds["counts"] = torch.equal(x.round(), x) and x.max() > 1
     assert OBSERVATIONS[how].suits == tuple(kind for kind, true in holds.items() if true)
     assert observed.label == OBSERVATIONS[how].label
 
 
 def test_the_usual_observation_of_each_kind_of_likelihood():
-    usual = {kind: usual_observation(kind) for kind in ("binary", "levels", "continuous")}
-    assert usual == {"binary": "dynamic", "levels": "grey", "continuous": "grey"}
+    usual = {kind: usual_observation(kind) for kind in KINDS}
+    grey = {"levels": "grey", "continuous": "grey"}
+    assert usual == {"binary": "dynamic", "counts": "as_is", **grey}
     with pytest.raises(
-        ValueError, match="kind must be one of binary, levels, continuous, not 'grey'"
+        ValueError, match="kind must be one of binary, levels, continuous, counts, not 'grey'"
     ):
         usual_observation("grey")
 
@@ -231,7 +234,7 @@ def test_dequantized_pixels_lie_strictly_inside_their_bin_and_fill_it(part):
 def test_validation_and_test_stay_fixed_and_follow_the_seed(how):
     data = ramp(3)
     first, again, other = observe(data, how), observe(data, how), observe(data, how, seed=1)
-    drawn = how not in ("grey", "threshold")
+    drawn = how not in ("grey", "threshold", "as_is")
     for part in ("validation", "test"):
         fixed = getattr(first, part).images
         assert torch.equal(fixed, getattr(again, part).images)
@@ -856,15 +859,15 @@ def with_pixel(value: float) -> np.ndarray:
     [
         (images_of(9, 4, 4), "number of images must be at least 10.* not 9"),
         (images_of(0, 4, 4), r"must have axes of at least 1, not \(0, 4, 4\)"),
-        (images_of(12, 4), r"not \(12, 4\)"),
-        (images_of(12, 2, 4, 4), r"C 1 or 3, not \(12, 2, 4, 4\)"),
+        (images_of(12), r"must be \(N, D\) or .*, not \(12,\)"),
         (np.uint8(3), r"not \(\)"),
         (with_pixel(np.nan), r"not in \[nan, nan\]: 1 of 192 are .*NaN"),
         (with_pixel(np.inf), r"not in \[0.5, inf\]: 1 of 192 are .* infinite"),
         (with_pixel(-0.25), r"in \[0, 1\], not in \[-0.25, 0.5\]: 1 of 192"),
         (with_pixel(255.0), r"not in \[0.5, 255\]"),
-        (images_of(12, 4, 4).astype(np.int64), "uint8, bool or float in .*, not int64"),
-        (images_of(12, 4, 4).astype("U3"), "uint8, bool or float in .*, not <U3"),
+        (images_of(12, 4, 4).astype(np.int64) + 2**24, "at most 16,777,216 in size"),
+        (images_of(12, 4, 4).astype("U3"), "must be integers, bool or floats, not <U3"),
+        (np.full((12, 5), 1e39), "must be finite: 60 of 60 numbers are not"),
     ],
 )
 def test_arrays_that_are_refused(tmp_path, array, message):
@@ -988,7 +991,7 @@ def test_without_validation_a_tenth_of_the_training_images_is_held_out(tmp_path)
     data, other = load(tmp_path / "mine"), load(tmp_path / "mine", seed=1)
     assert sizes(data) == (54, 6, 60)
     assert data.note == (
-        "mine: no validation folder, so a tenth of the training images is for validation"
+        "mine: no validation split, so a tenth of the training data is for validation"
     )
     assert torch.equal(data.test.images, other.test.images)
     assert not torch.equal(data.validation.images, other.validation.images)

@@ -94,7 +94,8 @@ def test_a_head_says_of_itself_whether_it_is_normalized(name):
         x = torch.linspace(*ends, 100_001)
         total = torch.trapezoid(p.log_prob(x[:, None]).exp(), x)
     else:
-        x = torch.linspace(0, 1, 2 if LIKELIHOODS[name].data == "binary" else heads.LEVELS)
+        values = {"binary": 2, "levels": heads.LEVELS, "counts": 1000}[LIKELIHOODS[name].data]
+        x = torch.linspace(0, values - 1 if LIKELIHOODS[name].data == "counts" else 1, values)
         total = p.log_prob(x[:, None]).exp().sum()
     assert head.normalized is (abs(total.item() - 1) < 1e-3)
 

@@ -35,20 +35,26 @@ def test_any_image_size(shape):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"depth": 2, "halvings": 3}, {"gated": True}, {"halvings": 0}]
+    ("widths", "options"),
+    [
+        ((4, 4, 4), {}),
+        ((2, 4, 4, 8), {"depths": (0, 2, 1, 0), "hidden": 5}),
+        ((4, 4, 4), {"gated": True}),
+        ((4,), {"depths": (1,)}),
+    ],
 )
 @pytest.mark.parametrize("shape", SIZES)
-def test_a_residual_network_takes_any_image_size(shape, options):
+def test_a_residual_network_takes_any_image_size(shape, widths, options):
     x = torch.rand(2, *shape)
-    assert ResNetEncoder(shape, (6,), 4, **options)(x).shape == (2, 6)
-    assert ResNetDecoder((6,), shape, 4, **options)(torch.zeros(2, 6)).shape == x.shape
+    assert ResNetEncoder(shape, (6,), widths, **options)(x).shape == (2, 6)
+    assert ResNetDecoder((6,), shape, widths, **options)(torch.zeros(2, 6)).shape == x.shape
 
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("groups", [None, 2])
 def test_a_residual_block_is_its_formula(gated, groups):
     """Written out by the functions of torch, at the weights of the only block."""
-    net = ResNetEncoder((1, 5, 6), (2,), 4, depth=1, halvings=0, groups=groups, gated=gated)
+    net = ResNetEncoder((1, 5, 6), (2,), (4,), depths=(1,), groups=groups, gated=gated)
     for p in net.parameters():
         nn.init.normal_(p, std=0.3)
     f, x = nn.functional, torch.randn(3, 1, 5, 6)
@@ -82,16 +88,24 @@ def test_a_gated_layer_is_its_formula():
 
 def test_group_norm_leaves_an_image_alone():
     """In train mode an output depends on its own image, not on those beside it."""
-    net, x = ResNetEncoder((1, 8, 8), (3,), 4), torch.rand(5, 1, 8, 8)
+    net, x = ResNetEncoder((1, 8, 8), (3,), (4, 4, 4)), torch.rand(5, 1, 8, 8)
     torch.testing.assert_close(net(x)[:2], net(x[:2]))
 
 
-@pytest.mark.parametrize(("name", "value"), [("width", 0), ("depth", 0), ("halvings", -1)])
+@pytest.mark.parametrize(
+    ("widths", "depths", "message"),
+    [
+        ((), (), r"widths must be channels of at least 1, one a size, not \(\)"),
+        ((4, 0), (1, 1), r"widths must be .*, not \(4, 0\)"),
+        ((4, 4), (1,), r"depths must be .* one for each of 2 widths, not \(1,\)"),
+        ((4,), (-1,), r"depths must be blocks of at least 0, .*, not \(-1,\)"),
+    ],
+)
 @pytest.mark.parametrize("make", [ResNetEncoder, ResNetDecoder])
-def test_sizes_of_a_residual_network_that_are_none(make, name, value):
+def test_sizes_of_a_residual_network_that_are_none(make, widths, depths, message):
     shapes = ((1, 8, 8), (2,)) if make is ResNetEncoder else ((2,), (1, 8, 8))
-    with pytest.raises(ValueError, match=f"{name} must be at least .*, not {value}"):
-        make(*shapes, **{name: value})
+    with pytest.raises(ValueError, match=message):
+        make(*shapes, widths, depths=depths)
 
 
 @pytest.mark.parametrize("net", ["gated", "resnet"])
@@ -142,7 +156,7 @@ def test_the_gated_mlp_of_the_vamp_prior():
         lambda s: ConvDecoder((2,), s),
         lambda s: MLP((2,), s),
         lambda s: GatedMLP((2,), s),
-        lambda s: ResNetDecoder((2,), s, 4),
+        lambda s: ResNetDecoder((2,), s, (4, 4, 4)),
     ],
 )
 @pytest.mark.parametrize("shape", SIZES)

@@ -25,11 +25,11 @@ from pvae.programs import LadderGuide
 X = (torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)) > 0.5).float()
 
 
-def stock_svi(vae, lr=1e-2):
+def stock_svi(vae, lr=5e-3):
     return SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": lr}), Trace_ELBO())
 
 
-def single_svi(vae, lr=1e-2):
+def single_svi(vae, lr=5e-3):
     adam = SingleOptimizer(torch.optim.Adam(vae.parameters(), lr=lr))
     return SVI(vae.model, vae.guide, adam, Trace_ELBO())
 

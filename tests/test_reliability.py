@@ -22,7 +22,7 @@ from PIL import Image
 from torchvision import datasets
 
 import pvae
-from pvae import checkpoint, cli, data, evaluation, results, run, untrusted
+from pvae import checkpoint, cli, data, evaluation, reading, results, run, untrusted
 from pvae.builder import GUIDES, LIKELIHOODS, PRIORS, Recipe, compose, number_of_parameters
 
 SCRIPT = BENCHMARKS / "reliability.py"
@@ -121,7 +121,7 @@ def test_a_batch_asks_for_no_more_memory_than_its_steps_need(tmp_path):
     content = b"\x80\x02]r\xff\xff\xff\x00."
     (tmp_path / "test_batch").write_bytes(content)
     with pytest.raises(ValueError, match=r"test_batch is no batch .*numbers an object 16,777,215"):
-        data._read_batch(tmp_path / "test_batch", hashlib.md5(content).hexdigest())
+        reading._read_batch(tmp_path / "test_batch", hashlib.md5(content).hexdigest())
 
 
 def test_json_is_never_a_pickle(tmp_path):
@@ -192,6 +192,58 @@ def test_a_checkpoint_holds_what_it_claims(tmp_path):
     torch.save({"format": checkpoint.FORMAT, "model": large}, path)
     with pytest.raises(ValueError, match="a tensor claims 4,000,000,000,000 bytes of 4"):
         checkpoint.read(path)
+
+
+def claim(header, tensor, change):
+    name = next(name for name in header if name != "__metadata__")
+    header[name] = {**header[name], tensor: change}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h, ours: ours["recipe"].update(event_shape=[1, 10**5, 10**5]), "max_parameters"),
+        (lambda h, ours: ours["recipe"].update(hidden=5000), r"parameters, but the file has .* by"),
+        (lambda h, ours: ours["recipe"].update(hidden="16"), "checksum"),
+        (lambda h, ours: ours["recipe"].update(net=["os"]), "net must be one of"),
+        (lambda h, ours: ours["recipe"].update(other=1), "another version of pvae"),
+        (lambda h, ours: ours.update(recipe=[1]), "holds no recipe"),
+        (lambda h, ours: ours.update(format="1"), "is not a checkpoint of pvae"),
+        (lambda h, ours: ours.pop("recipe"), "cannot be read as a checkpoint"),
+        (lambda h, ours: h.pop("__metadata__"), "cannot be read as a checkpoint"),
+        (lambda h, ours: claim(h, "shape", [10**9, 10**9]), "cannot be read as a checkpoint"),
+        (lambda h, ours: claim(h, "data_offsets", [0, 10**12]), "cannot be read as a checkpoint"),
+        (lambda h, ours: claim(h, "dtype", "U8"), "cannot be read as a checkpoint"),
+    ],
+)
+def test_safetensors_hold_what_they_claim(tmp_path, monkeypatch, change, message):
+    """The checksum is left out but for one, as a stranger can make it: each check stands alone."""
+
+    def without_checksum(header, ours):
+        if message != "checksum":
+            del ours["checksum"]
+        change(header, ours)
+
+    (tmp_path / "v.safetensors").write_bytes(reliability.safetensors_file(without_checksum))
+    monkeypatch.setattr(checkpoint, "compose", None)  # never called
+    with pytest.raises(ValueError, match=rf"(?s)v\.safetensors .*{message}"):
+        pvae.load(tmp_path / "v.safetensors")
+
+
+@pytest.mark.parametrize("length", [2**24 + 1, 2**63, 2**64 - 1])
+def test_the_header_of_safetensors_is_bounded(tmp_path, length):
+    content = reliability.safetensors_file(lambda header, ours: None)
+    path = tmp_path / "v.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + content[8:])
+    with pytest.raises(ValueError, match=r"v\.safetensors .*its header must have at most"):
+        pvae.load(path)
+
+
+def test_the_header_of_a_large_file_is_bounded_too(tmp_path):
+    path = tmp_path / "v.safetensors"
+    path.write_bytes(struct.pack("<Q", 2**25) + b"{" * 2**25)
+    with pytest.raises(ValueError, match="its header must have at most 16,777,216 bytes"):
+        pvae.load(path)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +371,7 @@ def test_what_unpacks_to_too_much_is_not_unpacked(tmp_path):
     for path in (tmp_path / "a.npz", tmp_path / "train-images-idx3-ubyte.gz"):
         bomb(path)
         with pytest.raises(ValueError, match=rf"{path.name}.* at most 134,217,728 bytes, or 100"):
-            data._read_idx(path) if path.suffix == ".gz" else data.load(path)
+            reading._read_idx(path) if path.suffix == ".gz" else data.load(path)
 
 
 def test_a_picture_of_too_many_pixels_is_not_unpacked(tmp_path):
