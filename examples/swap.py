@@ -12,14 +12,16 @@ same, so combinations there differ only in how much they say by z.
 
     python examples/swap.py --combinations guide=iaf prior=vamp guide=iaf,prior=vamp objective=dreg
 
-Each combination is a run folder of its own: `pvae.load` and `python -m pvae.evaluate` take it.
+Each combination is a run folder of its own: `pvae.load`, `python -m pvae.evaluate` and `python -m
+pvae.compare` take it. `--seeds 3` trains each three times, and tells the mean and the standard
+deviation over seeds. `--resume` goes on where a study was stopped, with what is missing.
 
 Sources: Fixing a Broken ELBO (2017), arXiv:1711.00464 (rate and distortion); the parts name theirs.
 """
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
-from statistics import median
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from statistics import mean, stdev
 from typing import Any
 
 import pyro
@@ -29,10 +31,11 @@ from matplotlib.figure import Figure
 from pyro.infer import SVI
 
 import pvae
-from pvae import cli, data, results, tables
-from pvae.builder import GUIDES, LIKELIHOODS, PRIORS, Likelihood, choose
+from pvae import cli, data, tables
+from pvae.builder import GUIDES, LIKELIHOODS, PRIORS, choose
 from pvae.objectives import OBJECTIVES
 from pvae.study import DEFAULT, Study, finish, fit, start
+from pvae.untrusted import read_json
 
 BASE = {
     "likelihood": "bernoulli",
@@ -92,7 +95,7 @@ def common_observation(combinations: Iterable[Mapping[str, str]]) -> str:
     """How all of them observe the data; numbers on different data are not to be compared, nor
     those of a likelihood with those of what is none."""
     chosen = [LIKELIHOODS[parts["likelihood"]] for parts in combinations]
-    kinds = {p.data if is_normalized(p) else f"{p.data}, not a likelihood" for p in chosen}
+    kinds = {likelihood.kind for likelihood in chosen}
     if len(kinds) > 1:
         raise ValueError(
             f"the likelihoods must be of one kind of data, not of {'; '.join(sorted(kinds))}: "
@@ -101,10 +104,6 @@ def common_observation(combinations: Iterable[Mapping[str, str]]) -> str:
     # a density of grey levels as they are has no upper bound
     kind = chosen[0].data
     return "dequantized" if kind == "continuous" else data.usual_observation(kind)
-
-
-def is_normalized(likelihood: Likelihood) -> bool:
-    return likelihood.head((1, 1, 1)).normalized
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -120,7 +119,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.quiet:
             print(f"\n{number} of {len(combinations)}: {name}")
         try:
-            numbers[name] = train(parts, study.part(name.replace(" ", "_")))
+            numbers[name] = pooled(
+                {seed: numbers_of(parts, part) for seed, part in each_seed(study, name, parts)}
+            )
         except ValueError as error:  # what cannot work together says so; the others go on
             print(f"{name} is refused: {error}")
         study.save(numbers)
@@ -128,15 +129,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("none of the combinations can work; see above")
 
     title = f"{study.dataset.name} test set, {study.data.label}, nats per image"
-    if not is_normalized(LIKELIHOODS[parts["likelihood"]]):
+    title += f", mean and sd of {args.seeds} seeds" if args.seeds > 1 else ""
+    if LIKELIHOODS[parts["likelihood"]].kind.endswith("not a likelihood"):
         title += "\np(x|z) is not a likelihood: compare these numbers with no other likelihood's"
     print("\n" + table(title, numbers, args.latent_dim))
     study.save(numbers, swap=picture(numbers, title))
     print(f"rate and distortion: {study.folder}/swap.png; a run for each in {study.folder}/")
 
 
-def train(parts: Mapping[str, str], study: Study) -> dict[str, Any]:
-    """Trains one combination in the folder of `study`; its numbers, as results.json has them."""
+def each_seed(study: Study, name: str, parts: Mapping[str, str]) -> Iterator[tuple[int, Study]]:
+    """A study of a combination for each of its seeds, in a folder of its own."""
+    first, several = study.args.seed, study.args.seeds > 1
+    for seed in range(first, first + study.args.seeds):
+        folder = name.replace(" ", "_") + (f",seed={seed}" if several else "")
+        yield seed, study.part(folder, **parts, seed=seed)
+
+
+def numbers_of(parts: Mapping[str, str], study: Study) -> dict[str, Any]:
+    """What the results.json of a combination holds, which is trained unless that is done."""
+    path = study.folder / "results.json"
+    if not path.exists() or read_json(path).get("epochs") != study.args.num_epochs:
+        train(parts, study)
+    found = read_json(path)
+    return {**found["numbers"], "seconds_per_epoch": found["seconds_per_epoch"]}
+
+
+def train(parts: Mapping[str, str], study: Study) -> None:
+    """Trains one combination in the folder of `study`."""
     args = study.args
     pyro.set_rng_seed(args.seed)
     vae = pvae.build(
@@ -147,16 +166,28 @@ def train(parts: Mapping[str, str], study: Study) -> dict[str, Any]:
         parts["guide"],
         parts["prior"],
         hidden=args.hidden,
-        mean_image=study.dataset.mean_image,
+        mean_image=study.data.mean_image,
     ).to(study.device)
     objective = OBJECTIVES[parts["objective"]]
     particles = PARTICLES if objective.min_particles > 1 else 1
     adam = torch.optim.Adam(vae.parameters(), lr=args.learning_rate, fused=True)
     svi = SVI(vae.model, vae.guide, pvae.SingleOptimizer(adam), objective.elbo(particles))
     trainer = fit(study, vae, svi, schedule=DEFAULT._replace(beta=float(parts["beta"])))
-    rows = finish(study, trainer, quiet=True)
-    seconds = median(row["seconds"] for row in trainer.history)
-    return {**results.as_json(rows), "seconds_per_epoch": seconds}
+    finish(study, trainer, quiet=True)
+
+
+def pooled(by_seed: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Of several seeds the mean and the standard deviation of each number, and the numbers of each
+    seed; of one seed its numbers."""
+    runs = list(by_seed.values())
+    if len(runs) == 1:
+        return dict(runs[0])
+    seconds = mean(of["seconds_per_epoch"] for of in runs)
+    rows = {key: row for key, row in runs[0].items() if isinstance(row, dict)}
+    for key, row in rows.items():
+        means = [of[key]["mean"] for of in runs]
+        rows[key] = {**row, "mean": mean(means), "se": None, "sd": stdev(means)}
+    return {**rows, "seconds_per_epoch": seconds, "seeds": dict(by_seed)}
 
 
 def table(title: str, numbers: Mapping[str, Mapping[str, Any]], latent_dim: int) -> str:
@@ -167,7 +198,7 @@ def table(title: str, numbers: Mapping[str, Mapping[str, Any]], latent_dim: int)
         [
             name,
             *(shown(of[key]) for key in columns),
-            f"{of['active_units']['mean']:.0f} of {latent_dim}",
+            f"{of['active_units']['mean']:.3g} of {latent_dim}",
             f"{of['seconds_per_epoch']:.1f}",
         ]
         for name, of in numbers.items()
@@ -176,23 +207,25 @@ def table(title: str, numbers: Mapping[str, Mapping[str, Any]], latent_dim: int)
 
 
 def shown(of: Mapping[str, Any]) -> str:
-    return f"{of['mean']:.2f}" if of["se"] is None else f"{of['mean']:.2f} ± {of['se']:.2f}"
+    spread = of.get("sd", of["se"])
+    return f"{of['mean']:.2f}" if spread is None else f"{of['mean']:.2f} ± {spread:.2f}"
 
 
 def picture(numbers: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
-    """Distortion against rate, with lines of one ELBO."""
+    """Distortion against rate, with lines of one ELBO; bars are standard deviations over seeds."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     rates, distortions, elbos = (
         [of[key]["mean"] for of in numbers.values()] for key in ("rate", "distortion", "elbo")
     )
     for i, name in enumerate(numbers):
-        axes.scatter(
+        axes.errorbar(
             rates[i],
             distortions[i],
-            s=45,
+            xerr=numbers[name]["rate"].get("sd"),
+            yerr=numbers[name]["distortion"].get("sd"),
+            fmt="os^"[i // 10 % 3],
             color=colormaps["tab10"](i % 10),
-            marker="os^"[i // 10 % 3],
             label=f"{elbos[i]:.1f}  {name}",
             zorder=3,
         )
@@ -226,6 +259,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     cli.option(parser, "--latent-dim", "of z", cli.NATURAL, 16, "D")
     cli.option(parser, "--hidden", "hidden width", cli.NATURAL, 400, "N")
+    what = "seeds that each is trained with, from --seed on; their mean and sd are told"
+    cli.option(parser, "--seeds", what, cli.NATURAL, 1, "N")
     parser.set_defaults(learning_rate=2e-3)
     return cli.resumed(parser, argv)
 

@@ -1,12 +1,15 @@
 """Checkpoints: written atomically, read safely (tensors and plain values only).
 
 Format 2 keeps a `Recipe`; format 1, of version 0.1, kept the arguments of its `build`, and is
-brought into the form of today when it is read.
+brought into the form of today when it is read. A file to pass on may be of safetensors instead,
+which other programs read too; its formats have numbers of their own.
 """
 
 import io
+import json
 import os
 import pickle
+import struct
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -15,15 +18,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from pvae.builder import NETS, PRIORS, Recipe, compose, number_of_parameters
 from pvae.files import write_atomically
-from pvae.untrusted import Named, check_pickle
+from pvae.untrusted import JSON_BYTES, Named, check_pickle
 from pvae.vae import VAE
 
 FORMAT = 2
+SAFETENSORS_FORMAT = 1
 
 # what a pickle of tensors and plain values names; of the storages the bytes of an element
 _BYTES = {
@@ -85,17 +90,22 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
+    open_format = _is_safetensors(path)
+    newest = SAFETENSORS_FORMAT if open_format else FORMAT
     try:
-        _check_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        _check_tensors(state)
+        state = _from_safetensors(path) if open_format else _from_torch(path)
     except Exception as error:
-        # whatever torch, zipfile or the unpickler says of a damaged file
+        # whatever torch, zipfile, safetensors or the unpickler says of a damaged file
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
     number = state.get("format") if isinstance(state, dict) else None
-    if type(number) is not int or number not in (1, FORMAT):
-        raise ValueError(f"{path} is not a checkpoint of this version of pvae (format {FORMAT})")
-    if number == FORMAT:
+    if type(number) is not int or number < 1:
+        raise ValueError(f"{path} is not a checkpoint of pvae")
+    if number > newest:
+        raise ValueError(
+            f"{path} was written by a later version of pvae: its format is {number}, and this "
+            f"version reads formats up to {newest}. Update pvae"
+        )
+    if number == newest:
         if state.pop("checksum", None) not in (None, checksum(state)):
             raise ValueError(f"{path} is damaged: its content does not have its writer's checksum")
         return state
@@ -103,6 +113,50 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         return _from_format_1(state)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is a damaged checkpoint of format 1: {error!r}") from error
+
+
+def _from_torch(path: str | os.PathLike[str]) -> Any:
+    _check_archive(path)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    _check_tensors(state)
+    return state
+
+
+def _is_safetensors(path: str | os.PathLike[str]) -> bool:
+    return Path(path).suffix == ".safetensors"
+
+
+def _to_safetensors(state: Mapping[str, Any]) -> bytes:
+    """The tensors of a pair, in the order of their names; all else is JSON in the header, under
+    "pvae"."""
+    # each in memory of its own: the format has no views, and no two names of one tensor
+    tensors = {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, t in sorted(state["model"].items())
+    }
+    rest = {"format": SAFETENSORS_FORMAT, **state, "model": None}
+    rest["checksum"] = checksum({**rest, "model": tensors})
+    return safetensors.torch.save(tensors, {"format": "pt", "pvae": json.dumps(rest)})
+
+
+def _from_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `_to_safetensors` wrote; of a later format what its header says, without tensors."""
+    content = Path(path).read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    most = min(len(content) - 8, JSON_BYTES)
+    if length > most:
+        raise ValueError(f"its header must have at most {most:,} bytes, not {length:,}")
+    state: dict[str, Any] = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["pvae"])
+    if state["format"] != SAFETENSORS_FORMAT:
+        return state
+    # the library holds what each tensor claims against the bytes that there are
+    tensors = safetensors.torch.load(content)
+    if isinstance(state["recipe"], dict):  # JSON has no tuples
+        state["recipe"] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in state["recipe"].items()
+        }
+    return {**state, "model": dict(sorted(tensors.items()))}
 
 
 def _check_archive(path: str | os.PathLike[str]) -> None:
@@ -195,16 +249,40 @@ def pair_state(vae: VAE) -> dict[str, Any]:
     return {"model": vae.state_dict(), "recipe": recipe}
 
 
-def save(vae: VAE, path: str | os.PathLike[str], notes: Mapping[str, float] | None = None) -> None:
-    """Saves a pair with its recipe, so that `load` builds it again; `notes` are kept beside it.
+def save(
+    vae: VAE,
+    path: str | os.PathLike[str],
+    notes: Mapping[str, float] | None = None,
+    *,
+    data: str | None = None,
+) -> None:
+    """Saves a pair with its recipe, so that `load` builds it again.
+
+    A path that ends in `.safetensors` makes a file of that format, any other one of torch's.
+
+    Args:
+        vae: the pair; of one composed by hand the tensors alone are kept.
+        path: where to.
+        notes: numbers that are kept beside it.
+        data: the name of the data that it was trained on, kept too: `read` shows it.
+
+    Raises:
+        OSError: the file cannot be written; what was there is then as it was.
 
     >>> import pvae, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     pvae.save(pvae.build((1, 8, 8), latent_dim=2), f"{folder}/digits.pt")
-    ...     pvae.load(f"{folder}/digits.pt").recipe.latent_dims
+    ...     pvae.save(pvae.build((1, 8, 8), latent_dim=2), f"{folder}/a.safetensors", data="digits")
+    ...     pvae.load(f"{folder}/a.safetensors").recipe.latent_dims
+    ...     read(f"{folder}/a.safetensors")["data"]
     (2,)
+    'digits'
     """
-    write(path, {**pair_state(vae), **(notes or {})})
+    state = {**pair_state(vae), **(notes or {}), **({} if data is None else {"data": data})}
+    if _is_safetensors(path):
+        content = _to_safetensors(state)
+        write_atomically(path, lambda file: file.write(content))
+    else:
+        write(path, state)
 
 
 def restore(module: nn.Module, state: Mapping[str, Tensor], source: object = "state") -> None:

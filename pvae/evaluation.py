@@ -2,8 +2,9 @@
 
     python -m pvae.evaluate runs/mnist_svi
 
-It prints the table, with what each number is and is not, and leaves `evaluation.json` and
-`posterior.png` in the folder of the run. The model is the run's best, the images are its test set.
+It prints the table, with what each number is and is not, and leaves `evaluation.json`,
+`calibration.png` and `posterior.png` in the folder of the run. The model is the run's best, the
+images are its test set.
 """
 
 import argparse
@@ -22,12 +23,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pvae import captured, checkpoint, cli, data, evaluate, memory, plots, results, run
-from pvae.evaluate import estimate
+from pvae.evaluate import Estimate, estimate
 from pvae.results import Row, Subject, codes, tail_rows
 from pvae.study import find_device
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of `python -m pvae.evaluate`."""
     parser = argparse.ArgumentParser(
         prog="python -m pvae.evaluate",
         description="What a finished run is worth: one table, and evaluation.json in its folder.",
@@ -40,6 +42,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         ("--images", 200, "test images of the importance-weighted bound"),
         ("--annealed-images", 20, "test images of annealed importance sampling"),
         ("--gap-images", 100, "test images of the amortization gap"),
+        ("--simulated-images", 1000, "images drawn from the model, to test whether q(z|x) fits"),
         ("--nuts-samples", 500, "draws of NUTS, for the picture of one image's posterior"),
     ):
         cli.option(g, flag, text, cli.COUNT, default, "N")
@@ -76,10 +79,24 @@ def opened(args: argparse.Namespace) -> tuple[Subject, str]:
     named = config["arguments"].get("dataset") or config["dataset"]["name"]
     root = args.data_root or config["arguments"].get("data_root")
     data_seed = config.get("data_seed", config["seed"])  # version 0.1 had one seed for all
-    dataset = data.load(named, root, seed=data_seed)
+    how, asked = config["dataset"]["observed"], config["arguments"]
+    dataset = data.load(
+        named,
+        root,
+        seed=data_seed,
+        split=asked.get("split"),
+        as_is=how == "as_is",
+        stream=bool(asked.get("stream")),
+    )
     dataset.require_same(config["dataset"]["name"], config["dataset"]["sha256"], args.run)
     vae = checkpoint.load(args.run).to(device).to(memory_format=torch.channels_last)
-    observed = data.observe(dataset, config["dataset"]["observed"], data_seed).to(device)
+    observed = data.observe(
+        dataset,
+        how,
+        data_seed,
+        standardize=asked.get("standardize", False),
+        numpy_seed=asked.get("numpy_seed"),
+    ).to(device)
     return Subject(vae, observed, args.seed, args.quiet), dataset.name
 
 
@@ -137,6 +154,7 @@ def annealed_rows(subject: Subject, args: argparse.Namespace) -> list[Row]:
 
 
 def has_one_latent(subject: Subject) -> bool:
+    """Whether the pair has the single latent `z`."""
     recipe = subject.vae.recipe
     return recipe is None or not recipe.two_layers
 
@@ -185,6 +203,29 @@ def gap_rows(subject: Subject, args: argparse.Namespace) -> list[Row]:
     return [
         Row("amortization_gap", "amortization gap", estimate(found.amortization), len(x)),
         Row("approximation_gap", "approximation gap", estimate(found.approximation), len(x)),
+    ]
+
+
+def calibration_rows(subject: Subject, args: argparse.Namespace) -> list[Row]:
+    """calibration: whether q(z|x) is the posterior of images that the model makes. Then, for each
+    unit, the rank of the latent that made an image among 100 draws of q(z|x) is uniform. The
+    p-value is that of the worst unit, corrected for the number of units: below 0.05, q(z|x) is not
+    the posterior. A large one is no proof: the test sees each unit alone, and q(z|x) = p(z) passes
+    it. It says nothing of real images. calibration.png shows the ranks.
+    """
+    test, n = subject.shown(subject.data.test), args.simulated_images
+    which = torch.arange(n) % len(test.images)  # their labels; the images are not used
+    x, y = test.images[which], None if test.y is None else test.y[which]
+    with evaluate.fixed_noise(x.device, subject.seed):
+        found = evaluate.calibration(subject.vae.model, subject.vae.guide, data.pixels(x), y)
+    least, units = found.p_values.min().item(), found.p_values.shape[0]
+    accused = float((found.p_values < 0.05).sum())
+    title = f"{accused:.0f} of {units} units are not calibrated"
+    figure = plots.calibration(found.ranks, found.num_draws, found.p_values, title=title)
+    plots.save(figure, Path(args.run) / "calibration.png")
+    return [
+        Row("calibration_p", "calibration: least p-value", Estimate(least, math.nan), n, 4),
+        Row("calibration_units", "  units below 0.05", Estimate(accused, math.nan), n, 0, units),
     ]
 
 
@@ -241,6 +282,7 @@ def picture(subject: Subject, args: argparse.Namespace) -> plots.Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluates a run: the table on the screen, `evaluation.json` in its folder."""
     args = arguments(argv)
     start = time.perf_counter()
     memory.keep_freed_memory()
@@ -248,16 +290,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(args.run)
     if not has_one_latent(subject):
         print("several latent layers: what is of a single latent z is left out")
-        args.gap_images = args.nuts_samples = 0
+        args.gap_images = args.simulated_images = args.nuts_samples = 0
     compiler = captured.inductor if args.captured else None
     sections: list[tuple[Callable[..., list[Row]], Any]] = [
         (results.elbo_rows, (subject,)),
         (results.importance_rows, (subject, args.images, args.num_samples, compiler)),
         (annealed_rows, (subject, args)),
         (gap_rows, (subject, args)),
+        (calibration_rows, (subject, args)),
         (latent_rows, (subject,)),
     ]
-    asked = [True, args.images, args.annealed_images, args.gap_images, True]
+    asked = [
+        *(True, args.images, args.annealed_images, args.gap_images, args.simulated_images, True)
+    ]
     sections = [section for section, how_many in zip(sections, asked, strict=True) if how_many]
     rows = [row for section, arguments in sections for row in section(*arguments)]
     print(results.table(rows, subject, name))

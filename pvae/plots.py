@@ -1,8 +1,9 @@
 """Figures from tensors: image grids, latent spaces and learning curves, drawn with matplotlib.
 
 Nothing here knows of models, Pyro or data sets. Images are float tensors in [0, 1] with one channel
-(grey) or three (RGB), on any device. Every function returns a `Figure` that belongs to no pyplot
-state: it is freed like any other object, and importing this module changes nothing outside it.
+(grey) or three (RGB), on any device; `drawn` makes such images of data of any other kind. Every
+other function returns a `Figure` that belongs to no pyplot state: it is freed like any other
+object, and importing this module changes nothing outside it.
 """
 
 import math
@@ -118,6 +119,89 @@ def grid(
     axes.tick_params(length=0, labelsize=8)
     _fit(figure)
     return figure
+
+
+_PANEL, _FINE = (90, 140), 3  # pixels of a drawn datum; the lines are drawn so much finer
+_GREY, _UPON = "#a0a0a0", (_COLOURS[2], _COLOURS[0], _COLOURS[4], _COLOURS[6])
+
+
+def drawn(
+    values: Tensor, over: Tensor | None = None, *, low: float, high: float, bars: bool = False
+) -> Tensor:
+    """Images `(N, 3, H, W)` of signals `(N, C, L)`: a line for each channel, in a colour of its
+    own, or a bar from 0 for each of the L values. A panel reaches from `low` to `high`.
+
+    With `over` `(N, C, L)` the values are grey, and those of `over` are lines upon them.
+
+    Raises:
+        ValueError: if a shape is another one, the two differ, or `high` is not above `low`.
+
+    Example:
+        >>> import torch
+        >>> from pvae import plots
+        >>> plots.drawn(torch.rand(5, 1, 64), low=0, high=1).shape
+        torch.Size([5, 3, 90, 140])
+    """
+    if values.dim() != 3 or 0 in values.shape:
+        raise _misfit("values must have shape (N, C, L), every size at least 1", values)
+    if over is not None and over.shape != values.shape:
+        raise _misfit("values and over must have one shape", values, over)
+    if not low < high:
+        raise ValueError(f"high must be above low, {low:g}, not {high:g}")
+    canvas = torch.ones(len(values), 3, *_PANEL)
+    layers = [(values, bars, over is not None)]
+    layers += [] if over is None else [(over, False, False)]
+    for layer, as_bars, grey in layers:
+        heights = ((layer.detach().cpu().float() - low) / (high - low)).clamp(0, 1)
+        base = min(max(-low / (high - low), 0.0), 1.0)
+        for channel, height in enumerate(heights.unbind(1)):
+            ink = _bars(height, base) if as_bars else _lines(height)  # (N, H, W)
+            name = _GREY if grey else _COLOURS[channel % len(_COLOURS)]
+            if not grey and over is not None:
+                name = _UPON[channel % len(_UPON)]
+            rgb = torch.tensor([int(name[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+            canvas = canvas + ink[:, None] * (rgb[:, None, None] - canvas)
+    return canvas.clamp(0, 1)
+
+
+def _fine_grid() -> tuple[Tensor, Tensor]:
+    """Heights `(H, 1)` of the fine pixels, from 1 at the top to 0, and their places `(W,)` in
+    [0, 1]."""
+    rows, columns = (size * _FINE for size in _PANEL)
+    heights = 1 - (torch.arange(rows) + 0.5) / rows
+    return heights[:, None], (torch.arange(columns) + 0.5) / columns
+
+
+def _coarse(inked: Tensor) -> Tensor:
+    """The share of ink of each pixel, of fine ones `(N, H, W)`."""
+    return torch.nn.functional.avg_pool2d(inked.float()[:, None], _FINE)[:, 0]
+
+
+def _bars(height: Tensor, base: float) -> Tensor:
+    """Bars from `base` to `height` `(N, L)`, with gaps where there is room for them."""
+    heights, places = _fine_grid()
+    at = places * height.shape[1]
+    top = height[:, at.long()][:, None]  # (N, 1, W)
+    inside = (heights <= top.clamp(min=base)) & (heights >= top.clamp(max=base))
+    gap = (at.frac() < 0.12) | (at.frac() > 0.88)
+    return _coarse(inside & ~(gap & (height.shape[1] * 6 <= len(places))))
+
+
+def _lines(height: Tensor) -> Tensor:
+    """Straight lines through `height` `(N, L)`."""
+    heights, places = _fine_grid()
+    ends = []
+    for side in (-0.5, 0.5):  # of each fine column
+        at = (places + side / len(places)) * height.shape[1] - 0.5
+        at = at.clamp(0, height.shape[1] - 1)
+        first = at.long()
+        second = (first + 1).clamp(max=height.shape[1] - 1)
+        ends.append(torch.lerp(height[:, first], height[:, second], at.frac()))
+    low, high = (f(*ends)[:, None] for f in (torch.minimum, torch.maximum))
+    half = 0.5 / len(heights)
+    thin = (heights >= low - half) & (heights <= high + half)
+    # as thick where it is steep as where it is flat
+    return _coarse(torch.nn.functional.max_pool2d(thin.float(), 5, stride=1, padding=2))
 
 
 def reconstructions(originals: Tensor, reconstructed: Tensor, *, title: str = "") -> Figure:
@@ -365,6 +449,60 @@ def posterior(exact: Tensor, guide: Tensor, units: tuple[int, int], *, title: st
     return figure
 
 
+def calibration(ranks: Tensor, num_draws: int, p_values: Tensor, *, title: str = "") -> Figure:
+    """Draw how far the ranks `(N, D)` of each unit, 0 to `num_draws`, are from uniform: the share
+    of ranks up to each level less the level.
+
+    The grey band holds the lines of all `D` units of an exact guide in 95 % of cases (Dvoretzky,
+    Kiefer and Wolfowitz's inequality). Units whose p-value, of `p_values` `(D,)`, is below 0.05 are
+    in colour. A guide that is too narrow rises before the middle and falls below zero after it, one
+    that is too wide does the reverse, and one that is shifted stays on one side.
+
+    Raises:
+        ValueError: if there are no ranks from 0 to `num_draws`, or not one p-value for each unit.
+
+    Example:
+        >>> import torch
+        >>> from pvae import plots
+        >>> figure = plots.calibration(torch.randint(0, 11, (50, 3)), 10, torch.ones(3))
+        >>> figure.axes[0].get_xlabel()
+        'level'
+    """
+    if ranks.dim() != 2 or ranks.numel() == 0 or ranks.min() < 0 or ranks.max() > num_draws:
+        raise ValueError(
+            f"ranks must be (N, D) whole numbers from 0 to num_draws = {num_draws}, not of shape "
+            f"{tuple(ranks.shape)}"
+            + (f", from {ranks.min()} to {ranks.max()}" if ranks.numel() else "")
+        )
+    count, units = ranks.shape
+    if p_values.shape != (units,):
+        raise _misfit("p_values must hold one number for each unit of ranks", ranks, p_values)
+    levels = torch.arange(num_draws + 1, dtype=torch.float64)
+    shares = torch.stack([unit.bincount(minlength=num_draws + 1) for unit in ranks.cpu().T])
+    expected = (levels + 1) / (num_draws + 1)
+    lines = shares.cumsum(1) / count - expected
+    figure = Figure((6, 4), dpi=_DPI, layout="constrained")
+    axes = figure.add_subplot()
+    reach = math.sqrt(math.log(2 * units / 0.05) / (2 * count))
+    axes.axhspan(-reach, reach, color="0.92", label="95 % of exact guides, all units")
+    exact = "p-value of 0.05 or more"
+    for line in lines[p_values.cpu() >= 0.05]:
+        axes.plot(expected, line, color="0.55", linewidth=0.8, label=exact)
+        exact = ""
+    accused = (p_values.cpu() < 0.05).nonzero().flatten()
+    worst = accused[p_values.cpu()[accused].argsort()]
+    for i, unit in enumerate(worst.tolist()):  # only the first ten have names
+        label = f"unit {unit}" if i < len(_COLOURS) else ""
+        axes.plot(
+            expected, lines[unit], color=_COLOURS[i % 10], linewidth=1.2, zorder=3, label=label
+        )
+    axes.set(xlabel="level", ylabel="share of ranks up to the level, less the level", xlim=(0, 1))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.set_title(title, fontsize=10)
+    return figure
+
+
 def _ellipse(z: Tensor) -> Tensor:
     """The two standard deviations of draws `(S, 2)` around their mean, a closed line `(2, 100)`."""
     angle = torch.linspace(0, 2 * math.pi, 100)
@@ -374,12 +512,16 @@ def _ellipse(z: Tensor) -> Tensor:
 
 
 def curves(
-    history: Sequence[Mapping[str, float]], *, title: str = "", objective: str = "ELBO"
+    history: Sequence[Mapping[str, float]],
+    *,
+    title: str = "",
+    objective: str = "ELBO",
+    unit: str = "image",
 ) -> Figure:
     """Draw the learning curves of a run: the ELBO, and the two terms that it is made of.
 
     Each epoch is one mapping with the keys `epoch`, `train_objective`, `validation_elbo`,
-    `validation_reconstruction`, `validation_kl` and `beta`, in nats per image; further keys are
+    `validation_reconstruction`, `validation_kl` and `beta`, in nats per `unit`; further keys are
     ignored. Early epochs far off the rest are left out of view, and the panel then says so.
 
     `objective` names what was trained. Where it is the ELBO, at beta = 1 in every epoch, it shares
@@ -428,6 +570,8 @@ def curves(
         text = "KL" if name == "kl" else name
         _finish_panel(panel, f"validation {text}: {series[best]:.2f} {at_best}", series)
     _shade(panels["kl"], epochs, beta)
+    for panel in panels.values():
+        panel.set_ylabel(f"nats per {unit}", fontsize=8)
     for name in (left[1], "kl"):
         panels[name].set_xlabel("epoch", fontsize=8)
     return figure
@@ -595,7 +739,6 @@ def _line(axes: Axes, epochs: list[float], values: list[float], colour: str, lab
 
 def _finish_panel(axes: Axes, title: str, *series: list[float]) -> None:
     axes.set_title(title, loc="left", fontsize=9)
-    axes.set_ylabel("nats per image", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.grid(color="0.92", linewidth=0.6)

@@ -1,22 +1,79 @@
 """The pictures of a run, as files."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from pvae import evaluate, plots
-from pvae.data import Observed, pixels
+from pvae.data import Observed, Scaling, pixels
 from pvae.train import Trainer, spread
 from pvae.vae import VAE
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How data become images in [0, 1]: pictures as they are, other data as lines or bars between
+    `low` and `high`, in their own units."""
+
+    pictures: bool
+    low: float
+    high: float
+    bars: bool
+    scaling: Scaling | None
+
+    @classmethod
+    def of(cls, data: Observed) -> "Drawing":
+        """By the first validation data: counts become bars, events `(1 or 3, H, W)` pictures."""
+        x = pixels(data.validation.first(1000).images)
+        pictures = data.unit == "image"
+        x = x if data.scaling is None else data.scaling.undo(x)
+        bars = bool((x == x.round()).all() and (x >= 0).all())
+        if pictures and x.min() >= 0 and x.max() <= 1:
+            return cls(True, 0.0, 1.0, bars, data.scaling)
+        some = x.flatten()[:: max(1, x.numel() // 10**6)].sort().values
+        low, high = some[len(some) // 500].item(), some[-1 - len(some) // 500].item()
+        low = min(low, 0.0) if bars else low
+        return cls(pictures, low, high if high > low else low + 1, bars, data.scaling)
+
+    @property
+    def note(self) -> str:
+        """What a title says of the range."""
+        return "" if self.pictures else f"; heights from {self.low:.3g} to {self.high:.3g}"
+
+    @property
+    def what(self) -> str:
+        return "images" if self.pictures else "data"
+
+    def __call__(self, x: Tensor, over: Tensor | None = None) -> Tensor:
+        """Images `(N, C, H, W)` of data `(N, *event)`; with `over`, of both in one panel."""
+        if self.pictures:
+            x = x if self.scaling is None else self.scaling.undo(x)
+            return ((x - self.low) / (self.high - self.low)).clamp(0, 1)
+        shown = [self._signals(t) for t in (x, over) if t is not None]
+        return plots.drawn(*shown, low=self.low, high=self.high, bars=self.bars)
+
+    def _signals(self, x: Tensor) -> Tensor:
+        """`(N, C, L)`: few channels are lines of their own, all else is one long line."""
+        x = x if self.scaling is None else self.scaling.undo(x)
+        return x if x.dim() == 3 and x.shape[1] <= 4 else x.flatten(1).unsqueeze(1)
+
+    def reconstructions(self, x: Tensor, again: Tensor, title: str) -> plots.Figure:
+        """Each image above its reconstruction; of other data both in one panel."""
+        if self.pictures:
+            return plots.reconstructions(self(x), self(again), title=title)
+        title += f"\n{'bars' if self.bars else 'grey'}: x; line: reconstruction{self.note}"
+        return plots.samples(self(x, again), title=title)
 
 
 def progress(data: Observed, folder: Path, epochs: int) -> Callable[[Trainer], None]:
     """What draws, after about ten epochs spread over all, the reconstructions of the first
     validation images: a trainer's `on_epoch`, which leaves `progress/epoch_NNN.png`."""
-    pictured = spread(epochs, 10)
+    pictured, drawing = spread(epochs, 10), Drawing.of(data)
 
     def draw(trainer: Trainer) -> None:
         if trainer.epoch not in pictured:
@@ -25,11 +82,59 @@ def progress(data: Observed, folder: Path, epochs: int) -> Callable[[Trainer], N
         vae, first = trainer.vae, data.validation.first(16)
         x = pixels(first.images)
         with evaluate.evaluating(vae):
-            again = _shown(vae.reconstruct(x, vae.given(first.y)))
-        figure = plots.reconstructions(x, again, title=f"epoch {trainer.epoch}")
+            again = vae.reconstruct(x, vae.given(first.y))
+        figure = drawing.reconstructions(x, again, f"epoch {trainer.epoch}")
         plots.save(figure, folder / "progress" / f"epoch_{trainer.epoch:03d}.png")
 
     return draw
+
+
+def tensorboard(data: Observed, folder: Path, epochs: int) -> Callable[[Trainer], None]:
+    """What logs the numbers of each epoch for TensorBoard, and, after about 25 epochs spread over
+    all, reconstructions of the first validation images and samples: a trainer's `on_epoch`.
+
+    A resumed run goes on in the log of its folder: what was logged of a step that comes again is
+    taken back.
+
+    Raises:
+        ValueError: the package tensorboard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "--tensorboard needs the package tensorboard, which pvae's extra [tensorboard] "
+            "brings: pip install tensorboard"
+        ) from None
+    pictured = spread(epochs, 25)
+    writers: list[SummaryWriter] = []  # one, from the first epoch on
+
+    def log(trainer: Trainer) -> None:
+        if not writers:
+            writers.append(SummaryWriter(str(folder / "tensorboard"), purge_step=trainer.epoch))
+        (writer,) = writers
+        for name, value in trainer.history[-1].items():
+            writer.add_scalar(name, value, trainer.epoch)
+        if trainer.epoch in pictured:
+            for name, grid in _grids(trainer.vae, data).items():
+                writer.add_image(name, grid, trainer.epoch)
+        writer.flush()
+        if trainer.epoch == epochs:
+            writer.close()
+
+    return log
+
+
+def _grids(vae: VAE, data: Observed) -> dict[str, Tensor]:
+    """Images `(C, H, W)` of 16 validation data above their reconstructions, and of samples."""
+    first, drawing = data.validation.first(16), Drawing.of(data)
+    x, y = pixels(first.images), vae.given(first.y)
+    with evaluate.evaluating(vae):
+        again, drawn = vae.reconstruct(x, y), vae.sample(len(x), y)
+    return {
+        "reconstructions": make_grid(torch.cat([drawing(x), drawing(again)]), len(x)),
+        "samples": make_grid(drawing(drawn), len(x)),
+    }
 
 
 def pictures(
@@ -50,48 +155,49 @@ def pictures(
     set's, in nats per image; `class_names` say what the labels stand for. Of a pair that takes
     labels the samples are by label, and interpolations stay within one.
     """
-    first = data.test.first(1000)
+    first, drawing = data.test.first(1000), Drawing.of(data)
     x, y = pixels(first.images), vae.given(first.y)
     with evaluate.evaluating(vae), evaluate.fixed_noise(x.device, seed):
         means = evaluate.posterior_means(vae.guide, x, y)
-        again = _shown(vae.reconstruct(x[:32], None if y is None else y[:32]))
-        title = f"Test images, ELBO {elbo:.2f} nats per image"
+        again = vae.reconstruct(x[:32], None if y is None else y[:32])
+        title = f"Test {drawing.what}, ELBO {elbo:.2f} nats per {data.unit}"
         figures = {
-            "reconstructions": plots.reconstructions(x[:32], again, title=title),
-            "samples": _samples(vae, y),
-            "latents": _latents(means, first.labels, class_names),
-            "curves": plots.curves(history, title="Training", objective=objective),
+            "reconstructions": drawing.reconstructions(x[:32], again, title),
+            "samples": _samples(vae, y, drawing),
+            "latents": _latents(means, first.labels, class_names, drawing.what),
+            "curves": plots.curves(history, title="Training", objective=objective, unit=data.unit),
         }
         if len(x) > 1:
-            figures["interpolations"] = _interpolations(vae, x, first.labels, y)
+            figures["interpolations"] = _interpolations(vae, x, first.labels, y, drawing)
         if means.shape[1] == 2:
-            figures["manifold"] = _manifold(vae, y)
+            figures["manifold"] = _manifold(vae, y, drawing)
         else:
-            figures["traversals"] = _traversals(vae, means, y)
+            figures["traversals"] = _traversals(vae, means, y, drawing)
     for name, figure in tqdm(figures.items(), "pictures", leave=False, disable=None):
         plots.save(figure, folder / f"{name}.png")
     return [folder / f"{name}.png" for name in figures]
 
 
-def _shown(images: Tensor) -> Tensor:
-    """A Gaussian's mean may lie outside what can be shown."""
-    return images.clamp(0, 1)
-
-
-def _samples(vae: VAE, y: Tensor | None) -> plots.Figure:
+def _samples(vae: VAE, y: Tensor | None, drawing: Drawing) -> plots.Figure:
+    what = f"Mean {drawing.what} at draws from the prior"
     if y is None:
-        return plots.samples(_shown(vae.sample(64)), title="Mean images at draws from the prior")
+        return plots.samples(drawing(vae.sample(64)), title=what + drawing.note)
     classes = y.unique()
     return plots.grid(
-        _shown(vae.sample(y=classes.repeat(8))),
+        drawing(vae.sample(y=classes.repeat(8))),
         len(classes),
-        title="Mean images at draws from the prior, a column a label",
+        title=f"{what}, a column a label{drawing.note}",
         column_labels=[str(label) for label in classes.tolist()],
     )
 
 
 def _interpolations(
-    vae: VAE, x: Tensor, labels: Tensor | None, y: Tensor | None, pairs: int = 8
+    vae: VAE,
+    x: Tensor,
+    labels: Tensor | None,
+    y: Tensor | None,
+    drawing: Drawing,
+    pairs: int = 8,
 ) -> plots.Figure:
     """Between `pairs` images and as many others: of other labels where there are labels, but of
     the same one where the pair is conditional on it."""
@@ -106,15 +212,18 @@ def _interpolations(
         ends.append(later[(i * 7) % len(later)] if later else i + 1)
     images = vae.interpolate(x[:pairs], x[ends], y=None if y is None else y[:pairs])
     of = " of one label" if within else ""
-    return plots.interpolations(
-        _shown(images), title=f"Between the posterior means of two test images{of}"
-    )
+    images = drawing(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+    title = f"Between the posterior means of two test {drawing.what}{of}"
+    return plots.interpolations(images, title=title)
 
 
-def _latents(means: Tensor, labels: Tensor | None, names: Sequence[str] | None) -> plots.Figure:
+def _latents(
+    means: Tensor, labels: Tensor | None, names: Sequence[str] | None, what: str
+) -> plots.Figure:
     """Posterior means: the plane itself, or its two principal components (or the one there is)."""
+    title = f"Posterior means of test {what}"
     if means.shape[1] == 2:
-        return plots.latents(means, labels, names=names, title="Posterior means of test images")
+        return plots.latents(means, labels, names=names, title=title)
     if means.shape[1] == 1 or len(means) == 1:
         means = torch.cat([means[:, :1], torch.zeros_like(means[:, :1])], dim=1)
     centred = (means - means.mean(0)).cpu()
@@ -125,24 +234,29 @@ def _latents(means: Tensor, labels: Tensor | None, names: Sequence[str] | None) 
         centred @ v[:2].T,
         labels,
         names=names,
-        title="Posterior means of test images, two principal components",
+        title=f"{title}, two principal components",
         axis_labels=(f"component 1 ({shares[0]:.0f} %)", f"component 2 ({shares[1]:.0f} %)"),
     )
 
 
-def _manifold(vae: VAE, y: Tensor | None, size: int = 20) -> plots.Figure:
+def _manifold(vae: VAE, y: Tensor | None, drawing: Drawing) -> plots.Figure:
     """The plane of a conditional pair is that of the first label of `y`."""
-    label = None if y is None else y[0]
+    label, size = None if y is None else y[0], 20 if drawing.pictures else 10
     axis = torch.linspace(-2.5, 2.5, size)
     z = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)  # [i, j] = axis[j], axis[i]
     images = vae.decode(z.reshape(-1, 2).to(_device(vae)), label).mean
-    images = _shown(images).reshape(size, size, *images.shape[1:])
+    images = drawing(images).unflatten(0, (size, size))
     given = "" if label is None else f", label {label}"
     return plots.manifold(images, axis, title=f"Decoded latent plane{given}")
 
 
 def _traversals(
-    vae: VAE, means: Tensor, y: Tensor | None, units: int = 10, steps: int = 11
+    vae: VAE,
+    means: Tensor,
+    y: Tensor | None,
+    drawing: Drawing,
+    units: int = 10,
+    steps: int = 11,
 ) -> plots.Figure:
     """The most active units, each moved through the prior's range from one image's posterior."""
     variances = evaluate.unit_variances(means)
@@ -153,10 +267,11 @@ def _traversals(
         z[row, :, unit] = values.to(z)
     images = vae.decode(z.flatten(0, 1), None if y is None else y[0]).mean
     return plots.traversals(
-        _shown(images).reshape(len(most), steps, *images.shape[1:]),
+        drawing(images).unflatten(0, (len(most), steps)),
         values,
         [f"z{unit}  var {variances[unit]:.2f}" for unit in most.tolist()],
-        title="The most active units, moved one at a time from one test image",
+        title="The most active units, moved one at a time from one "
+        + ("test image" if drawing.pictures else "test datum"),
     )
 
 

@@ -22,12 +22,15 @@ from pvae.untrusted import read_json
 from pvae.vae import VAE
 
 _SUBSET = 1000  # test images of the importance-weighted bound at the end of a run
+_ELBO = "A lower bound on log p(x), the log probability or density of an image; higher is better."
+_IWAE = "A tighter lower bound on log p(x), by {:,} draws for each image of a random subset."
+_SAME = "The ELBO of that subset, to compare the two bounds."
 _FEW = 0.1  # share of active units below which the table says what usually helps
 
 
 class Row(NamedTuple):
-    """One number: its key in the JSON file, what the table calls it, over how many images, and
-    out of how many it counts."""
+    """One number: its key in the JSON file, what the table calls it, over how many images, out of
+    how many it counts, and in one sentence what it means."""
 
     key: str
     label: str
@@ -35,6 +38,7 @@ class Row(NamedTuple):
     images: int | None = None
     digits: int = 2
     out_of: int | None = None
+    meaning: str = ""
 
     def cells(self) -> list[str]:
         """The row as the table shows it.
@@ -120,15 +124,29 @@ def elbo_rows(subject: Subject) -> list[Row]:
     bound = subject.over(test, lambda x, y: evaluate.elbo(*pair, x, y), 500, "ELBO")
     n = len(test.images)
     rows = [
-        Row("elbo", "ELBO", estimate(bound.elbo), n),
-        Row("distortion", "  distortion, -E_q log p(x|z)", estimate(-bound.reconstruction), n),
-        Row("rate", "  rate, KL(q(z|x) || p(z))", estimate(bound.kl), n),
+        Row("elbo", "ELBO", estimate(bound.elbo), n, meaning=_ELBO),
+        Row(
+            "distortion",
+            "  distortion, -E_q log p(x|z)",
+            estimate(-bound.reconstruction),
+            n,
+            meaning="What it costs to describe an image by a draw of its code; lower is better.",
+        ),
+        Row(
+            "rate",
+            "  rate, KL(q(z|x) || p(z))",
+            estimate(bound.kl),
+            n,
+            meaning="What the code tells of the image: how far the posterior is from the prior.",
+        ),
     ]
     levels = grey_levels(subject.vae, subject.data)
     if levels is not None:
         pixels = test.images[0].numel()
         bits = evaluate.bits_per_dimension(bound.elbo, pixels, levels=levels)
-        rows.append(Row("bits_per_dimension", "  bits per dimension", estimate(bits), n, 4))
+        what = "The ELBO of one pixel value, in bits and with its sign turned; lower is better."
+        key, label = "bits_per_dimension", "  bits per dimension"
+        rows.append(Row(key, label, estimate(bits), n, 4, meaning=what))
     return rows
 
 
@@ -163,8 +181,8 @@ def importance_rows(
     elbo = subject.over(split, lambda x, y: evaluate.elbo(*pair, x, y).elbo, 500)
     n = len(split.images)
     return [
-        Row(f"iwae_{k}", f"IWAE-{k:,}", estimate(found.log_evidence), n),
-        Row("iwae_elbo", "  ELBO of the same images", estimate(elbo), n),
+        Row(f"iwae_{k}", f"IWAE-{k:,}", estimate(found.log_evidence), n, meaning=_IWAE.format(k)),
+        Row("iwae_elbo", "  ELBO of the same images", estimate(elbo), n, meaning=_SAME),
         Row("ess", "  effective sample size", estimate(found.ess), n, 1, k),
         *tail_rows(found.pareto_k, "pareto_k", "  "),
     ]
@@ -191,7 +209,8 @@ def codes(subject: Subject, split: Split, title: str = "") -> Tensor:
 def unit_rows(means: Tensor) -> list[Row]:
     """How many units are active, of posterior means `(N, D)`."""
     active = Estimate(float(evaluate.active_units(means)), math.nan)
-    return [Row("active_units", "active units", active, len(means), 0, means.shape[1])]
+    what = "Units whose posterior mean varies over images: its variance is above 0.01."
+    return [Row("active_units", "active units", active, len(means), 0, means.shape[1], what)]
 
 
 def end_of_run(subject: Subject) -> list[Row]:
@@ -214,14 +233,20 @@ def end_of_run(subject: Subject) -> list[Row]:
 
 def table(rows: Sequence[Row], subject: Subject, name: str) -> str:
     """The rows as text, with what they are and on which data; `name` is that of the data set."""
-    what = f"{name} test set, {subject.data.label}; nats per image and their se"
+    count = "images" if subject.data.unit == "image" else "data"
+    title, cells = heading(subject, name), [row.cells() for row in rows]
+    return "\n".join([tables.columns(title, ["", "mean", "se", count], cells), *remarks(rows)])
+
+
+def heading(subject: Subject, name: str) -> str:
+    """What the rows are, and on which data; `name` is that of the data set."""
+    what = f"{name} test set, {subject.data.label}; nats per {subject.data.unit} and their se"
     if not subject.vae.normalized:
         what += "\n  p(x|z) is not a likelihood: compare these numbers with no other likelihood's"
-    text = tables.columns(what, ["", "mean", "se", "images"], [row.cells() for row in rows])
-    return "\n".join([text, *_collapsed(rows)])
+    return what
 
 
-def _collapsed(rows: Sequence[Row]) -> list[str]:
+def remarks(rows: Sequence[Row]) -> list[str]:
     """What to say where the latents are hardly used."""
     found = [row for row in rows if row.key == "active_units" and row.images != 1]
     texts = [collapse(row.value.mean, row.out_of or 0) for row in found]

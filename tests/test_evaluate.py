@@ -26,6 +26,7 @@ from pvae import Guide, Model, build, captured, cli, evaluate, evaluation, plots
 from pvae.closed_form import LinearGaussian, collapsed
 from pvae.data import Split, load, observe, pixels
 from pvae.evaluate.annealed import _Chains, _Path
+from pvae.evaluate.calibration import _p_values
 from pvae.heads import NormalFixedScale
 from pvae.priors import StandardNormal
 
@@ -155,7 +156,7 @@ def test_a_guide_that_is_too_narrow_is_exposed_by_k_hat():
     assert (wide > evaluate.UNRELIABLE).double().mean() == 0
 
 
-@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("labels", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_captured_weights_are_the_eager_ones(labels):
     """Same noise, same draws: 4,500 of them in pieces of 500, the last ones by a graph."""
     vae = pvae.build((1, 8, 8), 2, "conv", hidden=8, num_classes=3 if labels else None)
@@ -580,6 +581,137 @@ def test_memory_does_not_grow_with_the_number_of_weights():
     assert peaks[10_000] < 1.2 * peaks[100], peaks
 
 
+# ---- calibration ----
+
+
+class Shifted(nn.Module):
+    """The posterior of `EXACT`, its mean moved by a number of standard deviations."""
+
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        self.shift = shift * COVARIANCE.diagonal().sqrt()
+
+    def forward(self, x):
+        return dist.MultivariateNormal(EXACT.posterior_loc(x) + self.shift, COVARIANCE)
+
+
+class Prior(nn.Module):
+    """p(z) in the place of q(z|x)."""
+
+    def forward(self, x):
+        return dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1)
+
+
+def least(guide: Guide, count: int = 1000, num_draws: int = 100) -> float:
+    model = linear()[0]
+    found = evaluate.calibration(model, guide, torch.zeros(count, 4).double(), num_draws=num_draws)
+    assert found.ranks.shape == (count, 2)
+    return found.p_values.min().item()
+
+
+def test_calibration_passes_the_exact_guide_and_exposes_others():
+    assert least(linear()[1]) > 0.05
+    assert least(linear(0.7)[1]) < 1e-6
+    assert least(linear(1.4)[1]) < 1e-6
+    assert least(Guide(Shifted(0.4))) < 1e-6
+    assert least(Guide(Prior())) > 0.05  # what the test cannot see, as the docs say
+
+
+@pytest.mark.parametrize(("count", "num_draws"), [(1000, 100), (1000, 7), (60, 100)])
+def test_p_values_of_calibration_are_uniform(count, num_draws):
+    """Of uniform ranks, 300 times: the shares of p-values below 0.05 and 0.5 are those within 4
+    standard errors, for bins that differ in size too."""
+    ranks = torch.randint(0, num_draws + 1, (count, 300))
+    p_values = _p_values(ranks, num_draws)
+    for level in (0.05, 0.5):
+        share = (p_values < level).double().mean().item()
+        assert abs(share - level) < 4 * math.sqrt(level * (1 - level) / 300)
+
+
+def test_a_narrow_unit_alone_is_found_and_named():
+    """Of a normal pair with 5 units the guide is too narrow in one."""
+    scale = torch.full((5,), math.sqrt(0.5))
+    scale[3] *= 0.7
+    model = Model(StandardNormal(5), nn.Sequential(NormalFixedScale((5,))))
+
+    class Half(nn.Module):
+        def forward(self, x):
+            return dist.Normal(x / 2, scale).to_event(1)
+
+    p = evaluate.calibration(model, Guide(Half()), torch.zeros(1000, 5)).p_values
+    assert (p < 0.05).tolist() == [False, False, False, True, False]
+    figure = plots.calibration(torch.randint(0, 101, (1000, 5)), 100, p)
+    assert [t.get_text() for t in figure.axes[0].get_legend().get_texts()][-1] == "unit 3"
+
+
+def test_calibration_under_labels():
+    """Each image has its own label, the pieces of 100 too: a prior that hangs on y, and the exact
+    guide for it; a guide that ignores y is found."""
+
+    class Labelled(nn.Module):
+        takes_y = True
+
+        def forward(self, y):
+            return dist.Normal(3.0 * y[:, None].double(), 1.0).to_event(1)
+
+    class Half(nn.Module):
+        takes_y = True
+
+        def __init__(self, weight: float) -> None:
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x, y):
+            loc = (x + self.weight * 3.0 * y[:, None]) / 2
+            return dist.Normal(loc, math.sqrt(0.5)).to_event(1)
+
+    class Likelihood(nn.Module):
+        takes_y = True
+
+        def forward(self, z, y):
+            return dist.Normal(z, 1.0).to_event(1)
+
+    y = torch.randint(0, 3, (350,))
+    x = torch.zeros(350, 1).double()
+    p = [
+        evaluate.calibration(Model(Labelled(), Likelihood()), Guide(Half(w)), x, y).p_values.item()
+        for w in (1.0, 0.0)
+    ]
+    assert p[0] > 0.01
+    assert p[1] < 1e-6
+
+
+def test_calibration_refuses():
+    model, guide = linear()
+    x = torch.zeros(20, 4).double()
+    with pytest.raises(ValueError, match="x must hold at least 20 images, not 19"):
+        evaluate.calibration(model, guide, x[:19])
+    with pytest.raises(ValueError, match="num_draws must be at least 4, not 3"):
+        evaluate.calibration(model, guide, x, num_draws=3)
+    deep = build((1, 4, 4), (2, 2), "mlp", hidden=4)
+    with pytest.raises(ValueError, match=r"one latent site, .* not .*z1.*z2"):
+        evaluate.calibration(deep.model, deep.guide, torch.zeros(20, 1, 4, 4))
+    with pytest.raises(ValueError, match=r"ranks must be .* from 0 to num_draws = 10, not"):
+        plots.calibration(torch.full((3, 2), 11), 10, torch.ones(2))
+    with pytest.raises(ValueError, match="p_values must hold one number for each unit"):
+        plots.calibration(torch.zeros(3, 2).long(), 10, torch.ones(3))
+
+
+@pytest.mark.slow
+def test_calibration_over_20_seeds():
+    """The bar: 1,000 images, 100 draws; the narrow guide is found in all of 20 seeds, a shifted one
+    too, the exact one accused in at most one."""
+    accused = dict.fromkeys(("exact", "narrow", "shifted"), 0)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        for name, guide in zip(
+            accused, (linear()[1], linear(0.7)[1], Guide(Shifted(0.3))), strict=True
+        ):
+            accused[name] += least(guide) < 0.05
+    assert accused["narrow"] == accused["shifted"] == 20
+    assert accused["exact"] <= 1
+
+
 # ---- the command ----
 
 
@@ -596,7 +728,7 @@ def digits_run(tmp_path_factory):
 
 
 SMALL = ["--images", 10, "--num-samples", 50, "--annealed-images", 3, "--temperatures", 5]
-SMALL += ["--gap-images", 3, "--nuts-samples", 5]
+SMALL += ["--gap-images", 3, "--simulated-images", 30, "--nuts-samples", 5]
 
 
 @pytest.mark.slow
@@ -617,10 +749,13 @@ def test_the_command_prints_a_table_and_keeps_it(digits_run):
     assert saved["iwae_50"]["images"] == 10
     assert saved["mutual_information"]["mean"] <= math.log(179)
     assert set(end_of_run) - {"iwae_100"} <= set(saved)  # one set of keys
+    assert 0 <= saved["calibration_p"]["mean"] <= 1
     assert (digits_run / "posterior.png").exists()
+    assert (digits_run / "calibration.png").exists()
 
 
 NOTHING = ["--images", 0, "--annealed-images", 0, "--gap-images", 0, "--nuts-samples", 0]
+NOTHING += ["--simulated-images", 0]
 
 
 def test_parts_are_left_out_at_zero(digits_run, capsys):

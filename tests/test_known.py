@@ -50,6 +50,17 @@ def test_at_the_optimum_a_diagonal_guide_is_exact():
     torch.testing.assert_close(found, exact.log_evidence(x), rtol=0, atol=1e-8)
 
 
+def test_calibration_of_ppca():
+    """Passes the exact guide of 10 units; exposes it with its scales times 0.7."""
+    exact = ppca.fitted(digits(), 10)
+    vae = linear_vae_at(exact)
+    x = torch.zeros(1000, 1, 7, 7).double()
+    assert evaluate.calibration(vae.model, vae.guide, x).p_values.min() > 0.05
+    vae.guide.posterior.net.out.bias.data[10:] += 2 * math.log(0.7)
+    narrow = evaluate.calibration(vae.model, vae.guide, x).p_values
+    assert (narrow < 1e-6).all()
+
+
 @pytest.mark.parametrize("amount", [0.3, 1.0])
 def test_turning_the_axes_opens_the_gap_of_the_formula(amount):
     """1/2 (sum ln M_ii - ln |M|), M = W'W + s^2 I, within 4 standard errors of Pyro's ELBO over

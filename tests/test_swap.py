@@ -69,9 +69,9 @@ def test_how_the_data_is_observed(likelihoods, how):
     assert swap.common_observation(made) == how
 
 
-def short_run(tmp_path, *combinations):
+def short_run(tmp_path, *combinations, options=()):
     argv = ["--dataset", "digits", "-n", "1", "-b", "512", "--hidden", "16", "--latent-dim", "2"]
-    argv += ["--combinations", *combinations, "--quiet", "--out", str(tmp_path / "r")]
+    argv += ["--combinations", *combinations, "--quiet", "--out", str(tmp_path / "r"), *options]
     swap.main(argv)
     return json.loads((tmp_path / "r" / "results.json").read_text())
 
@@ -95,6 +95,53 @@ def test_a_short_run(tmp_path, capsys):
     evaluation.main([str(run), *less, "--quiet"])
     again = json.loads((run / "evaluation.json").read_text())["numbers"]
     assert again["elbo"]["mean"] == pytest.approx(numbers["guide=iaf"]["elbo"]["mean"], abs=1e-3)
+
+
+def numbers(elbo, seconds):
+    row = {"label": "ELBO", "mean": elbo, "se": 0.5, "images": 10}
+    return {"elbo": row, "seconds_per_epoch": seconds}
+
+
+def test_the_mean_and_sd_over_seeds():
+    alone = numbers(-100.0, 1.0)
+    assert swap.pooled({7: alone}) == alone
+    of = swap.pooled({0: numbers(-100.0, 1.0), 1: numbers(-102.0, 2.0), 2: numbers(-104.0, 3.0)})
+    assert of["elbo"] == {"label": "ELBO", "mean": -102, "se": None, "sd": 2, "images": 10}
+    assert of["seconds_per_epoch"] == 2
+    assert list(of["seeds"]) == [0, 1, 2]
+    assert swap.shown(of["elbo"]) == "-102.00 ± 2.00"
+    assert swap.shown(alone["elbo"]) == "-100.00 ± 0.50"
+
+
+@pytest.mark.slow
+def test_several_seeds_go_on_with_what_is_missing(tmp_path, capsys):
+    first = short_run(tmp_path, "beta=2", options=["--seeds", "2", "--seed", "3"])
+    assert "mean and sd of 2 seeds" in capsys.readouterr().out
+    folder = tmp_path / "r"
+    names = [f"{name},seed={seed}" for name in ("the_first", "beta=2") for seed in (3, 4)]
+    assert sorted(names) == sorted(path.name for path in folder.iterdir() if path.is_dir())
+    for name, kept in (("the first", "the_first"), ("beta=2", "beta=2")):
+        found = [
+            json.loads((folder / f"{kept},seed={seed}" / "results.json").read_text())["numbers"]
+            for seed in (3, 4)
+        ]
+        a, b = (of["elbo"]["mean"] for of in found)
+        assert a != b
+        assert first[name]["elbo"]["mean"] == pytest.approx((a + b) / 2)
+        assert first[name]["elbo"]["sd"] == pytest.approx(abs(a - b) / 2**0.5)
+        assert first[name]["seeds"]["3"]["elbo"] == found[0]["elbo"]
+    config = json.loads((folder / "beta=2,seed=4" / "config.json").read_text())
+    assert (config["seed"], config["arguments"]["beta"]) == (4, "2")
+
+    # one run is lost, the others stay as they are
+    pages = [folder / name / "report.html" for name in names]
+    before = [page.stat().st_mtime_ns for page in pages]
+    (folder / "beta=2,seed=4" / "results.json").unlink()
+    swap.main(["--resume", str(folder)])
+    after = [page.stat().st_mtime_ns for page in pages]
+    assert [a == b for a, b in zip(after, before, strict=True)] == [True, True, True, False]
+    again = json.loads((folder / "results.json").read_text())
+    assert again["beta=2"]["elbo"] == first["beta=2"]["elbo"]
 
 
 def test_what_is_no_likelihood_is_said_to_be_none(tmp_path, capsys):

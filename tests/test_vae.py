@@ -1,11 +1,14 @@
 """What people do with a pair; the builder; saving and loading."""
 
+import json
 import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import PAIRS, SHAPES, images, tiny
+from safetensors import safe_open
 
 import pvae
 from pvae import checkpoint
@@ -53,7 +56,10 @@ def test_output_starts_at_the_mean_image(likelihood):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"net": "cnn"}, "net must be one of conv, mlp, gated, resnet, course, deep, not 'cnn'"),
+        (
+            {"net": "cnn"},
+            "net must be one of conv, mlp, gated, resnet, course, deep, conv1d, not 'cnn'",
+        ),
         ({"likelihood": "beta"}, "likelihood must be one of bernoulli, .* not 'beta'"),
         ({"guide": "flow"}, "guide must be one of normal, normal_log_scale, .* not 'flow'"),
         ({"prior": "gmm"}, "prior must be one of standard_normal, .* not 'gmm'"),
@@ -122,7 +128,7 @@ def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=r"text\.pt cannot be read as a checkpoint"):
         pvae.load(tmp_path / "text.pt")
     torch.save({"a": 1}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"other\.pt is not a checkpoint of this version"):
+    with pytest.raises(ValueError, match=r"other\.pt is not a checkpoint of pvae"):
         pvae.load(tmp_path / "other.pt")
     vae = tiny()
     pvae.save(vae, tmp_path / "v.pt")
@@ -190,6 +196,84 @@ def test_format_1_kept_what_its_parts_had_no_use_for(tmp_path):
     vae = pvae.build((1, 28, 28), 2, "course")
     torch.save({"format": 1, "model": vae.state_dict(), "recipe": recipe}, tmp_path / "old.pt")
     assert pvae.load(tmp_path / "old.pt").recipe.hidden is None
+
+
+# ---- files of safetensors ----
+
+VERSION_1 = Path(__file__).parent / "data" / "version_1.safetensors"
+
+
+def waves(vae: VAE) -> VAE:
+    """Sets the n-th number of each tensor to sin n."""
+    for t in vae.state_dict().values():
+        t.copy_(torch.arange(t.numel()).sin().view_as(t))
+    return vae
+
+
+def test_a_file_of_the_first_version_loads():
+    """It stays as it is: every later version must find the same pair in it."""
+    vae = pvae.load(VERSION_1)
+    assert vae.recipe == pvae.builder.Recipe((1, 4, 4), (2,), "mlp", hidden=3)
+    assert checkpoint.read(VERSION_1)["data"] == "digits"
+    expected = waves(pvae.build((1, 4, 4), 2, "mlp", hidden=3)).state_dict()
+    assert vae.state_dict().keys() == expected.keys()
+    assert all(torch.equal(t, expected[name]) for name, t in vae.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        tiny(),
+        tiny(guide="iaf", net="mlp"),
+        pvae.build((1, 8, 8), 2, "mlp", prior="vamp", components=3, hidden=4),
+        pvae.build((1, 8, 8), (3, 2), "mlp", num_classes=4, hidden=4),
+        tiny().to(memory_format=torch.channels_last),
+        tiny().double(),
+    ],
+    ids=["conv", "iaf", "vamp", "deep", "channels_last", "double"],
+)
+def test_safetensors_keep_every_tensor(pair, tmp_path):
+    path = tmp_path / "v.safetensors"
+    pvae.save(pair, path, {"epoch": 3})
+    kept = checkpoint.read(path)
+    assert kept["epoch"] == 3
+    assert "data" not in kept
+    assert all(torch.equal(t, kept["model"][name]) for name, t in pair.state_dict().items())
+    vae = pvae.load(path)
+    assert vae.recipe == pair.recipe
+    assert not vae.training
+    for name, t in vae.state_dict().items():
+        torch.testing.assert_close(t, kept["model"][name], check_dtype=False)
+
+
+def test_safetensors_are_read_by_their_own_library(tmp_path):
+    pvae.save(tiny(), tmp_path / "v.safetensors", data="digits")
+    with safe_open(tmp_path / "v.safetensors", framework="pt") as file:
+        ours = json.loads(file.metadata()["pvae"])
+        assert set(file.keys()) == set(tiny().state_dict())
+    assert (ours["format"], ours["data"], ours["recipe"]["net"]) == (1, "digits", "conv")
+
+
+def test_a_pair_composed_by_hand_is_kept_without_a_recipe(tmp_path):
+    pair = tiny()
+    pair.recipe = None
+    pvae.save(pair, tmp_path / "v.safetensors")
+    with pytest.raises(ValueError, match="holds no recipe: its VAE was composed by hand"):
+        pvae.load(tmp_path / "v.safetensors")
+    checkpoint.restore(tiny(), checkpoint.read(tmp_path / "v.safetensors")["model"])
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_a_file_of_a_later_version_says_so(suffix, tmp_path, monkeypatch):
+    path = tmp_path / f"v.{suffix}"
+    monkeypatch.setattr(checkpoint, "FORMAT", 7)
+    monkeypatch.setattr(checkpoint, "SAFETENSORS_FORMAT", 7)
+    pvae.save(tiny(), path)
+    monkeypatch.undo()
+    with pytest.raises(
+        ValueError, match=rf"v\.{suffix} was written by a later version of pvae: .* 7"
+    ):
+        pvae.load(path)
 
 
 class Bomb:

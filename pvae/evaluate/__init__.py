@@ -24,6 +24,10 @@ from pvae.evaluate.bounds import (
     not_finite as not_finite,
     over as over,
 )
+from pvae.evaluate.calibration import (
+    Calibration as Calibration,
+    calibration as calibration,
+)
 from pvae.evaluate.diagnostics import (
     ACTIVE as ACTIVE,
     Information as Information,
@@ -47,5 +51,5 @@ from pvae.evaluate.importance import (
     pareto_k as pareto_k,
 )
 from pvae.evaluate.posterior import nuts as nuts
-from pvae.evaluate.probe import Probe as Probe, probe as probe
+from pvae.evaluate.probing import Probe as Probe, probe as probe
 from pvae.programs import evaluating as evaluating

@@ -1,0 +1,189 @@
+"""Finished runs side by side: one table and one figure.
+
+    python -m pvae.compare runs/mnist_svi runs/mnist_svi-2
+
+The table holds the test set's numbers of each run and what differs in its arguments. Runs on
+other data, or whose numbers mean something else, are refused: such numbers do not compare.
+"""
+
+import argparse
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from pvae import cli, plots, results, run, tables
+from pvae.builder import LIKELIHOODS
+from pvae.data import OBSERVATIONS
+from pvae.evaluate import Estimate
+
+# where a run is kept and what it says on the way is no part of what it is
+_NOT_TOLD = {"out", "resume", "quiet", "data_root", "checkpoint_minutes", "tensorboard"}
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m pvae.compare",
+        description="Finished runs side by side: one table and one figure.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    what = "folders of finished runs, two or more; the parts of a study are runs too"
+    parser.add_argument("runs", metavar="RUN_DIR", nargs="+", help=what)
+    parser.add_argument("--out", default="compare.png", metavar="PNG", help="the figure")
+    args = parser.parse_args(argv)
+    if len(set(args.runs)) != len(args.runs) or len(args.runs) < 2:
+        parser.error(f"runs must be two folders or more, each once, not {' '.join(args.runs)}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    configs = {name: run.read_config(name) for name in args.runs}
+    numbers = {name: _numbers(Path(name)) for name in args.runs}
+    check_comparable(configs)
+    title = _title(configs)
+    keys = list(dict.fromkeys(key for row in numbers.values() for key in row))
+    rows = [[name, *(shown(row.get(key)) for key in keys)] for name, row in numbers.items()]
+    header = [key.replace("_", " ") for key in keys]
+    print(tables.columns(f"{title}; mean ± se over test images", ["", *header], rows))
+    differing = differences(configs)
+    if differing:
+        told = [[name, *row] for name, *row in zip(configs, *differing.values(), strict=True)]
+        print("\n" + tables.columns("what differs", ["", *differing], told))
+    else:
+        print("their arguments, seeds and versions are the same")
+    if len({_data_seed(config) for config in configs.values()}) > 1:
+        print("warning: their data seeds differ: other splits, or other pixels of the same images")
+    plots.save(picture(numbers, title), args.out)
+    print(f"\nthe se says nothing of other seeds; figure: {args.out}")
+
+
+def _numbers(folder: Path) -> dict[str, Estimate]:
+    """The numbers of a finished run.
+
+    Raises:
+        ValueError: the run is not finished, the folder holds several, or its file is damaged.
+    """
+    path = folder / "results.json"
+    if parts := sorted(file.parent.name for file in folder.glob("*/results.json")):
+        raise ValueError(f"{folder} holds several runs: name them, such as {folder / parts[0]}")
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a finished run: it has no results.json")
+    return results.read(path)
+
+
+def check_comparable(configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuses runs on other data, that observe it otherwise, or whose numbers are of another kind:
+    probabilities, densities, or of what is no likelihood.
+
+    Raises:
+        ValueError: says which runs, and in what they differ.
+    """
+    for what, of in (("the data", _data), ("how it is observed", _observed), ("p(x|z)", _kind)):
+        found = {name: of(config) for name, config in configs.items()}
+        known = {name: kind for name, kind in found.items() if kind is not None}
+        if len(set(known.values())) > 1:
+            first, *_ = known
+            other = next(name for name in known if known[name] != known[first])
+            raise ValueError(
+                f"{what} must be the same for numbers to be compared: {first} has "
+                f"{known[first]}, {other} has {known[other]}"
+            )
+
+
+def _data(config: Mapping[str, Any]) -> str:
+    return f"{config['dataset']['name']} ({config['dataset']['sha256'][:12]})"
+
+
+def _observed(config: Mapping[str, Any]) -> str:
+    how = str(config["dataset"]["observed"])
+    return OBSERVATIONS[how].label if how in OBSERVATIONS else how
+
+
+def _kind(config: Mapping[str, Any]) -> str | None:
+    """What the numbers of a named likelihood are; None of one that a program composed."""
+    name = config["arguments"].get("likelihood")
+    return LIKELIHOODS[name].kind if isinstance(name, str) and name in LIKELIHOODS else None
+
+
+def _data_seed(config: Mapping[str, Any]) -> int:
+    return int(config.get("data_seed", config["seed"]))  # version 0.1 had one seed for all
+
+
+def differences(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """What is not the same in all runs: by its name, what each run has, in their order.
+
+    >>> runs = {"a": {"arguments": {"seed": 0, "net": "mlp"}}, "b": {"arguments": {"seed": 1}}}
+    >>> differences(runs)
+    {'seed': ['0', '1'], 'net': ['mlp', '-']}
+    """
+    given = [_told(config) for config in configs.values()]
+    names = dict.fromkeys(name for settings in given for name in settings)
+    rows = {name: [settings.get(name, "-") for settings in given] for name in names}
+    return {name: row for name, row in rows.items() if len(set(row)) > 1}
+
+
+def _told(config: Mapping[str, Any]) -> dict[str, str]:
+    """Arguments, versions and processor of a run, as text."""
+    versions, processor = config.get("versions"), config.get("processor")
+    settings = {**config["arguments"], **(versions if isinstance(versions, dict) else {})}
+    settings["processor"] = processor
+    return {
+        name: " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        for name, value in settings.items()
+        if name not in _NOT_TOLD and value is not None
+    }
+
+
+def shown(estimate: Estimate | None) -> str:
+    """A number as the table has it.
+
+    >>> shown(Estimate(-94.054, 0.23)), shown(Estimate(28.0, math.nan)), shown(None)
+    ('-94.05 ± 0.23', '28', '')
+    """
+    if estimate is None or math.isnan(estimate.mean):
+        return ""
+    if math.isnan(estimate.se):
+        return f"{estimate.mean:g}"
+    digits = 4 if estimate.se < 0.01 else 2
+    return f"{estimate.mean:.{digits}f} ± {estimate.se:.{digits}f}"
+
+
+def _title(configs: Mapping[str, Mapping[str, Any]]) -> str:
+    first = next(iter(configs.values()))
+    text = f"{first['dataset']['name']} test set, {_observed(first)}; nats per image"
+    kinds: Iterable[str | None] = map(_kind, configs.values())
+    if any(kind is not None and kind.endswith("not a likelihood") for kind in kinds):
+        text += "; p(x|z) is not a likelihood"
+    return text
+
+
+def picture(numbers: Mapping[str, Mapping[str, Estimate]], title: str) -> Figure:
+    """Each number in a panel of its own: a row a run, its mean and two standard errors."""
+    keys = list(dict.fromkeys(key for row in numbers.values() for key in row))
+    columns = min(4, len(keys))
+    lines = math.ceil(len(keys) / columns)
+    size = 2.6 * columns + 2, lines * (1.1 + 0.28 * len(numbers)) + 0.4
+    figure = Figure(size, dpi=150, layout="constrained")
+    figure.suptitle(f"{title}\nmean ± 2 se over test images", fontsize=10)
+    panels = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
+    for panel in panels[len(keys) :]:
+        panel.set_visible(False)
+    for key, panel in zip(keys, panels, strict=False):
+        panel.set_title(key.replace("_", " "), fontsize=9)
+        for place, row in enumerate(numbers.values()):
+            mean, se = row.get(key, Estimate(math.nan, math.nan))
+            error = None if math.isnan(se) else 2 * se
+            panel.errorbar(mean, place, xerr=error, fmt="o", markersize=4, color=f"C{place % 10}")
+        panel.set_yticks(range(len(numbers)), list(numbers), fontsize=8)
+        panel.set_ylim(len(numbers) - 0.5, -0.5)
+        panel.tick_params(axis="x", labelsize=7)
+        panel.grid(axis="x", color="0.9")
+        panel.set_axisbelow(True)
+    return figure
+
+
+if __name__ == "__main__":
+    cli.run_main(main)
