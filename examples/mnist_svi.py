@@ -34,13 +34,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         activation=args.activation,
         num_classes=study.dataset.num_classes if args.conditional else None,
         components=args.components,
-        mean_image=study.dataset.mean_image,
+        dropout=args.dropout,
+        mean_image=study.data.mean_image,
     )
     vae.to(study.device).to(memory_format=torch.channels_last)
 
     # pyro.infer.SVI and Trace_ELBO, unless --engine and --objective say otherwise
     SVI, objective = engine(study), OBJECTIVES[args.objective]
-    adam = torch.optim.Adam(vae.parameters(), lr=args.learning_rate, fused=True)
+    groups = pvae.optim.decay_groups(vae, args.weight_decay)
+    adam = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
     # one for all parameters
     optimizer = pvae.SingleOptimizer(adam, clip_norm=args.clip_norm, on_nan=args.on_nan)
     svi = SVI(vae.model, vae.guide, optimizer, objective.elbo(args.num_particles))

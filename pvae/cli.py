@@ -19,7 +19,7 @@ from pvae.train import TrainingFailed
 # what may be given anew when a run is resumed; all else is part of what the run is
 _RESUMABLE = {
     *("num_epochs", "device", "data_root", "resume", "quiet", "out", "engine"),
-    *("checkpoint_minutes", "accumulate"),
+    *("checkpoint_minutes", "accumulate", "stream", "workers", "tensorboard"),
 }
 _BINARIZE = ["none", "threshold", "static", "dynamic"]
 
@@ -71,9 +71,10 @@ def choice(group: Any, flag: str, names: Iterable[str], default: str | None, wha
 
 
 _DEFAULT_DATA = "MNIST, found or downloaded; offline, scikit-learn's digits"
-NATURAL = _number(int, 1)  # the type of an argument that counts something
-COUNT = _number(int, 0)  # ... where none is a number too
+NATURAL = _number(int, 1)  #: the type of an argument that counts something
+COUNT = _number(int, 0)  #: the same, where none is a number too
 _POSITIVE, _FRACTION = _number(float, 0, strict=True), _number(float, 0, high=1)
+_SHARE = _number(float, 0, strict=True, high=1)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -86,8 +87,12 @@ def parser(description: str) -> argparse.ArgumentParser:
     g = _data_arguments(p)
     how = "how grey pixels become binary ones (default: dynamic, redrawn for every training batch, "
     choice(g, "--binarize", _BINARIZE, None, how + "for a Bernoulli likelihood; else none)")
-    noise = "add uniform noise of one grey level to pixels"
-    g.add_argument("--dequantize", action="store_true", help=noise)
+    for flag, what in (
+        ("--dequantize", "add uniform noise of one grey level to pixels"),
+        ("--as-is", "take the numbers of a file as they are, never as pictures"),
+        ("--standardize", "the same, each element with mean 0 and sd 1 over the training data"),
+    ):
+        g.add_argument(flag, action="store_true", help=what)
     _pair_arguments(p.add_argument_group("model and guide"))
     _schedule_arguments(_training_arguments(p))
     g = _run_arguments(p)
@@ -101,6 +106,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     choice(g, "--precision", ["fp32", "tf32", "bf16"], "fp32", how)
     what = "parts in which a process takes its part of a batch, one after another"
     option(g, "--accumulate", what, NATURAL, 1, "K")
+    what = "log each epoch and its pictures for TensorBoard too, in the run's folder"
+    g.add_argument("--tensorboard", action="store_true", help=what)
     return p
 
 
@@ -127,6 +134,9 @@ def study_parser(
         _training_arguments(p)
     g = _run_arguments(p)
     p.set_defaults(resume=None, engine=None, precision="fp32", accumulate=1, resumable=False)
+    p.set_defaults(ema=None, patience=None)
+    p.set_defaults(binarize=None, dequantize=False, standardize=False, split=None)
+    p.set_defaults(tensorboard=False)
     if resumable:
         _resume_argument(p, g)
     return p
@@ -140,6 +150,16 @@ def _data_arguments(p: argparse.ArgumentParser, default: str = _DEFAULT_DATA) ->
     option(g, "--data-root", what, metavar="DIR")
     what = "seed of splits and fixed binarisations: runs to be compared share it"
     option(g, "--data-seed", what, COUNT, 0, "S")
+    what = "draw fixed binary pixels by NumPy's generator; 777: those of the published tables"
+    option(g, "--numpy-seed", what, _number(int, 0, high=2**32), metavar="S")
+    what = "read a .npy file of bytes or an image folder when it is needed, not into memory (what "
+    what += "would take more than a quarter of the memory is read so without being asked)"
+    g.add_argument("--stream", action="store_true", help=what)
+    what = "processes that read streamed images ahead (default: 2 for a folder, none for a file)"
+    option(g, "--workers", what, COUNT, metavar="N")
+    what = "fractions of a file or folder without splits of its own (default: 0.8 0.1 0.1)"
+    parts = ("TRAIN", "VALIDATION", "TEST")
+    g.add_argument("--split", type=_SHARE, nargs=3, default=None, metavar=parts, help=what)
     return g
 
 
@@ -157,6 +177,8 @@ def _pair_arguments(g: Any) -> None:
     choice(g, "--prior", PRIORS, "standard_normal", "p(z)")
     what = "components of the priors mixture and vamp (default: 50)"
     option(g, "--components", what, NATURAL, metavar="K")
+    what = "share of the encoder's input left out in training, at random (default: none)"
+    option(g, "--dropout", what, _FRACTION, metavar="P")
     what = "give labels y to the pair: p(x|z, y), q(z|x, y)"
     g.add_argument("--conditional", action="store_true", help=what)
 
@@ -193,6 +215,12 @@ def _schedule_arguments(g: Any) -> None:
     option(g, "--clip-norm", what, _POSITIVE, metavar="C")
     what = "at a loss or a gradient that is not finite: stop the run, or skip the batch"
     choice(g, "--on-nan", ["stop", "skip"], "stop", what)
+    what = "AdamW's decay of weights, a step, times the learning rate"
+    option(g, "--weight-decay", what, _number(float, 0), 0.0, "W")
+    what = "validate and keep a moving average of the weights (EMA) with this decay, such as 0.999"
+    option(g, "--ema", what, _FRACTION, metavar="D")
+    what = "stop after so many epochs without a better validation ELBO (default: never)"
+    option(g, "--patience", what, NATURAL, metavar="N")
 
 
 def _run_arguments(p: argparse.ArgumentParser) -> Any:
@@ -276,9 +304,20 @@ def _observation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> s
         parser.error(f"--dequantize and --binarize {args.binarize} exclude each other: give one")
     named = {"none": "grey", None: data.usual_observation(kind)}
     how = "dequantized" if args.dequantize else named.get(args.binarize, args.binarize)
+    if args.as_is or args.standardize:
+        if args.dequantize or args.binarize not in (None, "none"):
+            parser.error("--as-is and --standardize exclude --binarize and --dequantize")
+        how = "as_is"
+        if kind not in data.OBSERVATIONS[how].suits:
+            parser.error(
+                "--as-is and --standardize are for likelihoods of counts and real numbers, not for "
+                f"--likelihood {args.likelihood}"
+            )
+    if args.standardize and kind != "continuous":
+        parser.error(f"--standardize makes real numbers; --likelihood {args.likelihood} has {kind}")
     if kind not in data.OBSERVATIONS[how].suits:
         parser.error(
-            f"--likelihood {args.likelihood} must have {kind} pixels, not "
+            f"--likelihood {args.likelihood} must have {kind}{' pixels' * (kind != 'counts')}, not "
             f"{data.OBSERVATIONS[how].label} ones"
             + (
                 ": for grey ones use --likelihood continuous_bernoulli, or grey_bernoulli (the "

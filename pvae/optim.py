@@ -3,13 +3,31 @@
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from pyro.optim import PyroOptim
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from pvae import processes
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups of parameters for `torch.optim.AdamW`: what has two dimensions or more, the
+    weights of layers, decays; biases and scales do not.
+
+    Source: Decoupled Weight Decay Regularization (2017), arXiv:1711.05101.
+
+    >>> [len(group["params"]) for group in decay_groups(nn.Linear(2, 3), 0.01)]
+    [1, 1]
+    """
+    weights = [p for p in module.parameters() if p.dim() > 1]
+    rest = [p for p in module.parameters() if p.dim() <= 1]
+    return [
+        {"params": weights, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
 
 
 class NotFinite(ArithmeticError):

@@ -34,6 +34,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
+_NUMBERS = (("cpu ", "family"), ("", "model"))  # of a processor, as Linux names them
+
+
 def processor(device: torch.device) -> str:
     """What computes on a device, by its maker's name.
 
@@ -43,9 +46,12 @@ def processor(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        # of the first core; makers give one name to several generations
+        found = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines[:30])}
+        if "model name" in found:
+            number = ", ".join(f"{k} {found[f'{p}{k}']}" for p, k in _NUMBERS if f"{p}{k}" in found)
+            return f"{found['model name']} ({number})" if number else found["model name"]
     return platform.processor() or platform.machine()
 
 
@@ -105,11 +111,21 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     for name, value in texts.items():
         if not isinstance(value, str):
             raise ValueError(f"{path} is damaged: {name} must be a text, not {reprlib.repr(value)}")
-    for name in ("seed", "data_seed"):
-        seed = config.get(name, config.get("seed"))  # version 0.1 had one seed for all
+    if not _are_texts(config.get("commands", [])):
+        raise ValueError(f"{path} is damaged: commands must be a list of texts")
+    seeds = {
+        "seed": config.get("seed"),
+        "data_seed": config.get("data_seed", config.get("seed")),  # version 0.1 had one for all
+        "numpy_seed": arguments.get("numpy_seed") or 0,
+    }
+    for name, seed in seeds.items():
         if type(seed) is not int or seed < 0:
             raise ValueError(
                 f"{path} is damaged: {name} must be a whole number of at least 0, not "
                 f"{reprlib.repr(seed)}"
             )
     return config
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)

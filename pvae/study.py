@@ -2,6 +2,9 @@
 
 import argparse
 import math
+import shlex
+import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -13,14 +16,27 @@ import pyro
 import torch
 from pyro.infer import SVI
 
-from pvae import captured, data, keeping, memory, plots, processes, report, results, run
+from pvae import (
+    captured,
+    data,
+    explorer,
+    keeping,
+    memory,
+    page,
+    plots,
+    processes,
+    report,
+    results,
+    run,
+    streaming,
+)
 from pvae.files import remove_leftovers
 from pvae.results import Row
 from pvae.schedule import Schedule
 from pvae.train import Trainer
 from pvae.vae import VAE
 
-# What runs a step
+#: What runs a step, by name.
 ENGINES: Mapping[str, Callable[..., SVI]] = {
     "eager": SVI,
     "captured": captured.SVI,
@@ -48,13 +64,16 @@ class Study:
     def seconds(self) -> float:
         return time.perf_counter() - self.began
 
-    def part(self, name: str) -> "Study":
+    def part(self, name: str, **arguments: Any) -> "Study":
         """A study of one pair among several: a run folder of its own inside this one, which is
-        there already where the study is resumed."""
+        there already where the study is resumed, and what of its arguments are its own."""
         folder = self.folder / name
         folder.mkdir(exist_ok=self.args.resume is not None)
-        run.write_json(folder / "config.json", run.read_config(self.folder))
-        return replace(self, folder=folder, began=time.perf_counter())
+        config = run.read_config(self.folder)
+        config["arguments"] |= arguments
+        args = argparse.Namespace(**{**vars(self.args), **arguments})
+        run.write_json(folder / "config.json", {**config, "seed": args.seed})
+        return replace(self, args=args, folder=folder, began=time.perf_counter())
 
     def save(self, numbers: Mapping[str, Any], **figures: plots.Figure) -> None:
         """Writes `results.json` and the figures, each by its name."""
@@ -78,22 +97,43 @@ def start(args: argparse.Namespace, name: str, observe: str | None = None) -> St
     began = time.perf_counter()
     pyro.set_rng_seed(args.seed)
     device = find_device(args.device)
-    dataset = data.load(args.dataset, args.data_root, seed=args.data_seed)
+    args.observe = observe or args.observe
+    dataset = data.load(
+        args.dataset,
+        args.data_root,
+        seed=args.data_seed,
+        split=args.split,
+        as_is=args.observe == "as_is",
+        stream=args.stream,
+        workers=args.workers,
+    )
+    if not dataset.pictures:
+        _check_pixels_unasked(args, dataset.name)
+        args.observe = "as_is"
     device = processes.start(device)
     if processes.count() > 1 and not args.engine:
         raise ValueError(f"this study runs in one process, not in {processes.count()}")
     args.quiet = args.quiet or not processes.is_first()
     if dataset.note and processes.is_first():
         print(dataset.note)
-    args.observe = observe or args.observe
     if hasattr(args, "num_epochs"):  # a study that trains
         args.num_epochs = num_epochs(args, len(dataset.train.images))
     folder = processes.from_first(lambda: _folder(args, name, dataset, device))
     kept = memory.keep_freed_memory()
-    observed = data.observe(dataset, args.observe, args.data_seed).to(device)
+    observed = data.observe(
+        dataset,
+        args.observe,
+        args.data_seed,
+        standardize=args.standardize,
+        numpy_seed=args.numpy_seed,
+    )
+    if observed.scaling is not None and processes.is_first():
+        observed.scaling.save(folder / "scaling.npz")
+    observed = observed.to(device)
     if not args.quiet:
         sizes = "/".join(f"{len(s.images):,}" for s in dataset.splits)
-        print(f"data: {dataset.name}, {sizes} images of {dataset.image_shape}, {observed.label}")
+        what = "images" if dataset.pictures else "data"
+        print(f"data: {dataset.name}, {sizes} {what} of {dataset.image_shape}, {observed.label}")
         allocator = "; the C allocator keeps freed memory" if kept else ""
         group = "" if processes.count() == 1 else f", {processes.count()} processes"
         print(f"run: on {device}{group}{allocator}; kept in {folder}/")
@@ -111,7 +151,7 @@ def fit(
 ) -> Trainer:
     """Trains the pair for the study's epochs, in its folder; goes on where a resumed run stopped.
 
-    `on_epoch` is called after each epoch.
+    `on_epoch` is called after each epoch; with `--tensorboard`, what logs the epoch is too.
 
     Raises:
         ValueError, pvae.train.TrainingFailed: as of `Trainer`.
@@ -119,6 +159,14 @@ def fit(
     args = study.args
     if not args.quiet:
         print(f"pair: {_described(vae)}")
+    called = [] if on_epoch is None else [on_epoch]
+    if args.tensorboard:
+        called.append(report.tensorboard(study.data, study.folder, args.num_epochs))
+
+    def after_epoch(trainer: Trainer) -> None:
+        for callback in called:
+            callback(trainer)
+
     trainer = Trainer(
         vae,
         svi,
@@ -129,15 +177,22 @@ def fit(
         precision=args.precision,
         seed=args.seed,
         accumulate=args.accumulate,
+        ema=args.ema,
+        patience=args.patience,
         folder=study.folder,
         checkpoint_minutes=args.checkpoint_minutes,
         quiet=args.quiet,
-        on_epoch=on_epoch,
+        on_epoch=after_epoch,
         go_on=study.go_on,
     )
     if args.resume and keeping.exists(study.folder):  # else it was stopped before the first one
         trainer.resume(study.folder / "checkpoint.pt")
+    rate = "" if args.quiet else _rate_of_data(study)
+    begun, step = time.perf_counter(), trainer.step
     trainer.fit()
+    if rate:
+        seen = (trainer.step - step) * args.batch_size / (time.perf_counter() - begun)
+        print(f"{rate}; training, with its validation, took {seen:,.0f}")
     return trainer
 
 
@@ -145,7 +200,8 @@ def finish(study: Study, trainer: Trainer, *, quiet: bool = False) -> list[Row]:
     """The end of a run: the model of the best validation ELBO, its numbers on the test set, which
     is touched here, once, the pictures and the table.
 
-    Leaves `results.json` and the pictures in the study's folder. `quiet` leaves out the table.
+    Leaves `results.json`, the pictures and `report.html` in the study's folder. `quiet` leaves out
+    the table.
     """
     vae, args = trainer.vae, study.args
     trainer.restore_best()
@@ -155,26 +211,64 @@ def finish(study: Study, trainer: Trainer, *, quiet: bool = False) -> list[Row]:
         processes.wait()  # torchrun ends the first process where another one fails on its way out
         return rows
     seconds, best = study.seconds, trainer.best["epoch"]
-    numbers = {"numbers": results.as_json(rows), "best_epoch": best, "seconds": seconds}
+    epochs = trainer.history
+    numbers = {
+        "numbers": results.as_json(rows),
+        "best_epoch": best,
+        "epochs": len(epochs),
+        "seconds": seconds,
+        "seconds_per_epoch": statistics.median(row["seconds"] for row in epochs),
+    }
     run.write_json(study.folder / "results.json", numbers)
-    report.pictures(
+    pictures = report.pictures(
         vae,
         study.data,
-        trainer.history,
+        epochs,
         study.folder,
         elbo=rows[0].value.mean,
         objective=trainer.objective,
         class_names=study.dataset.class_names,
         seed=args.seed,
     )
+    names = study.dataset.class_names
+    page.write(
+        study.folder,
+        rows,
+        results.heading(subject, study.dataset.name),
+        pictures,
+        explorer.explore(vae, study.data, class_names=names, seed=args.seed),
+        remarks=results.remarks(rows),
+        pair=_described(vae),
+    )
     if not quiet:
         print(results.table(rows, subject, study.dataset.name))
-        print(f"best epoch {best}; {seconds:.0f} s; pictures and numbers: {study.folder}/")
+        print(f"best epoch {best}; {seconds:.0f} s; all on one page: {study.folder}/report.html")
     processes.wait()
     return rows
 
 
+def _rate_of_data(study: Study, seconds: float = 2.0) -> str:
+    """How fast streamed images come where nothing is done with them; "" for those in memory."""
+    if not isinstance(study.data.train.images, streaming.Streamed):
+        return ""
+    begun, images = time.perf_counter(), 0
+    for x, _ in study.data.batches(study.args.batch_size, seed=study.args.seed, epoch=0):
+        images += len(x) * processes.count()
+        if (took := time.perf_counter() - begun) > seconds:
+            break
+    return f"images a second: {images / took:,.0f} come from the data alone"
+
+
 # ---- what the arguments ask for ----
+
+
+def _check_pixels_unasked(args: argparse.Namespace, name: str) -> None:
+    for flag, asked in (
+        (f"--binarize {args.binarize}", args.binarize not in (None, "none")),
+        ("--dequantize", args.dequantize),
+    ):
+        if asked:
+            raise ValueError(f"{flag} is for pictures, and {name} holds none: leave it out")
 
 
 def find_device(name: str) -> torch.device:
@@ -251,11 +345,14 @@ def _keep_config(
     folder: Path, args: argparse.Namespace, dataset: data.Dataset, device: torch.device
 ) -> None:
     """Writes `config.json`; of a resumed run, once it is known that the data is still the same."""
+    commands: list[str] = []
     if args.resume is not None:
         before = run.read_config(folder)
         dataset.require_same(before["dataset"]["name"], before["dataset"]["sha256"], folder)
+        commands = [typed for typed in before.get("commands", []) if typed != _typed()]
         _tell_changes(before, {"processor": run.processor(device), **run.versions()})
     config = {
+        "commands": [*commands, _typed()],
         "arguments": {k: v for k, v in vars(args).items() if k not in ("observe", "resumable")},
         "dataset": {"name": dataset.name, "sha256": dataset.sha256, "observed": args.observe},
         "seed": args.seed,
@@ -264,6 +361,13 @@ def _keep_config(
         "versions": run.versions(),
     }
     run.write_json(folder / "config.json", config)
+
+
+def _typed() -> str:
+    """The command that a person typed."""
+    group = processes.count()
+    start = ["python"] if group == 1 else ["torchrun", "--nproc-per-node", str(group)]
+    return shlex.join([*start, *sys.argv])
 
 
 def _tell_changes(config: Mapping[str, Any], now: Mapping[str, str]) -> None:

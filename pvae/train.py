@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from pvae import captured, checkpoint, evaluate, keeping, processes
+from pvae.averaging import Average
 from pvae.crosscheck import STANDARD_ERRORS, TOLERANCE, Check, by_hand, cross_check, objective_of
 from pvae.data import Observed, pixels
 from pvae.files import write_atomically
@@ -84,6 +85,9 @@ class Trainer:
         quiet: no progress bar, no line an epoch.
         accumulate: in how many parts, one after another, a process takes its part of a batch that
             does not fit.
+        ema: the decay of a moving average of the weights (`pvae.averaging`), which then is what is
+            validated, kept in `best.pt` and shown to `on_epoch`.
+        patience: epochs without a better validation ELBO after which training stops.
         on_epoch: called after each epoch with the trainer; the random numbers it draws are its own.
         go_on: what a person types to go on with a stopped run, such as "--resume runs/a"; part of
             the message that stops it.
@@ -121,6 +125,8 @@ class Trainer:
         precision: str = "fp32",
         seed: int = 0,
         accumulate: int = 1,
+        ema: float | None = None,
+        patience: int | None = None,
         folder: Path | None = None,
         checkpoint_minutes: float = 5.0,
         quiet: bool = False,
@@ -128,8 +134,8 @@ class Trainer:
         go_on: str | None = None,
     ) -> None:
         positive = {"epochs": epochs, "batch_size": batch_size, "accumulate": accumulate}
-        for name, value in positive.items():
-            if value < 1:
+        for name, value in (positive | {"patience": patience}).items():
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if not checkpoint_minutes > 0:
             raise ValueError(f"checkpoint_minutes must be above 0, not {checkpoint_minutes}")
@@ -144,7 +150,8 @@ class Trainer:
         self.vae, self.svi, self.data = vae, svi, data
         self.optimizer = svi.optim.optimizer
         self.epochs, self.batch_size, self.seed = epochs, batch_size, seed
-        self.schedule, self.precision = schedule, precision
+        self.schedule, self.precision, self.patience = schedule, precision, patience
+        self.average = None if ema is None else Average(vae, ema)
         self.folder, self.on_epoch, self.go_on = folder, on_epoch, go_on
         self.quiet = quiet or not processes.is_first()
         self.steps_per_epoch = math.ceil(len(data.train.images) / batch_size)
@@ -160,7 +167,8 @@ class Trainer:
         first = data.validation.first(_CHECKED)
         self._checked = pixels(first.images), vae.given(first.y)
         with self._explained(*self._checked):
-            self.vae.check(*self._checked)
+            parts = (data.train.images, data.validation.images, data.test.images)
+            self.vae.check(*self._checked, [x for x in parts if x.is_floating_point()])
             if self.parts > 1:
                 _check_sites(vae, *self._checked)
         self._against = self._cross_check(1.0).against  # refused before the run, not after it
@@ -199,6 +207,9 @@ class Trainer:
             self._stored_at = time.perf_counter()
             try:
                 while self.epoch < (self.epochs if until is None else until):
+                    if self._out_of_patience():
+                        self._say(f"no better validation ELBO for {self.patience} epochs: stopped")
+                        break
                     self._one_epoch(bar)
                     self._pause()
             except KeyboardInterrupt:
@@ -223,19 +234,31 @@ class Trainer:
         """The row of the history with the best validation ELBO."""
         return max(self.history, key=lambda row: row["validation_elbo"])
 
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The pair has the averaged weights inside, where `ema` asks for them."""
+        with contextlib.nullcontext() if self.average is None else self.average.in_place():
+            yield
+
+    def _out_of_patience(self) -> bool:
+        return self.patience is not None and (
+            self.epoch > 0 and self.epoch - self.best["epoch"] >= self.patience
+        )
+
     def _one_epoch(self, bar: Any) -> None:
         start = time.perf_counter()
         bar.set_description(f"epoch {self.epoch + 1}/{self.epochs}")
         objective = self._train(bar)
-        row = {
-            "epoch": self.epoch + 1,
-            "step": self.step,
-            "beta": self._beta(self.step - 1),
-            "train_objective": objective,
-            **self._validate(),
-            **self._active_units(),
-            "skipped": self._skipped(),
-        }
+        with self.averaged():
+            row = {
+                "epoch": self.epoch + 1,
+                "step": self.step,
+                "beta": self._beta(self.step - 1),
+                "train_objective": objective,
+                **self._validate(),
+                **self._active_units(),
+                "skipped": self._skipped(),
+            }
         check = self._cross_check(row["beta"])
         row["seconds"] = time.perf_counter() - start
         row |= _check_columns(check)
@@ -250,22 +273,25 @@ class Trainer:
                 f"{STANDARD_ERRORS:g} standard errors: {check}"
             )
         if self.on_epoch is not None and processes.is_first():
-            with evaluate.fixed_noise(self._checked[0].device, self.seed):
+            with self.averaged(), evaluate.fixed_noise(self._checked[0].device, self.seed):
                 self.on_epoch(self)
 
     def _train(self, bar: Any) -> float:
         """One pass over the data; the mean of the (tempered) objective, nats per image."""
         self.vae.train()
         images = len(self.data.train.images)
-        batches = self.data.batches(self.batch_size, seed=self.seed, epoch=self.epoch)
-        # the batches that a stopped run has seen are drawn again, so that the rest are its own
-        for x, y in itertools.islice(batches, self._batch, None):
+        # a resumed epoch goes on behind the batches that it has seen
+        for x, y in self.data.batches(
+            self.batch_size, seed=self.seed, epoch=self.epoch, skip=self._batch
+        ):
             self._set_learning_rate()
             y = self.vae.given(y)
             self._count(self._step(x, y), len(x))
             if (self.step + 1) % _LOOKS == 0:
                 self._look(x, y)
             bar.update(min(self.batch_size, images - self._batch * self.batch_size))
+            if self.average is not None:
+                self.average.update(self.step)
             self.step += 1
             self._pause()
         self._look(*self._checked)
@@ -432,6 +458,9 @@ class Trainer:
             self._say(f"{text} (epoch {self.epoch})")
 
     def _cross_check(self, beta: float) -> Check:
+        return processes.from_first(lambda: self._checked_by_hand(beta))
+
+    def _checked_by_hand(self, beta: float) -> Check:
         with self._explained(*self._checked):
             check = cross_check(self.svi, self.vae, *self._checked, beta=beta, seed=self.seed)
         if not check.agrees:
@@ -469,7 +498,8 @@ class Trainer:
             _write_csv(folder / "metrics.csv", self.history)
             if self.best is self.history[-1]:
                 notes = {name: self.best[name] for name in ("epoch", "validation_elbo")}
-                checkpoint.save(self.vae, folder / "best.pt", notes)
+                with self.averaged():
+                    checkpoint.save(self.vae, folder / "best.pt", notes)
 
     def _store(self) -> None:
         """Writes a checkpoint, in an epoch or after one."""
@@ -521,6 +551,7 @@ class Trainer:
             "sum": self._sum if alone else processes.total(float(self._sum)),
             "images": self._images if alone else processes.total(float(self._images)),
             "left_out": int(self.svi.optim.left_out),
+            "average": {} if self.average is None else self.average.state(),
             "random_state": torch.get_rng_state(),
             "device_random_state": own,
         }
@@ -564,6 +595,8 @@ class Trainer:
             for t in (state.get("sum", 0.0), state.get("images", 0))
         )
         self.svi.optim.left_out = state.get("left_out", 0)
+        if self.average is not None:
+            self.average.go_back(state["average"])
         self._stored = self._position()
         torch.set_rng_state(state["random_state"])
         if state["device_random_state"] is not None:
@@ -703,7 +736,8 @@ def _check_sites(vae: VAE, x: Tensor, y: Tensor | None) -> None:
         if not any(frame.dim == -1 for frame in site["cond_indep_stack"]):
             raise ValueError(
                 f"vae must have all sites in the data plate where batches are taken in parts: "
-                f"{name!r}, outside of it, would be counted once in each part"
+                f"{name!r}, outside of it, would be counted once in each part, and has no bound by "
+                "image; in a loop of your own, pvae.part_of_batch counts it once"
             )
 
 

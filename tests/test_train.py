@@ -59,7 +59,7 @@ def without_time(history):
         ("between epochs", "mlp"),
         pytest.param("between epochs", "conv", marks=pytest.mark.slow),
         ("within an epoch", "mlp"),
-        ("within an epoch", "conv"),
+        pytest.param("within an epoch", "conv", marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, net, where):

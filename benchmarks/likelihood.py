@@ -1,0 +1,383 @@
+"""Rows of published tables, and what this package reaches: one command a row.
+
+    python benchmarks/likelihood.py 1                # trains, evaluates, leaves results.json
+    python benchmarks/likelihood.py --resume RUN     # goes on where that was stopped
+    python benchmarks/likelihood.py table FILE ...   # the table of such files
+
+The protocol is that of the papers: 50,000 images to train, binarised anew for every batch, 10,000
+to validate, the model chosen by its validation ELBO, the test draw of NumPy's seed 777, the test
+set touched once. `log p(x)` is estimated by importance sampling on all 10,000 test images.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import pvae
+from pvae import captured, checkpoint, cli, evaluate, evaluation, heads, nets, results, run
+from pvae.data import Split
+from pvae.evaluate import estimate
+from pvae.flows import CouplingPrior
+from pvae.objectives import OBJECTIVES
+from pvae.priors import StandardNormal
+from pvae.results import Subject
+from pvae.schedule import Schedule
+from pvae.study import Study, engine, fit, start
+from pvae.train import Trainer
+from pvae.untrusted import read_json
+
+CHECKED = 200  # test images whose log p(x) is estimated once more, by ten times the draws
+PART = 1000  # test images whose log p(x) is kept together, so that an evaluation can go on
+CLIP = 1000.0  # norm of a batch's gradient, beyond what a run shows after its first steps
+# annealing, which finds log p(x) of a few images by other means
+ANNEALED = {"annealed_images": 50, "temperatures": 200, "chains": 1, "from_prior": False}
+PROPOSALS = {"num_samples": 5000, "proposal_steps": 600}
+
+
+class Stage(NamedTuple):
+    """One fit of a row's pair. `encoder_only` leaves the model as it is, so that only the bound
+    gets tighter."""
+
+    epochs: int
+    learning_rate: float
+    batch_size: int = 128
+    objective: str = "trace_elbo"
+    particles: int = 1
+    weight_decay: float = 0.0
+    ema: float | None = 0.999
+    kl_warmup: float = 0.0
+    encoder_only: bool = False
+
+
+class Row(NamedTuple):
+    """A row of the table.
+
+    title, dataset, observe: the data, as `pvae.data` names them.
+    pair: makes the pair; it takes the mean image.
+    stages: its training, one fit after another, each of which starts from the one before.
+    published: the numbers of the papers; `must` is what this row is to be better than.
+    number: the key of that number in results.json: "log_evidence" or "elbo", higher is better.
+    selects: whether the model is that of the best validation ELBO. Else the validation images train
+        too, and the model is that after the last epoch.
+    """
+
+    title: str
+    dataset: str
+    observe: str
+    pair: Callable[[Tensor], pvae.VAE]
+    stages: Mapping[str, Stage]
+    published: Mapping[str, float]
+    must: float
+    number: str = "log_evidence"
+    selects: bool = True
+
+
+def residual(mean_image: Tensor, prior: nn.Module | None = None, latent_dim: int = 40) -> pvae.VAE:
+    """Residual networks of 32 channels at 14x14 and 64 at 7x7, with one block at each size.
+
+    A tenth of the encoder's pixels is left out in training, against its overfitting.
+    """
+    shape = tuple(mean_image.shape)
+    likelihood, posterior = heads.Bernoulli(shape), heads.Normal((latent_dim,))
+    sizes: Any = {"widths": (32, 32, 64), "depths": (0, 1, 1), "hidden": 256, "groups": None}
+    encoder: nn.Module = nets.ResNetEncoder(shape, posterior.param_shape, **sizes)
+    decoder = nets.ResNetDecoder((latent_dim,), shape, **sizes)
+    decoder.set_output_bias(likelihood.raw_mean(mean_image))
+    model = pvae.Model(
+        StandardNormal(latent_dim) if prior is None else prior,
+        pvae.Conditional(decoder, likelihood, event_dim=1),
+    )
+    encoder = nn.Sequential(nn.Dropout(0.1), encoder)
+    return pvae.VAE(model, pvae.Guide(pvae.Conditional(encoder, posterior, event_dim=3)))
+
+
+def named(**parts: Any) -> Callable[[Tensor], pvae.VAE]:
+    """A pair by the names of its parts, the arguments of `pvae.build`."""
+    return lambda mean_image: pvae.build(tuple(mean_image.shape), mean_image=mean_image, **parts)
+
+
+def with_flow(mean_image: Tensor) -> pvae.VAE:
+    """`residual` with a coupling flow (RealNVP) of 8 transforms as its prior."""
+    return residual(mean_image, CouplingPrior(40, transforms=8, hidden=(128,)))
+
+
+_LONG = {"pair": Stage(48, 2e-3, weight_decay=0.01, kl_warmup=0.05)}
+_SHORT = {"pair": Stage(30, 2e-3, weight_decay=0.01, kl_warmup=0.05)}
+ROWS: Mapping[str, Row] = {
+    "1": Row(
+        title="dynamic MNIST, one layer of 40, N(0, I)",
+        dataset="mnist",
+        observe="dynamic",
+        pair=residual,
+        stages=_LONG,
+        published={"MLP, z = 50 (arXiv:1509.00519)": -86.76, "gated (arXiv:2004.04795)": -84.45},
+        must=-83.0,
+    ),
+    "2": Row(
+        title="the same by IWAE, k = 50",
+        dataset="mnist",
+        observe="dynamic",
+        pair=residual,
+        stages={**_LONG, "iwae": Stage(1, 5e-4, objective="dreg", particles=50)},
+        published={"IWAE (arXiv:1509.00519)": -84.78, "DReG (arXiv:1810.04152)": -84.32},
+        must=-82.5,
+    ),
+    "3": Row(
+        title="the same with a flow as prior",
+        dataset="mnist",
+        observe="dynamic",
+        pair=with_flow,
+        stages=_LONG,
+        published={"VampPrior (arXiv:1705.07120)": -82.43, "exemplar (arXiv:2004.04795)": -82.09},
+        must=-81.4,
+    ),
+    "4": Row(
+        title="dynamic Fashion-MNIST, one layer of 40, N(0, I)",
+        dataset="fashion-mnist",
+        observe="dynamic",
+        pair=residual,
+        stages=_SHORT,
+        published={"gated (arXiv:2004.04795)": -228.70},
+        must=-228.0,
+    ),
+    "4-flow": Row(
+        title="the same with a flow as prior",
+        dataset="fashion-mnist",
+        observe="dynamic",
+        pair=with_flow,
+        stages=_SHORT,
+        published={"VampPrior (arXiv:2004.04795)": -227.35, "exemplar, same": -226.75},
+        must=-226.7,
+    ),
+    "5": Row(
+        title="dynamic MNIST, layers of 40 and 16, a ladder guide",
+        dataset="mnist",
+        observe="dynamic",
+        pair=named(latent_dims=(40, 16), net="conv", guide="ladder", dropout=0.1),
+        stages={"pair": Stage(60, 2e-3, weight_decay=0.01, kl_warmup=0.1)},
+        published={"HVAE, VampPrior (arXiv:1705.07120)": -81.24, "exemplar, conv": -79.67},
+        must=-80.5,
+    ),
+    "6": Row(
+        title="grey MNIST, continuous Bernoulli, z = 20",
+        dataset="mnist",
+        observe="dequantized",
+        pair=named(latent_dim=20, likelihood="continuous_bernoulli"),
+        stages={"pair": Stage(5, 2e-3, kl_warmup=0.05)},
+        published={"arXiv:1907.06845": 1470.0},
+        must=1470.0,
+        number="elbo",
+        selects=False,
+    ),
+    "7": Row(
+        title="grey MNIST, relaxed Bernoulli (not a likelihood), MLP of 400, z = 50",
+        dataset="mnist",
+        observe="grey",
+        pair=named(
+            latent_dim=50,
+            net="mlp",
+            hidden=400,
+            activation="softplus",
+            likelihood="grey_bernoulli",
+            guide="normal_log_scale",
+        ),
+        stages={"pair": Stage(100, 2e-3)},
+        published={"Pyro's tutorial": -101.3},
+        must=-101.3,
+        number="elbo",
+        selects=False,
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    name, *files = args.row
+    if name == "table":
+        print(table([read_json(path) for path in files]))
+        return
+    row = ROWS[name]
+    study = start(args, f"likelihood-{name}", row.observe)
+    if not row.selects:
+        study = with_validation_images(study)
+    vae = row.pair(study.dataset.mean_image)
+    vae.to(study.device).to(memory_format=torch.channels_last)
+    trained = [
+        train(row, stage, vae, study.part(stage_name)).history
+        for stage_name, stage in row.stages.items()
+    ]
+    began = time.perf_counter()
+    found = {
+        "row": name,
+        **{key: getattr(row, key) for key in ("title", "published", "must", "number")},
+        "numbers": results.as_json(worth(row, vae, study)),
+        "seed": args.seed,
+        "steps": [history[-1]["step"] for history in trained],
+        "training_minutes": sum(e["seconds"] for history in trained for e in history) / 60,
+        "evaluation_minutes": (time.perf_counter() - began) / 60,
+        "processor": run.processor(study.device),
+        "threads": torch.get_num_threads(),
+        "versions": run.versions(),
+    }
+    study.save(found)
+    print(table([found]))
+    print(f"kept in {study.folder}/results.json")
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = cli.study_parser(
+        "Rows of published tables: " + "; ".join(f"{k}: {row.title}" for k, row in ROWS.items()),
+        training=False,
+        resumable=True,
+        default_data="the row's",
+    )
+    what = f"one of {', '.join(ROWS)}; or table, and files results.json"
+    # SUPPRESS: without it the row is that of the resumed run
+    parser.set_defaults(row=[], engine="captured")
+    parser.add_argument("row", nargs="*", metavar="ROW", default=argparse.SUPPRESS, help=what)
+    cli.option(parser, "--epochs", "of each stage (default: the row's)", cli.NATURAL, metavar="N")
+    cli.option(parser, "--num-samples", "draws k of log p(x)", cli.NATURAL, 500, "K")
+    cli.option(parser, "--checkpoint-minutes", "minutes between checkpoints", float, 5.0, "M")
+    args = cli.resumed(parser, argv)
+    if args.row[:1] != ["table"]:
+        if len(args.row) != 1 or args.row[0] not in ROWS:
+            parser.error(
+                f"ROW must be one of {', '.join(ROWS)}, or table with files, not {args.row}"
+            )
+        row = ROWS[args.row[0]]
+        args.dataset = args.dataset or row.dataset
+        if row.observe == "dynamic" and args.numpy_seed is None:
+            args.numpy_seed = 777
+    return args
+
+
+def with_validation_images(study: Study) -> Study:
+    """All images but those of the test train; those that validate are among them."""
+    parts = study.data.train, study.data.validation
+    together = Split(torch.cat([part.images for part in parts]), None)
+    return replace(study, data=replace(study.data, train=together))
+
+
+def train(row: Row, stage: Stage, vae: pvae.VAE, study: Study) -> Trainer:
+    """One stage; `vae` is then the model that it chooses."""
+    args = study.args
+    args.num_epochs = args.epochs or stage.epochs
+    args.batch_size, args.ema = stage.batch_size, stage.ema
+    vae.model.requires_grad_(not stage.encoder_only)
+    groups = pvae.optim.decay_groups(vae.guide if stage.encoder_only else vae, stage.weight_decay)
+    adam = torch.optim.AdamW(groups, lr=stage.learning_rate, fused=True)
+    optimizer = pvae.SingleOptimizer(adam, clip_norm=CLIP)
+    elbo = OBJECTIVES[stage.objective].elbo(stage.particles)
+    svi = engine(study)(vae.model, vae.guide, optimizer, elbo)
+    schedule = Schedule(kl_warmup=stage.kl_warmup, lr_warmup=0.02)
+    trainer = fit(study, vae, svi, schedule=schedule)
+    if row.selects:
+        trainer.restore_best()
+    else:
+        last = study.folder / "last.pt"
+        with trainer.averaged():
+            checkpoint.save(vae, last)
+        checkpoint.restore(vae, checkpoint.read(last)["model"], last)
+    return trainer
+
+
+def worth(row: Row, vae: pvae.VAE, study: Study) -> list[results.Row]:
+    """The numbers of the trained pair on the test set."""
+    subject = Subject(vae, study.data, study.args.seed, study.args.quiet)
+    rows = results.elbo_rows(subject)
+    rows += results.unit_rows(results.codes(subject, subject.data.test))
+    return rows + (evidence(subject, study) if row.number == "log_evidence" else [])
+
+
+def evidence(subject: Subject, study: Study) -> list[results.Row]:
+    """`log p(x)` of all test images by importance sampling, of some with ten times the draws, and
+    of fewer by annealing and by a proposal of their own."""
+    k = study.args.num_samples
+    found = weights(subject, study, k)
+    rows = [
+        results.Row("log_evidence", f"log p(x), k = {k:,}", estimate(found[0]), len(found[0])),
+        *results.tail_rows(found[1], "pareto_k", "  "),
+    ]
+    rows += results.importance_rows(subject, CHECKED, 10 * k, captured.inductor)[:2]
+    arguments = argparse.Namespace(**ANNEALED, **PROPOSALS)
+    return rows + evaluation.annealed_rows(subject, arguments)
+
+
+def weights(subject: Subject, study: Study, num_samples: int) -> Tensor:
+    """`log p(x)` and k-hat of each test image, `(2, N)`; each thousand is kept in the run's folder
+    as it is done."""
+    sampler = evaluate.ImportanceSampler(
+        subject.vae.model, subject.vae.guide, num_samples=num_samples, compiler=captured.inductor
+    )
+    images = subject.shown(subject.data.test).images
+    parts = []
+    for number, part in enumerate(images.split(PART)):
+        path = study.folder / f"evidence-{number:02}.json"
+        if not path.is_file():
+            split = Split(part, None)
+            title = subject.title(f"log p(x), {number + 1} of {-(-len(images) // PART)}")
+            found = evaluate.over(
+                split, sampler, batch_size=20, seed=subject.seed + number, title=title
+            )
+            values = {"log_evidence": found.log_evidence, "pareto_k": found.pareto_k}
+            run.write_json(path, {name: t.tolist() for name, t in values.items()})
+        kept = read_json(path)
+        parts.append(torch.tensor([kept["log_evidence"], kept["pareto_k"]]))
+    return torch.cat(parts, dim=1)
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown, a line a row of the table; runs of several seeds are one line, mean and sd."""
+    lines = [
+        "| row | published | ours | ELBO | KL | active | k-hat > .7 | minutes | processor |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    ordered = sorted(found, key=lambda result: str(result["row"]))
+    for name, group in groupby(ordered, key=lambda result: str(result["row"])):
+        lines.append(line(name, list(group)))
+    return "\n".join(lines)
+
+
+def line(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
+    first = runs[0]
+
+    def shown(key: str, digits: int = 2) -> str:
+        values = [r["numbers"][key]["mean"] for r in runs if key in r["numbers"]]
+        if not values:
+            return ""
+        spread = first["numbers"][key]["se"]
+        if len(values) > 1:
+            spread = statistics.stdev(values)
+        text = f"{statistics.mean(values):.{digits}f}"
+        return text if spread is None else f"{text} ± {spread:.{digits}f}"
+
+    published = ", ".join(f"{value:g} ({of})" for of, value in first["published"].items())
+    reached = statistics.mean(r["numbers"][first["number"]]["mean"] for r in runs)
+    mark = "" if reached > first["must"] else f" (missed: {first['must']:g})"
+    minutes = [
+        statistics.mean(r[f"{what}_minutes"] for r in runs) for what in ("training", "evaluation")
+    ]
+    seeds = f", {len(runs)} seeds" if len(runs) > 1 else ""
+    cells = [
+        f"{name}: {first['title']}{seeds}",
+        published,
+        f"**{shown(first['number'])}**{mark}",
+        shown("elbo"),
+        shown("rate"),
+        shown("active_units", 0),
+        shown("pareto_k_above"),
+        f"{minutes[0]:.0f} + {minutes[1]:.0f}",
+        f"{first['processor']}, {first['threads']} threads",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    cli.run_main(main)
