@@ -94,7 +94,7 @@ def build(study: Study) -> VAE:
         "mlp",
         args.likelihood,
         hidden=400,
-        mean_image=study.dataset.mean_image,
+        mean_image=study.data.mean_image,
     ).to(study.device)
 
 

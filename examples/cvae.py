@@ -64,7 +64,7 @@ def train(study: Study, conditional: bool) -> tuple[VAE, list[Row]]:
         args.likelihood,
         hidden=400,
         num_classes=dataset.num_classes if conditional else None,
-        mean_image=dataset.mean_image,
+        mean_image=study.data.mean_image,
     ).to(study.device)
     adam = torch.optim.Adam(vae.parameters(), lr=args.learning_rate, fused=True)
     svi = SVI(vae.model, vae.guide, pvae.SingleOptimizer(adam), Trace_ELBO())

@@ -336,6 +336,7 @@ def test_a_run_of_bayesian_decoder(tmp_path, capsys):
     assert (folder / "point_100" / "evaluation.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_gaussian_prior(tmp_path, capsys):
     said, numbers = run(gaussian_prior, tmp_path / "r", capsys, "-b", "4096")
     assert "the ring's own density" in said

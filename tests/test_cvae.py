@@ -309,7 +309,7 @@ def test_interpolations_keep_the_label(monkeypatch):
     )
     test = observed().test
     x, y = pixels(test.images), test.labels
-    report._interpolations(vae, x, y, y)
+    report._interpolations(vae, x, y, y, report.Drawing.of(observed()))
     ((start, end, given),) = seen
     label = {image.numpy().tobytes(): int(k) for image, k in zip(x, y, strict=True)}
     assert [label[image.numpy().tobytes()] for image in end] == given.tolist()
@@ -408,6 +408,7 @@ def test_each_pair_of_cvae_is_a_run(tmp_path, small):
 def test_cvae_of_grey_pixels(tmp_path, small, capsys, likelihood, monkeypatch):
     """What is no likelihood bounds nothing, and says so."""
     monkeypatch.setattr(plots, "save", lambda figure, path: None)
+    monkeypatch.setattr(report, "pictures", lambda *args, **options: [])  # nor its page's
     run_example("cvae", tmp_path, small, "--latent-dim", "2", "--likelihood", likelihood)
     said = capsys.readouterr().out
     kept = json.loads((tmp_path / "r" / "vae" / "config.json").read_text())
@@ -447,6 +448,7 @@ def test_autoencoder(tmp_path, small, capsys):
 def test_each_pair_of_autoencoder_is_loaded(tmp_path, small, monkeypatch):
     """What is loaded has the distortion at the codes that the run found."""
     monkeypatch.setattr(plots, "save", lambda figure, path: None)
+    monkeypatch.setattr(report, "pictures", lambda *args, **options: [])  # nor its page's
     numbers = run_example("autoencoder", tmp_path, small, "--likelihood", "gaussian")
     module, data = example("autoencoder"), observe(load(str(small)), "grey")
     for name in ("autoencoder", "VAE"):

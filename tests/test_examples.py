@@ -28,6 +28,7 @@ FILES = {
     "metrics.csv",
     "progress",
     "reconstructions.png",
+    "report.html",
     "results.json",
     "samples.png",
 }
@@ -66,7 +67,7 @@ def test_what_a_run_leaves(tmp_path, capsys):
     names = {path.name for path in (tmp_path / "r").iterdir()}
     assert names == FILES | {"manifold.png"}
     found = results(tmp_path / "r")
-    assert set(found) == {"numbers", "best_epoch", "seconds"}
+    assert set(found) == {"numbers", "best_epoch", "epochs", "seconds", "seconds_per_epoch"}
     mean = {key: row["mean"] for key, row in found["numbers"].items()}
     assert set(mean) == {
         "elbo",
@@ -84,6 +85,7 @@ def test_what_a_run_leaves(tmp_path, capsys):
     assert len(config["dataset"]["sha256"]) == 64
     assert config["arguments"]["latent_dims"] == [2]
     assert config["seed"] == config["data_seed"] == 0
+    assert len(config["commands"]) == 1
     with open(tmp_path / "r" / "metrics.csv") as file:
         assert len(list(csv.DictReader(file))) == 2
     assert "digits test set, dynamically binarised" in said.out
@@ -141,6 +143,7 @@ def test_a_killed_run_is_resumed_as_if_uninterrupted(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_says_how_to_go_on(tmp_path):
     process = subprocess.Popen(
         command("--out", tmp_path / "r", *SMALL[:-1], "4000"),

@@ -11,9 +11,12 @@ PACKAGE = Path(pvae.__file__).parent
 
 # from the roof down: each imports only what stands below it
 HOUSE = [
+    "compare",
     "evaluation",
     "cli",
     "study",
+    "page",
+    "explorer",
     "report",
     "train",
     "crosscheck",
@@ -26,8 +29,11 @@ HOUSE = [
     "captured",
     "checkpoint",
     "memory",
+    "averaging",
     "optim",
     "data",
+    "reading",
+    "streaming",
     "builder",
     "vae",
 ]

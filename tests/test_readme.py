@@ -40,7 +40,18 @@ def test_the_readme_runs(readme):
     assert readme["vae"].sample(2).shape == (2, 1, 28, 28)
 
 
-@pytest.mark.parametrize("page", PAGES[1:], ids=[page.stem for page in PAGES[1:]])
+SLOW_PAGES = ("pass-on",)  # it exports a pair and starts a process without Pyro
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(
+            page, id=page.stem, marks=[pytest.mark.slow] if page.stem in SLOW_PAGES else []
+        )
+        for page in PAGES[1:]
+    ],
+)
 def test_the_pages_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_blocks(page)
