@@ -37,10 +37,11 @@ _EPOCHS, _SPLITTING = 3, 4
 class Split(NamedTuple):
     """One part of a data set; its size is `len(split.images)`.
 
-    images: `(N, C, H, W)`, uint8, or float32 in [0, 1] where dequantised; data of any other kind
-        `(N, *event)`, float32. In memory, or a `streaming.Streamed` tensor.
-    labels: `(N,)` int64, or None.
-    mask: `(N, 1 or C, H, W)` bool, True where a pixel is seen; None where all pixels are.
+    Args:
+        images: `(N, C, H, W)`, uint8, or float32 in [0, 1] where dequantised; data of any other
+            kind `(N, *event)`, float32. In memory, or a `streaming.Streamed` tensor.
+        labels: `(N,)` int64, or None.
+        mask: `(N, 1 or C, H, W)` bool, True where a pixel is seen; None where all pixels are.
 
     >>> Split(torch.zeros(5, 1, 8, 8, dtype=torch.uint8), None).images.shape
     torch.Size([5, 1, 8, 8])

@@ -30,14 +30,16 @@ _POINTS = 400  # codes that are shown on the plane
 class Explorer:
     """Decoded images, and which is which.
 
-    sprite: a PNG of equal cells, row by row.
-    layout: for the page's script: the cells' size and columns; `side`, how many values a unit
-        takes; `joined`, how many units move together; `values` by unit; of each start, the first
-        cell (the image, its code decoded, the joined units, each other unit alone) and its code.
-    units, starts: what people read of them.
-    points: codes of test images on the plane, in steps from its lower left corner, with the
-        places of their classes in `classes`.
-    codes: how many test images the values are of. shrunk: by how much each side of an image is.
+    Args:
+        sprite: a PNG of equal cells, row by row.
+        layout: for the page's script: the cells' size and columns; `side`, how many values a unit
+            takes; `joined`, how many units move together; `values` by unit; of each start, the
+            first cell (the image, its code decoded, the joined units, each other unit alone) and
+            its code.
+        units, starts: what people read of them.
+        points: codes of test images on the plane, in steps from its lower left corner, with the
+            places of their classes in `classes`.
+        codes: how many test images the values are of. shrunk: by how much each side of an image is.
     """
 
     sprite: bytes
