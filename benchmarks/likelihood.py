@@ -260,7 +260,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def with_validation_images(study: Study) -> Study:
     """All images but those of the test train; those that validate are among them."""
-    parts = study.data.train, study.data.validation
+    parts = study.dataset.train, study.dataset.validation  # bytes, as the batches are made of
     together = Split(torch.cat([part.images for part in parts]), None)
     return replace(study, data=replace(study.data, train=together))
 

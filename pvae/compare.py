@@ -24,6 +24,7 @@ _NOT_TOLD = {"out", "resume", "quiet", "data_root", "checkpoint_minutes", "tenso
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of `python -m pvae.compare`."""
     parser = argparse.ArgumentParser(
         prog="python -m pvae.compare",
         description="Finished runs side by side: one table and one figure.",
@@ -39,6 +40,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the table of the runs, and draws their figure."""
     args = arguments(argv)
     configs = {name: run.read_config(name) for name in args.runs}
     numbers = {name: _numbers(Path(name)) for name in args.runs}

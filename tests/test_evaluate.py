@@ -26,7 +26,7 @@ from pvae import Guide, Model, build, captured, cli, evaluate, evaluation, plots
 from pvae.closed_form import LinearGaussian, collapsed
 from pvae.data import Split, load, observe, pixels
 from pvae.evaluate.annealed import _Chains, _Path
-from pvae.evaluate.calibration import _p_values
+from pvae.evaluate.calibrating import _p_values
 from pvae.heads import NormalFixedScale
 from pvae.priors import StandardNormal
 

@@ -24,7 +24,7 @@ from pvae.evaluate.bounds import (
     not_finite as not_finite,
     over as over,
 )
-from pvae.evaluate.calibration import (
+from pvae.evaluate.calibrating import (
     Calibration as Calibration,
     calibration as calibration,
 )
