@@ -94,12 +94,14 @@ def above(difference, errors):
 
 
 def train(vae, pair, elbo, args, steps=STEPS):
+    # the rate of a count is exp(h), which a large step throws far off
+    rate = 3e-3 if LIKELIHOODS[vae.recipe.likelihood].data == "counts" else 1e-2
     before = {name: p.detach().clone() for name, p in vae.named_parameters()}
-    adam = torch.optim.Adam(vae.parameters(), lr=1e-2)
+    adam = torch.optim.Adam(vae.parameters(), lr=rate)
     svi = SVI(*pair, SingleOptimizer(adam), elbo)
     for step in range(steps):
         # falling to 0: a learned scale that overshoots in the last step would be all that is seen
-        adam.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
+        adam.param_groups[0]["lr"] = rate * (1 - step / steps)
         assert math.isfinite(svi.step(*args))
     for name, p in vae.named_parameters():
         assert p.isfinite().all(), name
