@@ -77,6 +77,15 @@ _POSITIVE, _FRACTION = _number(float, 0, strict=True), _number(float, 0, high=1)
 _SHARE = _number(float, 0, strict=True, high=1)
 
 
+# what a study's programs read of the arguments that its parser does not offer
+_UNASKED: dict[str, Any] = {
+    **dict.fromkeys(("resume", "engine", "ema", "patience", "binarize", "split")),
+    **dict.fromkeys(("resumable", "dequantize", "standardize", "tensorboard"), False),
+    "precision": "fp32",
+    "accumulate": 1,
+}
+
+
 def parser(description: str) -> argparse.ArgumentParser:
     """The arguments of a training example, grouped; it sets other defaults by `set_defaults`.
 
@@ -133,10 +142,7 @@ def study_parser(
     if training:
         _training_arguments(p)
     g = _run_arguments(p)
-    p.set_defaults(resume=None, engine=None, precision="fp32", accumulate=1, resumable=False)
-    p.set_defaults(ema=None, patience=None)
-    p.set_defaults(binarize=None, dequantize=False, standardize=False, split=None)
-    p.set_defaults(tensorboard=False)
+    p.set_defaults(**_UNASKED)
     if resumable:
         _resume_argument(p, g)
     return p

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,9 +35,6 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
-_NUMBERS = (("cpu ", "family"), ("", "model"))  # of a processor, as Linux names them
-
-
 def processor(device: torch.device) -> str:
     """What computes on a device, by its maker's name.
 
@@ -46,12 +44,15 @@ def processor(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        # of the first core; makers give one name to several generations
-        found = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines[:30])}
-        if "model name" in found:
-            number = ", ".join(f"{k} {found[f'{p}{k}']}" for p, k in _NUMBERS if f"{p}{k}" in found)
-            return f"{found['model name']} ({number})" if number else found["model name"]
+        text = Path("/proc/cpuinfo").read_text()
+        # makers give one name to several generations, which the two numbers tell apart
+        found = [
+            re.search(rf"^{key}\s*: (.+)", text, re.MULTILINE)
+            for key in ("model name", "cpu family", "model")
+        ]
+        if all(found):
+            name, family, model = (match[1] for match in found if match)
+            return f"{name} (family {family}, model {model})"
     return platform.processor() or platform.machine()
 
 
