@@ -102,7 +102,7 @@ def by_hand(svi: SVI, latents: int = 1) -> Callable[[Terms, float], Tensor] | No
     """
     elbo = getattr(svi.loss, "__self__", None)  # SVI keeps the method of its ELBO object
     formula = _BY_HAND.get(type(elbo))
-    if formula is None or (formula is _mean_field and latents > 1):
+    if formula is None or (formula in (_mean_field, _free_bits) and latents > 1):
         return None
     return partial(formula, elbo)
 

@@ -205,15 +205,20 @@ class MeanField(TraceMeanField_ELBO):
             warnings.filterwarnings("ignore", message="Failed to verify mean field restriction")
             model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
         _require_reparameterized(guide_trace, "TraceMeanField_ELBO")
-        in_guide = latent_names(guide_trace)
-        in_model = [name for name in latent_names(model_trace) if name in in_guide]
-        if in_model != in_guide:
-            raise ValueError(
-                "TraceMeanField_ELBO would be wrong here: the model draws its latents in the order "
-                f"{', '.join(in_model)}, the guide in the order {', '.join(in_guide)}, so that "
-                "a KL taken at one site depends on the draw of another. Use Trace_ELBO"
-            )
+        _require_same_order(model_trace, guide_trace, "TraceMeanField_ELBO")
         return model_trace, guide_trace
+
+
+def _require_same_order(model_trace: Trace, guide_trace: Trace, what: str) -> None:
+    """Refuses KLs by site where model and guide draw their latents in different orders."""
+    in_guide = latent_names(guide_trace)
+    in_model = [name for name in latent_names(model_trace) if name in in_guide]
+    if in_model != in_guide:
+        raise ValueError(
+            f"{what} would be wrong here: the model draws its latents in the order "
+            f"{', '.join(in_model)}, the guide in the order {', '.join(in_guide)}, so that "
+            "a KL taken at one site depends on the draw of another. Use Trace_ELBO"
+        )
 
 
 class _Differentiable(Trace_ELBO):
@@ -364,7 +369,8 @@ class FreeBits(_Differentiable):
 
     `sum_b E_q[log p(x_b|z)] - B sum_d max(nats, mean_b KL_d(x_b))`, with analytic KLs: below the
     floor a unit's KL has no gradient, so that it is not squeezed out before it is of use. It is no
-    bound on `log p(x)`.
+    bound on `log p(x)`. Of several layers each unit has the floor, and its KL is that at the draws
+    of the layers above.
     Source: Improved Variational Inference with Inverse Autoregressive Flow (2016),
     arXiv:1606.04934, section 5.2 and appendix C.8.
 
@@ -373,8 +379,9 @@ class FreeBits(_Differentiable):
         num_particles: draws of each posterior.
 
     Raises:
-        ValueError: `nats` is negative; several latents, or one whose posterior and prior do not
-            both factorize over units with an analytic KL; draws that are not reparameterized.
+        ValueError: `nats` is negative; a latent whose posterior and prior do not both factorize
+            over units with an analytic KL; latents in another order in the guide than in the
+            model; draws that are not reparameterized.
 
     >>> import pvae
     >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
@@ -393,16 +400,19 @@ class FreeBits(_Differentiable):
     def differentiable_loss(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> Tensor:
         ((model_trace, guide_trace),) = self._get_traces(model, guide, args, kwargs)
         _require_reparameterized(guide_trace, "free bits")
-        q, p = _the_latent(model_trace, guide_trace, "free bits")
-        units = kl_by_unit(q["fn"], p["fn"])
-        if units is None:
-            raise ValueError(
-                "free bits needs a posterior and a prior that factorize over the latent's units, "
-                f"with an analytic KL, not {type(q['fn']).__name__} and {type(p['fn']).__name__}"
-            )
-        kl = units.flatten(0, -2).mean(0).clamp(min=self.nats).sum()
-        reconstruction = _observed(model_trace) / self.num_particles
-        loss = q["scale"] * units.shape[-2] * kl - reconstruction
+        _require_same_order(model_trace, guide_trace, "free bits")
+        loss = -_observed(model_trace) / self.num_particles
+        for name in latent_names(guide_trace):
+            q, p = guide_trace.nodes[name], model_trace.nodes[name]
+            units = kl_by_unit(q["fn"], p["fn"])
+            if units is None:
+                raise ValueError(
+                    "free bits needs a posterior and a prior that factorize over the latent's "
+                    "units, with an analytic KL, not "
+                    f"{type(q['fn']).__name__} and {type(p['fn']).__name__}"
+                )
+            kl = units.flatten(0, -2).mean(0).clamp(min=self.nats).sum()
+            loss = loss + q["scale"] * units.shape[-2] * kl
         warn_if_nan(loss, "loss")
         return loss
 

@@ -192,11 +192,11 @@ NO_UNIT_KL = ("full_covariance", "low_rank", "mixture", "iaf", "spline")
 def objective_refusal(objective, guide, prior):
     if objective not in ("trace_elbo", "trace_graph_elbo") and guide in NOT_REPARAMETERIZED:
         return "needs reparameterized draws"
-    if objective in ("free_bits", "info_vae") and guide in LAYERED:
+    if objective == "info_vae" and guide in LAYERED:
         return "is for one latent site"
     if objective == "free_bits" and (guide in NO_UNIT_KL or prior in NO_UNIT_PRIOR):
         return "that factorize over the latent's units"
-    if objective == "trace_mean_field_elbo" and guide == TWO_LAYERS:
+    if objective in ("trace_mean_field_elbo", "free_bits") and guide == TWO_LAYERS:
         return "would be wrong here"
     return None
 

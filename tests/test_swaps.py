@@ -374,8 +374,9 @@ def test_dreg_at_the_exact_posterior_has_no_variance():
         assert gradient.abs().max() < 1e-8
 
 
-def test_free_bits_of_zero_are_the_mean_field_elbo():
-    vae = build((1, 8, 8), 3, "mlp", hidden=8).double()
+@pytest.mark.parametrize(("dims", "guide"), [(3, "normal"), ((3, 2), "ladder")], ids=["1", "2"])
+def test_free_bits_of_zero_are_the_mean_field_elbo(dims, guide):
+    vae = build((1, 8, 8), dims, "mlp", guide=guide, hidden=8).double()
     mean_field = TraceMeanField_ELBO(4, vectorize_particles=True, max_plate_nesting=1)
     one = loss_and_gradients(vae, lambda: mean_field.loss_and_grads(vae.model, vae.guide, X))
     two = loss_and_gradients(vae, lambda: FreeBits(0.0, 4).loss_and_grads(vae.model, vae.guide, X))
@@ -398,6 +399,13 @@ def test_below_the_floor_the_kl_is_the_floor_and_has_no_gradient():
     assert one[0] == pytest.approx(two[0], rel=1e-12)
     for name, gradient in two[1].items():
         torch.testing.assert_close(one[1][name], gradient, msg=name)
+
+
+def test_the_floor_is_that_of_each_unit_of_each_layer():
+    vae = build((1, 8, 8), latent_dims=(3, 2), net="mlp", hidden=8, guide="ladder").double()
+    floor = 5 * 1e3 * len(X)
+    reconstruction = floor - FreeBits(1e3).loss(vae.model, vae.guide, X)
+    assert -100 * len(X) < reconstruction < 0  # of 64 pixels, each of some log 2 nats
 
 
 def test_info_vae_is_its_three_terms():
