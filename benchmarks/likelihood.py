@@ -10,11 +10,13 @@ set touched once. `log p(x)` is estimated by importance sampling on all 10,000 t
 """
 
 import argparse
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +37,7 @@ from pvae.untrusted import read_json
 
 CHECKED = 200  # test images whose log p(x) is estimated once more, by ten times the draws
 PART = 1000  # test images whose log p(x) is kept together, so that an evaluation can go on
+LATENT = 40  # dimensions of the one latent layer of rows 1 to 4
 CLIP = 1000.0  # norm of a batch's gradient, beyond what a run shows after its first steps
 # annealing, which finds log p(x) of a few images by other means
 ANNEALED = {"annealed_images": 50, "temperatures": 200, "chains": 1, "from_prior": False}
@@ -42,30 +45,38 @@ PROPOSALS = {"num_samples": 5000, "proposal_steps": 600}
 
 
 class Stage(NamedTuple):
-    """One fit of a row's pair. `encoder_only` leaves the model as it is, so that only the bound
-    gets tighter."""
+    """One fit of a row's pair.
+
+    prior: makes a new prior, in the place of the one before.
+    guide_only: the model stays as it is, so that only the bound gets tighter.
+    chosen: the model is that of the best validation ELBO; else that after the last epoch, for an
+        importance-weighted bound wants a wider guide than the ELBO does.
+    """
 
     epochs: int
     learning_rate: float
     batch_size: int = 128
     objective: str = "trace_elbo"
     particles: int = 1
-    weight_decay: float = 0.0
+    weight_decay: float = 0.01
     ema: float | None = 0.999
     kl_warmup: float = 0.0
-    encoder_only: bool = False
+    prior: Callable[[], nn.Module] | None = None
+    guide_only: bool = False
+    chosen: bool = True
 
 
 class Row(NamedTuple):
     """A row of the table.
 
-    title, dataset, observe: the data, as `pvae.data` names them.
-    pair: makes the pair; it takes the mean image.
-    stages: its training, one fit after another, each of which starts from the one before.
-    published: the numbers of the papers; `must` is what this row is to be better than.
-    number: the key of that number in results.json: "log_evidence" or "elbo", higher is better.
-    selects: whether the model is that of the best validation ELBO. Else the validation images train
-        too, and the model is that after the last epoch.
+    title: what is trained on what.
+    dataset, observe: the data, by their names in `pvae.data`.
+    pair: makes the pair from the mean image.
+    stages: its training by name, one fit after another; each starts from the one before.
+    published: the numbers of the papers.
+    must: what this row is to be better than.
+    number: the key of that number in results.json, "log_evidence" or "elbo"; higher is better.
+    all_train: the validation images train too, as a source has it that validates nothing.
     """
 
     title: str
@@ -76,24 +87,21 @@ class Row(NamedTuple):
     published: Mapping[str, float]
     must: float
     number: str = "log_evidence"
-    selects: bool = True
+    all_train: bool = False
 
 
-def residual(mean_image: Tensor, prior: nn.Module | None = None, latent_dim: int = 40) -> pvae.VAE:
+def residual(mean_image: Tensor) -> pvae.VAE:
     """Residual networks of 32 channels at 14x14 and 64 at 7x7, with one block at each size.
 
     A tenth of the encoder's pixels is left out in training, against its overfitting.
     """
     shape = tuple(mean_image.shape)
-    likelihood, posterior = heads.Bernoulli(shape), heads.Normal((latent_dim,))
+    likelihood, posterior = heads.Bernoulli(shape), heads.Normal((LATENT,))
     sizes: Any = {"widths": (32, 32, 64), "depths": (0, 1, 1), "hidden": 256, "groups": None}
     encoder: nn.Module = nets.ResNetEncoder(shape, posterior.param_shape, **sizes)
-    decoder = nets.ResNetDecoder((latent_dim,), shape, **sizes)
+    decoder = nets.ResNetDecoder((LATENT,), shape, **sizes)
     decoder.set_output_bias(likelihood.raw_mean(mean_image))
-    model = pvae.Model(
-        StandardNormal(latent_dim) if prior is None else prior,
-        pvae.Conditional(decoder, likelihood, event_dim=1),
-    )
+    model = pvae.Model(StandardNormal(LATENT), pvae.Conditional(decoder, likelihood, event_dim=1))
     encoder = nn.Sequential(nn.Dropout(0.1), encoder)
     return pvae.VAE(model, pvae.Guide(pvae.Conditional(encoder, posterior, event_dim=3)))
 
@@ -103,56 +111,51 @@ def named(**parts: Any) -> Callable[[Tensor], pvae.VAE]:
     return lambda mean_image: pvae.build(tuple(mean_image.shape), mean_image=mean_image, **parts)
 
 
-def with_flow(mean_image: Tensor) -> pvae.VAE:
-    """`residual` with a coupling flow (RealNVP) of 8 transforms as its prior."""
-    return residual(mean_image, CouplingPrior(40, transforms=8, hidden=(128,)))
+def flow() -> nn.Module:
+    """A coupling flow (RealNVP), which starts at N(0, I)."""
+    return CouplingPrior(LATENT, transforms=8, hidden=(128,))
 
 
-_LONG = {"pair": Stage(48, 2e-3, weight_decay=0.01, kl_warmup=0.05)}
-_SHORT = {"pair": Stage(30, 2e-3, weight_decay=0.01, kl_warmup=0.05)}
+# the model, then its guide alone: draws of a wider guide are worth more to importance sampling
+_GUIDE = Stage(2, 3e-4, objective="dreg", particles=8, guide_only=True, chosen=False)
+_FLOW = {"flow": Stage(12, 1e-3, prior=flow), "flow_guide": _GUIDE}
+_ONE = Row(
+    title="dynamic MNIST, one layer of 40, N(0, I)",
+    dataset="mnist",
+    observe="dynamic",
+    pair=residual,
+    stages={"pair": Stage(48, 2e-3, kl_warmup=0.05), "guide": _GUIDE},
+    published={"MLP, z = 50 (arXiv:1509.00519)": -86.76, "gated (arXiv:2004.04795)": -84.45},
+    must=-83.0,
+)
+_FASHION = _ONE._replace(
+    title="dynamic Fashion-MNIST, one layer of 40, N(0, I)",
+    dataset="fashion-mnist",
+    stages={"pair": Stage(30, 2e-3, kl_warmup=0.05), "guide": _GUIDE},
+    published={"gated (arXiv:2004.04795)": -228.70},
+    must=-228.0,
+)
 ROWS: Mapping[str, Row] = {
-    "1": Row(
-        title="dynamic MNIST, one layer of 40, N(0, I)",
-        dataset="mnist",
-        observe="dynamic",
-        pair=residual,
-        stages=_LONG,
-        published={"MLP, z = 50 (arXiv:1509.00519)": -86.76, "gated (arXiv:2004.04795)": -84.45},
-        must=-83.0,
-    ),
-    "2": Row(
-        title="the same by IWAE, k = 50",
-        dataset="mnist",
-        observe="dynamic",
-        pair=residual,
-        stages={**_LONG, "iwae": Stage(1, 5e-4, objective="dreg", particles=50)},
+    "1": _ONE,
+    "2": _ONE._replace(
+        title="row 1 by IWAE, k = 50",
+        stages={
+            **_ONE.stages,
+            "iwae": Stage(1, 2e-4, objective="dreg", particles=50, chosen=False),
+        },
         published={"IWAE (arXiv:1509.00519)": -84.78, "DReG (arXiv:1810.04152)": -84.32},
         must=-82.5,
     ),
-    "3": Row(
-        title="the same with a flow as prior",
-        dataset="mnist",
-        observe="dynamic",
-        pair=with_flow,
-        stages=_LONG,
+    "3": _ONE._replace(
+        title="row 1 with a flow as prior",
+        stages={"pair": _ONE.stages["pair"], **_FLOW},
         published={"VampPrior (arXiv:1705.07120)": -82.43, "exemplar (arXiv:2004.04795)": -82.09},
         must=-81.4,
     ),
-    "4": Row(
-        title="dynamic Fashion-MNIST, one layer of 40, N(0, I)",
-        dataset="fashion-mnist",
-        observe="dynamic",
-        pair=residual,
-        stages=_SHORT,
-        published={"gated (arXiv:2004.04795)": -228.70},
-        must=-228.0,
-    ),
-    "4-flow": Row(
-        title="the same with a flow as prior",
-        dataset="fashion-mnist",
-        observe="dynamic",
-        pair=with_flow,
-        stages=_SHORT,
+    "4": _FASHION,
+    "4-flow": _FASHION._replace(
+        title="row 4 with a flow as prior",
+        stages={"pair": _FASHION.stages["pair"], **_FLOW},
         published={"VampPrior (arXiv:2004.04795)": -227.35, "exemplar, same": -226.75},
         must=-226.7,
     ),
@@ -161,7 +164,7 @@ ROWS: Mapping[str, Row] = {
         dataset="mnist",
         observe="dynamic",
         pair=named(latent_dims=(40, 16), net="conv", guide="ladder", dropout=0.1),
-        stages={"pair": Stage(60, 2e-3, weight_decay=0.01, kl_warmup=0.1)},
+        stages={"pair": Stage(60, 2e-3, kl_warmup=0.1)},
         published={"HVAE, VampPrior (arXiv:1705.07120)": -81.24, "exemplar, conv": -79.67},
         must=-80.5,
     ),
@@ -170,11 +173,11 @@ ROWS: Mapping[str, Row] = {
         dataset="mnist",
         observe="dequantized",
         pair=named(latent_dim=20, likelihood="continuous_bernoulli"),
-        stages={"pair": Stage(5, 2e-3, kl_warmup=0.05)},
+        stages={"pair": Stage(5, 2e-3, weight_decay=0.0, kl_warmup=0.05, chosen=False)},
         published={"arXiv:1907.06845": 1470.0},
         must=1470.0,
         number="elbo",
-        selects=False,
+        all_train=True,
     ),
     "7": Row(
         title="grey MNIST, relaxed Bernoulli (not a likelihood), MLP of 400, z = 50",
@@ -188,11 +191,11 @@ ROWS: Mapping[str, Row] = {
             likelihood="grey_bernoulli",
             guide="normal_log_scale",
         ),
-        stages={"pair": Stage(100, 2e-3)},
+        stages={"pair": Stage(100, 2e-3, weight_decay=0.0, chosen=False)},
         published={"Pyro's tutorial": -101.3},
         must=-101.3,
         number="elbo",
-        selects=False,
+        all_train=True,
     ),
 }
 
@@ -205,22 +208,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     row = ROWS[name]
     study = start(args, f"likelihood-{name}", row.observe)
-    if not row.selects:
+    if row.all_train:
         study = with_validation_images(study)
+    if args.start_from:
+        study = with_stages_of(Path(args.start_from), row, study)
     vae = row.pair(study.dataset.mean_image)
     vae.to(study.device).to(memory_format=torch.channels_last)
-    trained = [
-        train(row, stage, vae, study.part(stage_name)).history
-        for stage_name, stage in row.stages.items()
-    ]
+    trained = {
+        name: train(stage, vae, part(study, name, stage)).history
+        for name, stage in row.stages.items()
+    }
     began = time.perf_counter()
     found = {
         "row": name,
         **{key: getattr(row, key) for key in ("title", "published", "must", "number")},
         "numbers": results.as_json(worth(row, vae, study)),
         "seed": args.seed,
-        "steps": [history[-1]["step"] for history in trained],
-        "training_minutes": sum(e["seconds"] for history in trained for e in history) / 60,
+        "steps": {stage: history[-1]["step"] for stage, history in trained.items()},
+        "training_minutes": sum(e["seconds"] for h in trained.values() for e in h) / 60,
         "evaluation_minutes": (time.perf_counter() - began) / 60,
         "processor": run.processor(study.device),
         "threads": torch.get_num_threads(),
@@ -243,6 +248,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.set_defaults(row=[], engine="captured")
     parser.add_argument("row", nargs="*", metavar="ROW", default=argparse.SUPPRESS, help=what)
     cli.option(parser, "--epochs", "of each stage (default: the row's)", cli.NATURAL, metavar="N")
+    what = "a run whose finished stages of the same name are not trained again"
+    cli.option(parser, "--start-from", what, metavar="RUN")
     cli.option(parser, "--num-samples", "draws k of log p(x)", cli.NATURAL, 500, "K")
     cli.option(parser, "--checkpoint-minutes", "minutes between checkpoints", float, 5.0, "M")
     args = cli.resumed(parser, argv)
@@ -265,20 +272,35 @@ def with_validation_images(study: Study) -> Study:
     return replace(study, data=replace(study.data, train=together))
 
 
-def train(row: Row, stage: Stage, vae: pvae.VAE, study: Study) -> Trainer:
+def with_stages_of(source: Path, row: Row, study: Study) -> Study:
+    """The study with those stages of the row that another run has finished, in copies."""
+    for name in row.stages:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, study.folder / name, dirs_exist_ok=True)
+    args = argparse.Namespace(**{**vars(study.args), "resume": str(study.folder)})
+    return replace(study, args=args)
+
+
+def part(study: Study, name: str, stage: Stage) -> Study:
+    """The study of one stage, with its arguments."""
+    epochs = study.args.epochs or stage.epochs
+    return study.part(name, num_epochs=epochs, batch_size=stage.batch_size, ema=stage.ema)
+
+
+def train(stage: Stage, vae: pvae.VAE, study: Study) -> Trainer:
     """One stage; `vae` is then the model that it chooses."""
-    args = study.args
-    args.num_epochs = args.epochs or stage.epochs
-    args.batch_size, args.ema = stage.batch_size, stage.ema
-    vae.model.requires_grad_(not stage.encoder_only)
-    groups = pvae.optim.decay_groups(vae.guide if stage.encoder_only else vae, stage.weight_decay)
+    if stage.prior is not None:
+        vae.model.prior = stage.prior().to(study.device)
+    vae.model.requires_grad_(not stage.guide_only)
+    trained = vae.guide if stage.guide_only else vae
+    groups = pvae.optim.decay_groups(trained, stage.weight_decay)
     adam = torch.optim.AdamW(groups, lr=stage.learning_rate, fused=True)
     optimizer = pvae.SingleOptimizer(adam, clip_norm=CLIP)
     elbo = OBJECTIVES[stage.objective].elbo(stage.particles)
     svi = engine(study)(vae.model, vae.guide, optimizer, elbo)
     schedule = Schedule(kl_warmup=stage.kl_warmup, lr_warmup=0.02)
     trainer = fit(study, vae, svi, schedule=schedule)
-    if row.selects:
+    if stage.chosen:
         trainer.restore_best()
     else:
         last = study.folder / "last.pt"

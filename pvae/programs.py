@@ -124,16 +124,17 @@ class Program(nn.Module):
         store = pyro.get_param_store()
         known = dict(store.named_parameters())
         for path, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                continue  # frozen on purpose, of which pyro.module would warn
             name = f"{self._unique_name}$$${path}"  # pyro.module's own naming
-            if not parameter.requires_grad or known.get(name) is parameter:
-                continue
             # New here, or replaced since (load_state_dict with assign=True): the store is to hold
             # the very parameter. pyro.param would keep the one it knows, or a contiguous copy of
             # a channels_last one, and train that while the module stays as it is.
-            if name in known:
-                _forget(name)
-            store.set_state(_entry(name, parameter))
-        pyro.module(self._unique_name, self)
+            if known.get(name) is not parameter:
+                if name in known:
+                    _forget(name)
+                store.set_state(_entry(name, parameter))
+            pyro.param(name, parameter)
 
 
 def optional(y: Tensor | None) -> tuple[Tensor, ...]:

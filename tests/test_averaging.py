@@ -19,6 +19,7 @@ from pvae.averaging import Average
 from pvae.data import observe
 from pvae.optim import decay_groups
 from pvae.stopping import Stopped
+from pvae.study import start
 from pvae.untrusted import read_json
 
 
@@ -188,6 +189,47 @@ def test_every_row_of_the_tables_builds_its_pair():
         vae = row.pair(torch.full((1, 28, 28), 0.1))
         assert vae.sample(2).shape == (2, 1, 28, 28)
         assert row.number in ("log_evidence", "elbo")
+
+
+def test_stages_follow_one_another_and_are_taken_over(tmp_path, monkeypatch):
+    def pair(mean_image):
+        made = pvae.build(tuple(mean_image.shape), likelihood.LATENT, "mlp", hidden=8)
+        return pvae.VAE(made.model, made.guide)  # no names: its prior is not to stay
+
+    first = likelihood.Stage(1, 1e-3)
+    row = likelihood.ROWS["1"]._replace(
+        pair=pair,
+        stages={
+            "pair": first,
+            "flow": first._replace(prior=likelihood.flow),
+            "guide": first._replace(objective="dreg", particles=2, guide_only=True, chosen=False),
+        },
+    )
+    monkeypatch.setitem(likelihood.ROWS, "1", row)
+
+    def trained(folder, *more):
+        args = likelihood.arguments(
+            ["1", "--dataset", "digits", "--quiet", "--out", str(folder), *more]
+        )
+        args.engine = "eager"
+        study = start(args, "row", row.observe)
+        if args.start_from:
+            study = likelihood.with_stages_of(Path(args.start_from), row, study)
+        vae, states = row.pair(study.dataset.mean_image), []
+        for name, stage in row.stages.items():
+            likelihood.train(stage, vae, likelihood.part(study, name, stage))
+            states.append({name: t.clone() for name, t in vae.state_dict().items()})
+        return states
+
+    plain, flow, guide = trained(tmp_path / "a")
+    assert not any("model.prior" in name for name in plain)
+    assert any("model.prior" in name for name in flow)
+    for name, tensor in guide.items():
+        assert torch.equal(tensor, flow[name]) == name.startswith("model."), name
+    again = trained(tmp_path / "b", "--start-from", str(tmp_path / "a"))
+    assert all(torch.equal(t, guide[name]) for name, t in again[-1].items())
+    metrics = [(tmp_path / run / "guide" / "metrics.csv").read_text() for run in "ab"]
+    assert metrics[0] == metrics[1]  # its time, too: no epoch was trained again
 
 
 def test_the_page_shows_the_table_of_the_runs():
