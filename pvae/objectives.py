@@ -289,13 +289,19 @@ def _log_mean_exp(v: Tensor) -> Tensor:
     return v.logsumexp(0) - math.log(len(v))
 
 
-def _without_side_effects(program: Fn) -> Fn:
-    """The program on copies of its buffers: a second run in one step must not move BatchNorm's
-    statistics a second time."""
-    if not isinstance(program, torch.nn.Module):
-        return program
-    buffers = {name: buffer.clone() for name, buffer in program.named_buffers()}
-    return lambda *args, **kwargs: torch.func.functional_call(program, buffers, args, kwargs)
+class _Leaves(Messenger):
+    """Lets a guide go on from each draw as from a leaf of autograd, and keeps the draw itself: a
+    function of the guide's parameters and of the leaves that were drawn before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: dict[str, Tensor] = {}
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        if msg["is_observed"] or site_is_subsample(msg) or not msg["fn"].has_rsample:
+            return
+        self.drawn[msg["name"]] = msg["value"]
+        msg["value"] = msg["value"].detach().requires_grad_()
 
 
 class DReG(Renyi):
@@ -323,40 +329,40 @@ class DReG(Renyi):
         super().__init__(0, num_particles, **_VECTORIZED)
 
     def differentiable_loss(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> Tensor:
-        again = _without_side_effects(guide)
-        model, guide, again = map(self._vectorized_num_particles, (model, guide, again))
-        drawn: Trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        _require_reparameterized(drawn, "the doubly-reparameterized gradient")
-        # the draws once more as leaves: what is differentiated by z goes no further, so that
-        # neither the guide's parameters in log q nor one layer's draw through another's are counted
-        leaves = drawn.copy()
-        names = latent_names(drawn)
-        for name in names:
-            z = drawn.nodes[name]["value"].detach().requires_grad_()
-            leaves.nodes[name] = {**drawn.nodes[name], "value": z}
-        log_p = self._replayed(model, leaves, args, kwargs)  # (K, B)
-        log_q = self._replayed(again, leaves, args, kwargs)
-        log_weights = log_p - log_q
+        model, guide = map(self._vectorized_num_particles, (model, guide))
+        # the guide runs once: where it has dropout, log q is that of the draw's own mask
+        with _Leaves() as leaves:
+            guide_trace: Trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        _require_reparameterized(guide_trace, "the doubly-reparameterized gradient")
+        replayed = poutine.replay(model, trace=guide_trace)
+        model_trace: Trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+        model_trace.compute_log_prob()
+        guide_trace.compute_log_prob()
+        log_p = _log_density(model_trace)  # (K, B)
+        log_weights = log_p - _log_density(guide_trace)
         if self.num_particles == 1:
             log_weights, log_p = log_weights[None], log_p[None]
         v = log_weights.detach().softmax(0)
         bound = _log_mean_exp(log_weights.detach()).sum()
 
+        z = {name: guide_trace.nodes[name]["value"] for name in leaves.drawn}  # each (K, B, D)
+        by_z = torch.autograd.grad((v * log_weights).sum(), list(z.values()), retain_graph=True)
+        gradients = {
+            name: v.reshape(*leaf.shape[:-1], 1) * gradient
+            for (name, leaf), gradient in zip(z.items(), by_z, strict=True)
+        }
         surrogate = (v * log_p).sum()
-        values = [leaves.nodes[name]["value"] for name in names]
-        by_z = torch.autograd.grad((v * log_weights).sum(), values, retain_graph=True)
-        for name, gradient in zip(names, by_z, strict=True):
-            z = drawn.nodes[name]["value"]  # (K, B, D), a function of the guide's parameters
-            weight = v.reshape(*z.shape[: z.dim() - 1], 1)
-            surrogate = surrogate + (weight * gradient * z).sum()
+        for name in reversed(leaves.drawn):  # from the last layer drawn to the first
+            draw, gradient = leaves.drawn[name], gradients.pop(name)
+            surrogate = surrogate + (gradient * draw).sum()
+            if gradients:  # the draw moves with the layers drawn before it, too
+                before = [z[other] for other in gradients]
+                parts = torch.autograd.grad(
+                    draw, before, gradient, retain_graph=True, materialize_grads=True
+                )
+                for other, part in zip(gradients, parts, strict=True):
+                    gradients[other] = gradients[other] + part
         return -(bound + surrogate - surrogate.detach())
-
-    def _replayed(self, program: Fn, trace: Trace, args: Any, kwargs: Any) -> Tensor:
-        again: Trace = poutine.trace(poutine.replay(program, trace=trace)).get_trace(
-            *args, **kwargs
-        )
-        again.compute_log_prob()
-        return _log_density(again)
 
     def loss_and_grads(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> float:
         loss = self.differentiable_loss(model, guide, *args, **kwargs)

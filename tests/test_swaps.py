@@ -340,8 +340,10 @@ def test_dreg_is_the_iwae_gradient_in_expectation_and_less_noisy(dims):
     assert dreg.var(0).sum() < 0.7 * iwae.var(0).sum()
 
 
-def test_dreg_has_the_models_gradient_of_iwae_and_its_value():
-    vae = build((1, 8, 8), 3, "mlp", hidden=8).double()
+@pytest.mark.parametrize("dropout", [None, 0.3])
+def test_dreg_has_the_models_gradient_of_iwae_and_its_value(dropout):
+    """Also where the guide has noise of its own, of which a draw and its density share one."""
+    vae = build((1, 8, 8), 3, "mlp", hidden=8, dropout=dropout).double()
     iwae = Renyi(0, 5, vectorize_particles=True, max_plate_nesting=1)
     one = loss_and_gradients(vae, lambda: iwae.loss_and_grads(vae.model, vae.guide, X))
     two = loss_and_gradients(vae, lambda: DReG(5).loss_and_grads(vae.model, vae.guide, X))
