@@ -117,8 +117,8 @@ def flow() -> nn.Module:
 
 
 # the model, then its guide alone: draws of a wider guide are worth more to importance sampling
-_GUIDE = Stage(2, 3e-4, objective="dreg", particles=8, guide_only=True, chosen=False)
-_FLOW = {"flow": Stage(12, 1e-3, prior=flow), "flow_guide": _GUIDE}
+_GUIDE = Stage(2, 5e-4, batch_size=64, objective="dreg", particles=8, guide_only=True, chosen=False)
+_FLOW = {"flow": Stage(8, 1e-3, prior=flow), "flow_guide": _GUIDE}
 _ONE = Row(
     title="dynamic MNIST, one layer of 40, N(0, I)",
     dataset="mnist",

@@ -47,7 +47,7 @@ def _number(kind: type, low: float, *, strict: bool = False, high: float = math.
             value = math.nan
         if not (low < value if strict else low <= value) or not value < high:
             bound = f"{'above' if strict else 'at least'} {low:g}"
-            bound += f" and below {high:g}" if high < math.inf else ""
+            bound += f" and below {high:,}" if high < math.inf else ""
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound}")
         return value
