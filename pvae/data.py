@@ -256,7 +256,7 @@ def chunks(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     [100, 79]
     """
     _check_at_least(1, size=size)
-    rows = torch.arange(len(split.images), device=split.images.device).split(size)
+    rows = streaming.consecutive(len(split.images), size, split.images.device)
     ys = repeat(None) if split.y is None else split.y.split(size)
     return zip(map(pixels, streaming.gathered(split.images, rows)), ys, strict=False)
 
@@ -354,18 +354,17 @@ class Observed:
         """This process's part of each batch of indices."""
         images, y, redraw = self.train.images, self.train.y, self.redraw
         blank = torch.zeros((), dtype=images.dtype, device=images.device)
-        parts = [batch[processes.part(len(batch))] for batch in batches[skip:]]
+        mine = (batch[processes.part(len(batch))] for batch in batches[skip:])
         if redraw is not None:
             for batch in batches[:skip]:  # as if they had been seen
                 redraw(blank.expand(len(batch), *images.shape[1:]), generator)
-        found = streaming.gathered(images, parts)
-        for batch, mine, x in zip(batches[skip:], parts, found, strict=True):
+        for batch, x in zip(batches[skip:], streaming.gathered(images, mine), strict=True):
+            part = processes.part(len(batch))
             if redraw is not None:  # all of the batch, so that any number draws the same pixels
-                part = processes.part(len(batch))
                 whole = blank.repeat(len(batch), *images.shape[1:])
                 whole[part] = x
                 x = redraw(whole, generator)[part]
-            yield pixels(x), None if y is None else y.index_select(0, mine)
+            yield pixels(x), None if y is None else y.index_select(0, batch[part])
 
 
 def _mean(images: Tensor) -> Tensor:

@@ -545,20 +545,23 @@ def _overlap(parts: Sequence[Part], names: Sequence[str], source: Path) -> str:
         ValueError: a whole split is another one.
     """
     seen = [
-        [
-            hashlib.md5(x.numpy().data, usedforsecurity=False).digest()
-            for piece in streaming.pieces(images)
-            for x in piece
-        ]
+        np.fromiter(
+            (
+                hashlib.md5(x.numpy().data, usedforsecurity=False).digest()
+                for piece in streaming.pieces(images)
+                for x in piece
+            ),
+            "S16",
+        )
         for images, _ in parts
     ]
     notes = []
     for (first, a), (second, b) in combinations(zip(names, seen, strict=True), 2):
-        if sorted(a) == sorted(b):
+        if np.array_equal(np.sort(a), np.sort(b)):
             raise ValueError(
                 f"{source}: its splits must differ, but {second} holds the very data of {first}"
             )
-        if both := sum(map(set(a).__contains__, b)):
+        if both := np.isin(b, a).sum():
             notes.append(f"{both:,} of the {len(b):,} data of {second} are in {first} too")
     return f"{source.name}: {', '.join(notes)}" if notes else ""
 

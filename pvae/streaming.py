@@ -58,7 +58,7 @@ class Streamed(Tensor):
     """
 
     source: Source
-    rows: Tensor  # (N,) int64: those of the source
+    rows: Tensor  # (N,): those of the source; int32 where that is enough
     workers: int  # processes that read ahead
     change: Callable[[Tensor], Tensor]  # of the images, one by one, after they are read
     total: Tensor | None  # the sum over all images, once they have been walked through
@@ -76,9 +76,9 @@ class Streamed(Tensor):
         """All images, a few at a time."""
         count = max(1, _PIECE // (self[:1].numel() * self.element_size()))
         total = torch.zeros((), dtype=torch.float64 if self.is_floating_point() else torch.int64)
-        indices = torch.arange(len(self)).split(count)
+        indices = consecutive(len(self), count)
         # workers are not started for a few images
-        found = map(self.batch, indices) if len(indices) == 1 else self.batches(indices)
+        found = map(self.batch, indices) if len(self) <= count else self.batches(indices)
         for piece in found:
             total = total + piece.sum(0, dtype=total.dtype).cpu()
             yield piece
@@ -115,7 +115,8 @@ def stream(source: Source, workers: int = 0) -> Streamed:
     >>> stream(Items([torch.zeros(1, 2, 2)]))
     Streamed((1, 1, 2, 2), torch.float32)
     """
-    rows = torch.arange(source.shape[0])
+    count = source.shape[0]
+    rows = torch.arange(count, dtype=torch.int32 if count < 2**31 else torch.int64)
     return _streamed(source, rows, workers, source.dtype, torch.device("cpu"), _same)
 
 
@@ -124,9 +125,18 @@ def of_items(items: Any, name: str, workers: int) -> tuple[Streamed, Tensor | No
     source = Items(items, name)
     if not source.labelled:
         return stream(source, workers), None
-    rows = torch.arange(len(items)).split(_AT_ONCE)
-    labels = _loaded(source.read_labels, rows, workers)
+    labels = _loaded(source.read_labels, consecutive(len(items), _AT_ONCE), workers)
     return stream(source, workers), torch.cat(list(labels))
+
+
+def consecutive(count: int, size: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+    """The indices `0, ..., count - 1`, at most `size` at a time; never all of them at once.
+
+    >>> [index.tolist() for index in consecutive(5, 3)]
+    [[0, 1, 2], [3, 4]]
+    """
+    for first in range(0, count, size):
+        yield torch.arange(first, min(first + size, count), device=device)
 
 
 def gathered(images: Tensor, indices: Iterable[Tensor]) -> Iterator[Tensor]:

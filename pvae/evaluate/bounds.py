@@ -191,8 +191,8 @@ def over(
     >>> over(split, lambda x, y: x.sum((1, 2, 3)), batch_size=2, seed=0).shape
     torch.Size([5])
     """
-    results = []
-    total = math.ceil(len(split.images) / batch_size)
+    count, done = len(split.images), 0
+    total = math.ceil(count / batch_size)
     with fixed_noise(split.images.device, seed):
         # disable=None: no bar where the output is not a terminal
         bar = tqdm(
@@ -203,7 +203,11 @@ def over(
             disable=None if title else True,
         )
         for x, y in bar:
-            results.append(function(x, y))
-    if isinstance(results[0], Tensor):
-        return torch.cat(results)
-    return type(results[0])(*(torch.cat(parts) for parts in zip(*results, strict=True)))
+            found = function(x, y)
+            parts = (found,) if isinstance(found, Tensor) else found
+            if not done:  # small tensors kept between big ones that are freed would break up memory
+                results = [part.new_empty(count, *part.shape[1:]) for part in parts]
+            for result, part in zip(results, parts, strict=True):
+                result[done : done + len(x)] = part
+            done += len(x)
+    return results[0] if isinstance(found, Tensor) else type(found)(*results)
