@@ -36,6 +36,7 @@ _PAIRS = 1000  # at least so many differences for (b)
 FORMULAS = "the hand-written loss"
 DENSITIES = "the pair's own densities"
 NOTHING = "nothing: this objective has no loss by hand"
+SHARED = "nothing: what is drawn once for all images has no loss by hand"
 
 
 # ---- the loss of each ELBO by hand, from the terms `(particles, B)`, summed over images ----
@@ -147,10 +148,12 @@ class _Draws(Messenger):
     def __init__(self) -> None:
         super().__init__()
         self.values: dict[str, list[Tensor]] = {}
+        self.shared = False  # whether one was outside the data plate
 
     def _pyro_post_sample(self, msg: Message) -> None:
         if msg["is_observed"] or site_is_subsample(msg):
             return
+        self.shared |= not objectives.in_data_plate(msg)
         values = self.values.setdefault(msg["name"], [])
         # the model replays the guide's draw: the same tensor passes a second time
         if not any(msg["value"] is value for value in values):
@@ -181,6 +184,8 @@ def cross_check(
                 loss = svi.evaluate_loss(x, *optional(y))
         except NotImplementedError:  # an ELBO that has gradients only
             return Check(None, None, NOTHING)
+        if draws.shared:
+            return Check(None, None, SHARED)
         terms = vae.terms(x, draws.stacked(), y)
         relative, against = None, NOTHING
         loss_by_hand = by_hand(svi, len(draws.values))

@@ -137,6 +137,11 @@ _VECTORIZED: dict[str, Any] = {"vectorize_particles": True, "max_plate_nesting":
 # ---- what the objectives below read from Pyro's traces ----
 
 
+def in_data_plate(site: Message) -> bool:
+    """Whether a site is per image: in the plate of the last batch dimension."""
+    return any(frame.dim == -1 for frame in site["cond_indep_stack"])
+
+
 def latent_names(trace: Trace) -> list[str]:
     """The unobserved sample sites; a plate is a site too, but no latent."""
     return [n for n in trace.stochastic_nodes if not site_is_subsample(trace.nodes[n])]
@@ -153,12 +158,11 @@ def _log_density(trace: Trace) -> Tensor:
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or site_is_subsample(site):
             continue
-        frames = site["cond_indep_stack"]
-        if not any(frame.dim == -1 for frame in frames):
+        if not in_data_plate(site):
             raise ValueError(
                 f"site {name!r} lies outside the data plate (dim -1): no bound of it is per image"
             )
-        if any(frame.full_size not in (None, frame.size) for frame in frames):
+        if any(f.full_size not in (None, f.size) for f in site["cond_indep_stack"]):
             raise ValueError(
                 f"site {name!r} lies in a subsampled plate: give the plate the batch's size"
             )

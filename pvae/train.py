@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer import SVI
-from pyro.poutine.util import site_is_subsample
+from pyro.infer import SVI, RenyiELBO
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
@@ -25,7 +24,8 @@ from pvae.averaging import Average
 from pvae.crosscheck import STANDARD_ERRORS, TOLERANCE, Check, by_hand, cross_check, objective_of
 from pvae.data import Observed, pixels
 from pvae.files import write_atomically
-from pvae.objectives import temper
+from pvae.kinds import Fn
+from pvae.objectives import in_data_plate, latent_names, part_of_batch, temper
 from pvae.optim import NotFinite, SingleOptimizer
 from pvae.programs import HierarchicalGuide, evaluating, optional
 from pvae.results import Subject, collapse
@@ -70,6 +70,11 @@ class Trainer:
     the first one writes, prints and calls `on_epoch`. The noise of each is drawn from the seed, its
     rank and the step.
 
+    Latents outside the data plate, such as Bayesian weights, are drawn once for all images: their
+    KL counts once in an epoch, so each part of a batch bears its share of it, and the objective is
+    the bound on the whole training set by image. Each part draws them anew; the sum over parts is
+    unbiased all the same. Such a pair is validated at one draw of them, without their KL.
+
     Args:
         vae: the pair.
         svi: `pyro.infer.SVI` or `pvae.captured.SVI` over `vae.model` and `vae.guide`, with a
@@ -97,8 +102,8 @@ class Trainer:
             parameters, data outside the likelihood's support or without the `y` that the pair
             takes, or a last batch of one image where the pair has BatchNorm. Of batches in parts
             also: a `batch_size` that they do not divide, a loss that is not a sum over images (the
-            ELBO says so by `sums_over_images = False`), BatchNorm, a site outside the data plate,
-            a split with fewer images than processes.
+            ELBO says so by `sums_over_images = False`), BatchNorm, an observed site outside the
+            data plate, a split with fewer images than processes.
 
     >>> import pyro, pvae
     >>> from pyro.infer import Trace_ELBO
@@ -169,8 +174,7 @@ class Trainer:
         with self._explained(*self._checked):
             parts = (data.train.images, data.validation.images, data.test.images)
             self.vae.check(*self._checked, [x for x in parts if x.is_floating_point()])
-            if self.parts > 1:
-                _check_sites(vae, *self._checked)
+            self._shared = _shared_latents(svi, vae, *self._checked, self.parts)
         self._against = self._cross_check(1.0).against  # refused before the run, not after it
 
     # ---- the loop ----
@@ -249,7 +253,7 @@ class Trainer:
         start = time.perf_counter()
         bar.set_description(f"epoch {self.epoch + 1}/{self.epochs}")
         objective = self._train(bar)
-        with self.averaged():
+        with self.averaged(), evaluating(self.vae):
             row = {
                 "epoch": self.epoch + 1,
                 "step": self.step,
@@ -316,7 +320,7 @@ class Trainer:
             len(part): (part, its_y) for part, its_y in [*self._parts(x, y), *self._parts(*rest)]
         }
         for part, its_y in sizes.values():
-            with self._around_a_step(x.device.type), self._explained(part, its_y):
+            with self._around_a_step(part), self._explained(part, its_y):
                 self.svi.prepare(part, its_y)
 
     @property
@@ -357,13 +361,29 @@ class Trainer:
 
     def _launch(self, x: Tensor, y: Tensor | None) -> float | Tensor:
         launch = self.svi.launch if isinstance(self.svi, captured.SVI) else self.svi.step
-        with self._around_a_step(x.device.type):
+        with self._around_a_step(x):
             return launch(x, y)
 
     @contextlib.contextmanager
-    def _around_a_step(self, device: str) -> Iterator[None]:
-        with temper(self._beta(self.step)), self._precisely(device):
+    def _around_a_step(self, x: Tensor) -> Iterator[None]:
+        with temper(self._beta(self.step)), self._by_image(x), self._precisely(x.device.type):
             yield
+
+    def _by_image(self, x: Tensor) -> contextlib.AbstractContextManager[Any]:
+        """Latents of all images weigh as much as `x` is of the training set."""
+        if not self._shared:
+            return contextlib.nullcontext()
+        return part_of_batch(len(x) / len(self.data.train.images))
+
+    def _at_one_draw(self, x: Tensor, y: Tensor | None) -> tuple[Fn, Fn]:
+        """Model and guide, in which latents of all images are fixed at a draw."""
+        pair = self.vae.model, self.vae.guide
+        if not self._shared:
+            return pair
+        drawn = poutine.trace(self.vae.guide).get_trace(x, y)
+        fixed = {name: drawn.nodes[name]["value"] for name in self._shared}
+        model, guide = (poutine.block(poutine.condition(p, fixed), hide=[*fixed]) for p in pair)
+        return model, guide
 
     def _count(self, loss: float | Tensor | None, images: int) -> None:
         """Adds a batch to the epoch's objective, but for one that was left out."""
@@ -423,23 +443,25 @@ class Trainer:
         """The means of the ELBO at beta = 1 and its terms, with fixed noise."""
 
         def bound(x: Tensor, y: Tensor | None) -> evaluate.Bound:
-            with self._explained(x, y):
-                return evaluate.elbo(self.vae.model, self.vae.guide, x, y)
+            with self._explained(x, y), self._by_image(x):
+                return evaluate.elbo(*self._at_one_draw(x, y), x, y)
 
         subject = Subject(self.vae, self.data, self.seed, quiet=True)
-        means = subject.over(self.data.validation, bound, 500)
+        size = min(500, len(self.data.train.images))  # no larger than a plate of all of them
+        means = subject.over(self.data.validation, bound, size)
         return {f"validation_{name}": t.mean().item() for name, t in means._asdict().items()}
 
     def _active_units(self) -> dict[str, int]:
         """How many units are active, of one layer of latents."""
         if isinstance(self.vae.guide, HierarchicalGuide):
             return {}
-        codes = evaluate.over(
-            self.data.validation.first(_CODED),
-            lambda x, y: evaluate.posterior_means(self.vae.guide, x, self.vae.given(y)),
-            batch_size=500,
-            seed=self.seed,
-        )
+
+        def means(x: Tensor, y: Tensor | None) -> Tensor:
+            y = self.vae.given(y)
+            return evaluate.posterior_means(self._at_one_draw(x, y)[1], x, y)
+
+        first = self.data.validation.first(_CODED)
+        codes = evaluate.over(first, means, batch_size=500, seed=self.seed)
         self._units = codes.shape[1]
         return {"active_units": evaluate.active_units(codes)}
 
@@ -725,20 +747,24 @@ def _check_parts(svi: SVI, vae: VAE, data: Observed, batch_size: int, parts: int
         raise ValueError("on_nan must be stop with several processes: one cannot skip alone")
 
 
-def _check_sites(vae: VAE, x: Tensor, y: Tensor | None) -> None:
-    """Whether each site is per image: any other would be counted once in each part of a batch."""
+def _shared_latents(svi: SVI, vae: VAE, x: Tensor, y: Tensor | None, parts: int) -> list[str]:
+    """The latents outside the data plate, which are drawn once for all images."""
     with evaluating(vae), evaluate.fixed_noise(x.device, 0):
         drawn = poutine.trace(vae.guide).get_trace(x, *optional(y))
         model = poutine.trace(poutine.replay(vae.model, trace=drawn)).get_trace(x, *optional(y))
-    for name, site in [*drawn.nodes.items(), *model.nodes.items()]:
-        if site["type"] != "sample" or site_is_subsample(site):
-            continue
-        if not any(frame.dim == -1 for frame in site["cond_indep_stack"]):
+    shared = [name for name in latent_names(drawn) if not in_data_plate(drawn.nodes[name])]
+    if shared and isinstance(getattr(svi.loss, "__self__", None), RenyiELBO):
+        raise ValueError(
+            f"vae must have all latents in the data plate under a bound per image: {shared[0]!r} "
+            "is outside of it; train it by Trace_ELBO"
+        )
+    for name in model.observation_nodes:
+        if parts > 1 and not in_data_plate(model.nodes[name]):
             raise ValueError(
-                f"vae must have all sites in the data plate where batches are taken in parts: "
-                f"{name!r}, outside of it, would be counted once in each part, and has no bound by "
-                "image; in a loop of your own, pvae.part_of_batch counts it once"
+                "vae must have all observed sites in the data plate where batches are taken in "
+                f"parts: {name!r}, outside of it, may be of the whole batch"
             )
+    return shared
 
 
 def _has_batchnorm(vae: VAE) -> bool:

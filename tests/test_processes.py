@@ -21,7 +21,13 @@ import pytest
 import torch
 from conftest import example, tiny
 from pyro.distributions import Independent, Normal
-from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO, TraceTailAdaptive_ELBO
+from pyro.infer import (
+    SVI,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
+)
 from torch import Tensor, nn
 
 import pvae
@@ -248,6 +254,57 @@ def test_weights_for_all_images_count_once(run, engine):
     for found in run(2, bayesian, engine):
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+class Scaled(pvae.Model):
+    """A Bayesian weight for all images, by which their latents are scaled; with a plate of all
+    training images, of which a batch is a subsample, or of the batch alone."""
+
+    images: int | None = None
+
+    def forward(self, x: Any = None, y: Any = None, *, size: int = 1) -> Any:
+        self.register()
+        w = pyro.sample("w", Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", self.images or len(x), subsample=x if self.images else None):
+            return pyro.sample("x", self.likelihood(w * pyro.sample("z", self.prior())), obs=x)
+
+
+class Scaling(pvae.Guide):
+    images: int | None = None
+
+    def __init__(self, posterior: nn.Module) -> None:
+        super().__init__(posterior)
+        self.loc = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, x: Any = None, y: Any = None, **of_others: Any) -> Any:
+        self.register()
+        pyro.sample("w", Same(self.loc, 0.1))
+        with pyro.plate("data", self.images or len(x), subsample=x if self.images else None):
+            return pyro.sample("z", self.posterior(x))
+
+
+def with_weight(images: int | None = None) -> pvae.VAE:
+    vae = pair("mlp", torch.float64)
+    model = Scaled(vae.model.prior, vae.model.likelihood)
+    guide = Scaling(vae.guide.posterior)
+    model.images = guide.images = images
+    return pvae.VAE(model, guide)
+
+
+def weighted(engine: str, accumulate: int, images: int | None) -> Any:
+    return trained(engine=engine, vae=with_weight(images), accumulate=accumulate)
+
+
+@pytest.mark.parametrize(("engine", "images"), [("eager", IMAGES), ("captured", None)])
+def test_the_trainer_counts_a_weight_for_all_images_once(run, engine, images):
+    """In parts and in processes, at the same draw of the weight."""
+    expected = weighted("eager", 1, None)
+    (loc,) = (p for p in expected[0] if not p.dim())
+    assert (loc - 1).abs() > 1e-3  # it was trained
+    assert_same(weighted(engine, 3, images), expected, 1e-10)
+    for found in run(2, weighted, engine, 2, images):
+        assert_same(found, expected, 1e-10)
+        assert found[2] == engine
 
 
 # ---- data and noise ----
@@ -534,27 +591,21 @@ def test_batchnorm_is_refused():
         in_parts(vae, Trace_ELBO())
 
 
-class WithWeight(pvae.Model):
-    """A Bayesian weight for all images."""
+def test_a_bound_per_image_of_a_weight_for_all_images_is_refused():
+    with pytest.raises(ValueError, match="under a bound per image: 'w' is outside of it"):
+        in_parts(with_weight().float(), RenyiELBO(num_particles=2))
 
-    def forward(self, x: Tensor | None = None, y: Any = None, *, size: int = 1) -> Any:
-        pyro.sample("w", Normal(torch.zeros(()), torch.ones(())))
+
+class WithFactor(pvae.Model):
+    """A term of the whole batch."""
+
+    def forward(self, x: Any = None, y: Any = None, *, size: int = 1) -> Any:
+        pyro.factor("of_the_batch", torch.zeros(()))
         return super().forward(x, y, size=size)
 
 
-class WeightToo(pvae.Guide):
-    def forward(self, x: Tensor, y: Any = None) -> Any:
-        pyro.sample("w", Normal(torch.zeros(()), torch.ones(())))
-        return super().forward(x, y)
-
-
-def test_a_site_outside_the_data_plate_is_refused():
-    """A loss by hand is not what this test is about: none is known of this ELBO."""
+def test_an_observed_site_outside_the_data_plate_is_refused():
     vae = tiny(net="mlp")
-    model = WithWeight(vae.model.prior, vae.model.likelihood)
-
-    class Sum(Trace_ELBO):
-        sums_over_images = True
-
-    with pytest.raises(ValueError, match=r"all sites in the data plate.*'w', outside of it"):
-        in_parts(pvae.VAE(model, WeightToo(vae.guide.posterior)), Sum())
+    vae.model = WithFactor(vae.model.prior, vae.model.likelihood)
+    with pytest.raises(ValueError, match="'of_the_batch', outside of it, may be of the whole"):
+        in_parts(vae, Trace_ELBO())
