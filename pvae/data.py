@@ -609,23 +609,30 @@ def _dataset(name: str, splits: Iterable[Split], note: str = "") -> Dataset:
 
 def from_torch(
     name: str,
-    *parts: torch.utils.data.Dataset[Any],
+    *parts: torch.utils.data.Dataset[Any] | torch.utils.data.DataLoader[Any],
     seed: int = 0,
-    workers: int = 0,
+    workers: int | None = None,
+    stream: bool = False,
 ) -> Dataset:
-    """Data sets of torch as a `Dataset` whose images are streamed: those for training, validation
-    and test, or one that is split 80/10/10 at random by `seed`.
+    """Data sets or loaders of torch as a `Dataset`: those for training, validation and test, or one
+    that is split 80/10/10 at random by `seed`.
 
     Each is map-style, as torchvision's are; an item is an image `(C, H, W)`, uint8 or float32 in
-    [0, 1], or a pair of one and an integer label, and is the same whenever it is asked for. All
-    items are read once or twice here, for the labels and the SHA-256; `workers` processes read
-    ahead. Raises ValueError for another number of parts, and for items of another kind.
+    [0, 1], or data of any other shape, float32; or a pair of one and an integer label. It is the
+    same whenever it is asked for. All items are read here, for the labels and the SHA-256; then
+    they are in memory, or, with `stream` and where they would take more than a quarter of the
+    machine's memory, are read again when they are needed. `workers` processes read ahead (None: as
+    many as a loader has, else none). Of a loader the data set is taken; order and size of the
+    batches are the Trainer's. Raises ValueError for another number of parts, for items of another
+    kind, and for a loader with a sampler, batch_sampler, collate_fn or worker_init_fn of its own.
 
     >>> items = [(torch.zeros(1, 4, 4, dtype=torch.uint8), i % 3) for i in range(20)]
     >>> from_torch("mine", items).num_classes
     3
     """
-    splits = [Split(*streaming.of_items(items, name, workers)) for items in parts]
+    found = [streaming.of_items(part, name, workers) for part in parts]
+    keep = not stream and all(images.fits() for images, _ in found)
+    splits = [Split(images.read() if keep else images, labels) for images, labels in found]
     if len(splits) == 1:
         return _split_at_random(name, splits[0], seed, _TENTHS)
     if len(splits) != 3:

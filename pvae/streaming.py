@@ -20,7 +20,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset as TorchDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset as TorchDataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
 
 _MAPPED = 128  # rows that are read before their pages are dropped: the system maps 64 KiB for each
 _AT_ONCE = 256  # items that are read for their labels
@@ -65,12 +72,17 @@ class Streamed(Tensor):
 
     def read(self) -> Tensor:
         """All images."""
-        if (size := self.numel() * self.element_size()) > bound():
+        if not self.fits():
+            size = self.numel() * self.element_size() / 1e9
             raise ValueError(
-                f"this needs {len(self):,} images in memory ({size / 1e9:.1f} GB), more than a "
+                f"this needs {len(self):,} images in memory ({size:.1f} GB), more than a "
                 "quarter of the machine's, and they are streamed: take fewer of them"
             )
         return torch.cat(list(self.pieces()))
+
+    def fits(self) -> bool:
+        """Whether all images take at most a quarter of the machine's memory."""
+        return self.numel() * self.element_size() <= bound()
 
     def pieces(self) -> Iterator[Tensor]:
         """All images, a few at a time."""
@@ -120,8 +132,12 @@ def stream(source: Source, workers: int = 0) -> Streamed:
     return _streamed(source, rows, workers, source.dtype, torch.device("cpu"), _same)
 
 
-def of_items(items: Any, name: str, workers: int) -> tuple[Streamed, Tensor | None]:
-    """The images of a data set of torch, streamed, and its labels, which are read at once."""
+def of_items(given: Any, name: str, workers: int | None) -> tuple[Streamed, Tensor | None]:
+    """The images of a data set or loader of torch, streamed, and its labels, which are read at
+    once; `workers` None means those of the loader."""
+    if isinstance(given, DataLoader):
+        workers, given = given.num_workers if workers is None else workers, _items_of(given, name)
+    items, workers = given, workers or 0
     source = Items(items, name)
     if not source.labelled:
         return stream(source, workers), None
@@ -307,6 +323,26 @@ class Items:
                 "transform, such as torchvision.transforms.v2.PILToTensor()"
             )
         return image
+
+
+def _items_of(loader: Any, name: str) -> Any:
+    """The data set of a loader that has nothing of its own which would be lost."""
+    sampler, every = loader.sampler, isinstance(loader.dataset, IterableDataset)
+    in_some_order = type(sampler) in (SequentialSampler, RandomSampler)
+    each_once = in_some_order and not getattr(sampler, "replacement", False)
+    for what, own in (
+        ("sampler", not every and not (each_once and len(sampler) == len(loader.dataset))),
+        ("batch_sampler", loader.batch_size is None),
+        ("collate_fn", loader.collate_fn is not default_collate),
+        ("worker_init_fn", loader.worker_init_fn is not None),
+    ):
+        if own:
+            raise ValueError(
+                f"{name} must be a DataLoader without a {what} of its own, which would be lost: "
+                "the batches are made anew from its data set. Give loader.dataset, whose items "
+                "are as they should be"
+            )
+    return loader.dataset
 
 
 def _read(source: Source, rows: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from pvae import captured, checkpoint, evaluate, keeping, processes
 from pvae.averaging import Average
 from pvae.crosscheck import STANDARD_ERRORS, TOLERANCE, Check, by_hand, cross_check, objective_of
-from pvae.data import Observed, pixels
+from pvae.data import Observed, from_torch, observe, pixels
 from pvae.files import write_atomically
 from pvae.kinds import Fn
 from pvae.objectives import in_data_plate, latent_names, part_of_batch, temper
@@ -79,7 +79,8 @@ class Trainer:
         vae: the pair.
         svi: `pyro.infer.SVI` or `pvae.captured.SVI` over `vae.model` and `vae.guide`, with a
             `SingleOptimizer` over the parameters of `vae`.
-        data: the observed data set, on the device of `vae`.
+        data: the observed data set, on the device of `vae`; or a data set or loader of torch,
+            which goes through `data.from_torch` and is seen as it is.
         epochs, batch_size: how long, and how many images a step, of all processes together.
         schedule: of the KL's weight and the learning rate.
         precision: of a training step: "fp32", "tf32" (matrix products on a GPU) or "bf16" (the
@@ -122,7 +123,7 @@ class Trainer:
         self,
         vae: VAE,
         svi: SVI,
-        data: Observed,
+        data: Observed | torch.utils.data.Dataset[Any] | torch.utils.data.DataLoader[Any],
         *,
         epochs: int,
         batch_size: int,
@@ -148,6 +149,9 @@ class Trainer:
         if precision not in ("fp32", "tf32", "bf16"):
             raise ValueError(f"precision must be one of fp32, tf32, bf16, not {precision!r}")
         _check_belongs(svi, vae)
+        if not isinstance(data, Observed):
+            device = next(vae.parameters()).device
+            data = observe(from_torch("data", data), "grey").to(device)
         _check_data(data, vae, batch_size)
         self.parts = processes.count() * accumulate  # of a batch
         if self.parts > 1:

@@ -15,6 +15,7 @@ from conftest import example, tiny
 from PIL import Image
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler
 
 import pvae
 from pvae import data, processes, streaming
@@ -141,7 +142,8 @@ class Items(torch.utils.data.Dataset):
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_a_data_set_of_torch_is_what_its_items_are(workers, labelled, dtype):
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_data_set_of_torch_is_what_its_items_are(workers, labelled, dtype, stream):
     images = torch.from_numpy(some(1, 6, 5))
     images = images if dtype == torch.uint8 else images / 255
     labels = torch.arange(N) % 4 if labelled else None
@@ -150,7 +152,8 @@ def test_a_data_set_of_torch_is_what_its_items_are(workers, labelled, dtype):
         for k in (slice(30), slice(30, 36), slice(36, N))
     ]
     items = [Items(part.images, part.labels) for part in parts]
-    found = data.from_torch("mine", *items, workers=workers)
+    found = data.from_torch("mine", *items, workers=workers, stream=stream)
+    assert isinstance(found.test.images, streaming.Streamed) == stream
     assert found.sha256 == data._dataset("mine", parts).sha256
     how = "grey" if dtype == torch.uint8 else "as_is"
     ours, theirs = (
@@ -169,6 +172,57 @@ def trained(dataset: data.Dataset, folder: Path | None = None, **settings: Any) 
     svi = SVI(vae.model, vae.guide, adam, Trace_ELBO())
     settings = {"epochs": 2, "batch_size": 8, "quiet": True, "folder": folder, **settings}
     return Trainer(vae, svi, data.observe(dataset, "dynamic"), **settings)
+
+
+def test_a_loader_is_its_data_set():
+    items = Items(torch.from_numpy(some(1, 6, 5)), torch.arange(N) % 4)
+    for loader in (DataLoader(items, 7, shuffle=True, num_workers=1), DataLoader(items)):
+        found = data.from_torch("mine", loader, stream=True)
+        assert found.sha256 == data.from_torch("mine", items).sha256
+        assert found.train.images.workers == loader.num_workers
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter([])
+
+
+@pytest.mark.parametrize(
+    ("settings", "own"),
+    [
+        ({"sampler": range(5)}, "sampler"),
+        ({"sampler": RandomSampler(range(N), num_samples=5)}, "sampler"),
+        ({"sampler": RandomSampler(range(N), replacement=True)}, "sampler"),
+        ({"batch_sampler": [[0, 1]]}, "batch_sampler"),
+        ({"collate_fn": torch.stack}, "collate_fn"),
+        ({"worker_init_fn": print}, "worker_init_fn"),
+    ],
+)
+def test_a_loader_with_something_of_its_own_is_refused(settings, own):
+    loader = DataLoader(Items(torch.from_numpy(some(1, 6, 5))), **settings)
+    with pytest.raises(ValueError, match=f"mine must be a DataLoader without a {own} of its own"):
+        data.from_torch("mine", loader)
+
+
+def test_a_loader_of_a_stream_of_items_is_refused():
+    with pytest.raises(ValueError, match="mine must be map-style"):
+        data.from_torch("mine", DataLoader(Endless()))
+
+
+@pytest.mark.parametrize("wrap", [lambda items: items, DataLoader])
+def test_the_trainer_takes_what_torch_has(wrap):
+    """Pixels stay as they are, and the weights are those of the data taken through the door."""
+    items = Items(torch.from_numpy(some(1, 6, 5)) // 128 * 255)
+    found = []
+    for given in (wrap(items), data.observe(data.from_torch("mine", items), "grey")):
+        torch.manual_seed(0)
+        vae = tiny(net="mlp", shape=(1, 6, 5))
+        adam = pvae.SingleOptimizer(torch.optim.Adam(vae.parameters(), lr=1e-2))
+        svi = SVI(vae.model, vae.guide, adam, Trace_ELBO())
+        found.append(Trainer(vae, svi, given, epochs=1, batch_size=8, quiet=True))
+        found[-1].fit()
+    for ours, theirs in zip(*map(weights, found), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def weights(trainer: Trainer) -> list[Tensor]:
