@@ -211,6 +211,21 @@ def npz_claim(draw: Draw) -> bytes:
     return archive(entries, how)
 
 
+def npz_of_splits(draw: Draw) -> bytes:
+    parts = {f"{name}.npy": npy(draw) for name in ("train", "validation", "test")}
+    labels = {name.replace(".", "_labels."): saved(draw.integers(0, 10, 20)) for name in parts}
+    return archive(parts | labels, zipfile.ZIP_DEFLATED)
+
+
+def npz_of_splits_claim(draw: Draw) -> bytes:
+    """Splits that are there or are not, with labels or without, of other shapes and kinds."""
+    names = ["train", "test", *draw.choice(["validation", "val", "x_train", "other"], 1)]
+    names = [name for name in names if draw.random() < 0.9]
+    names += [f"{name}_labels" for name in names if draw.random() < 0.3]
+    made = (npy, npy_claim, lambda draw: saved(draw.integers(-1, 9, 20)))
+    return archive({f"{name}.npy": made[draw.choice(3, p=(0.7, 0.1, 0.2))](draw) for name in names})
+
+
 def read_array(path: Path) -> None:
     right(data.load(path))
 
@@ -257,6 +272,20 @@ def read_pictures(path: Path) -> None:
     dataset = data.load(path.parent)
     require(sum(len(split.images) for split in dataset.splits) == 10)
     right(dataset)
+
+
+def read_split_pictures(path: Path) -> None:
+    """Ten pictures for training and two to test."""
+    (test := path.parents[1] / "test").mkdir()
+    for i in range(11):
+        shutil.copy(path, (test if i > 8 else path.parent) / f"{i}.png")
+    dataset = data.load(path.parents[1])
+    require([len(split.images) for split in dataset.splits] == [9, 1, 2])
+    right(dataset)
+
+
+def is_picture(content: bytes) -> bool:
+    return content[:4] in (b"\x89PNG", b"RIFF") or content[:2] in (b"\xff\xd8", b"BM")
 
 
 # -- CIFAR-10's batches
@@ -472,12 +501,12 @@ FORMATS = {
         npy, npy_claim, "a.npy", read_streamed, lambda b: b[:6] == b"\x93NUMPY"
     ),
     "npz": Format(npz, npz_claim, "a.npz", read_array, lambda b: b[:4] == b"PK\3\4"),
-    "pictures": Format(
-        picture,
-        png_claim,
-        "pictures/a.png",
-        read_pictures,
-        lambda b: b[:4] in (b"\x89PNG", b"RIFF") or b[:2] in (b"\xff\xd8", b"BM"),
+    "npz of splits": Format(
+        npz_of_splits, npz_of_splits_claim, "a.npz", read_array, lambda b: b[:4] == b"PK\3\4"
+    ),
+    "pictures": Format(picture, png_claim, "pictures/a.png", read_pictures, is_picture),
+    "pictures in splits": Format(
+        picture, png_claim, "pictures/train/a.png", read_split_pictures, is_picture
     ),
     "CIFAR-10": Format(batch, batch_claim, "test_batch", read_batch, lambda b: b[:1] == b"\x80"),
     "checkpoint": Format(

@@ -304,6 +304,15 @@ class Observed:
         return "image" if len(shape) == 3 and shape[0] in (1, 3) else "datum"
 
     @property
+    def units(self) -> str:
+        """What some of the data are called: "images" or "data".
+
+        >>> observe(load("digits"), "grey").units
+        'images'
+        """
+        return "images" if self.unit == "image" else "data"
+
+    @property
     def mean_image(self) -> Tensor:
         """The mean of what the model sees in training, float32 `(C, H, W)` or `event`; of what is
         redrawn that of the grey images.

@@ -309,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("what they are, and are not:")
     for section, _ in sections:  # each says in its docstring what its numbers are
         print(textwrap.indent(inspect.getdoc(section) or "", "  "))
-    numbers = {"arguments": vars(args), "numbers": results.as_json(rows)}
+    numbers = {"arguments": vars(args), "numbers": results.as_json(rows, subject.data.units)}
     run.write_json(folder / "evaluation.json", numbers)
     if args.nuts_samples > 1:
         plots.save(picture(subject, args), folder / "posterior.png")

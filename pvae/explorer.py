@@ -18,6 +18,7 @@ from torch.nn.functional import avg_pool2d
 
 from pvae import evaluate
 from pvae.data import Observed, pixels
+from pvae.report import Drawing
 from pvae.vae import VAE
 
 _BYTES = 500_000  # of all cells, before they are packed
@@ -87,11 +88,12 @@ def explore(
         starts = _of_other_classes(of, len(x), 1 if whole else min(_STARTS, room))
         steps = torch.linspace(-_REACH, _REACH, side).to(codes)
         values = codes.mean(0)[units, None] + variances.sqrt()[units, None] * steps  # (U, side)
+        drawing = Drawing.of(data)  # in the units of the data, where these are standardised
         images = []
         for start in starts:
             z = _moved(codes[start], units, values, joined)
             given = None if y is None else y[start]
-            images += [x[start : start + 1], vae.decode(z, given).mean.clamp(0, 1)]
+            images += map(drawing, (x[start : start + 1], vae.decode(z, given).mean))
     small = avg_pool2d(torch.cat(images), shrunk, ceil_mode=True)
     columns = math.ceil(math.sqrt(len(small)))
     return Explorer(

@@ -27,6 +27,7 @@ def write(
     pictures: Iterable[Path],
     explorer: Explorer | None,
     *,
+    units: str = "images",
     remarks: Sequence[str] = (),
     pair: str = "",
 ) -> None:
@@ -37,6 +38,7 @@ def write(
         heading: what the numbers are, and on which data.
         pictures: PNG files, which become part of the page.
         explorer: of the latent space; None leaves it out.
+        units: what the numbers are over, "images" or "data".
         remarks: what people should know of the numbers. pair: what the pair is made of.
 
     Raises:
@@ -47,6 +49,7 @@ def write(
     text = template.substitute(
         title=escape(folder.resolve().name),
         heading=escape(heading),
+        units=units,
         numbers="\n".join(map(_number, rows)),
         remarks=escape(" ".join(remarks)),
         explorer="" if explorer is None else _explorer(explorer),

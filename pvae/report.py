@@ -33,7 +33,8 @@ class Drawing:
         pictures = data.unit == "image"
         x = x if data.scaling is None else data.scaling.undo(x)
         bars = bool((x == x.round()).all() and (x >= 0).all())
-        if pictures and x.min() >= 0 and x.max() <= 1:
+        rounding = 1e-6  # of standardised pixels that are brought back
+        if pictures and x.min() >= -rounding and x.max() <= 1 + rounding:
             return cls(True, 0.0, 1.0, bars, data.scaling)
         some = x.flatten()[:: max(1, x.numel() // 10**6)].sort().values
         low, high = some[len(some) // 500].item(), some[-1 - len(some) // 500].item()

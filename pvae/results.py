@@ -50,14 +50,14 @@ class Row(NamedTuple):
         label = self.label if self.out_of is None else f"{self.label}, of {self.out_of:,}"
         return [label, mean, se, "" if self.images is None else f"{self.images:,}"]
 
-    def json(self) -> dict[str, float | int | str | None]:
-        """The row as the file keeps it: JSON has no NaN.
+    def json(self, count: str = "images") -> dict[str, float | int | str | None]:
+        """The row as the file keeps it, with how many it is over under `count`: JSON has no NaN.
 
         >>> Row("elbo", "ELBO", Estimate(-94.0, math.nan)).json()
         {'label': 'ELBO', 'mean': -94.0, 'se': None, 'images': None}
         """
         mean, se = (None if math.isnan(v) else v for v in self.value)
-        return {"label": self.label.strip(), "mean": mean, "se": se, "images": self.images}
+        return {"label": self.label.strip(), "mean": mean, "se": se, count: self.images}
 
 
 @dataclass(frozen=True)
@@ -233,9 +233,9 @@ def end_of_run(subject: Subject) -> list[Row]:
 
 def table(rows: Sequence[Row], subject: Subject, name: str) -> str:
     """The rows as text, with what they are and on which data; `name` is that of the data set."""
-    count = "images" if subject.data.unit == "image" else "data"
     title, cells = heading(subject, name), [row.cells() for row in rows]
-    return "\n".join([tables.columns(title, ["", "mean", "se", count], cells), *remarks(rows)])
+    head = ["", "mean", "se", subject.data.units]
+    return "\n".join([tables.columns(title, head, cells), *remarks(rows)])
 
 
 def heading(subject: Subject, name: str) -> str:
@@ -267,9 +267,10 @@ def collapse(active: float, units: int) -> str:
     )
 
 
-def as_json(rows: Sequence[Row]) -> dict[str, Any]:
-    """The rows by key, as results.json and evaluation.json keep them under "numbers"."""
-    return {row.key: row.json() for row in rows}
+def as_json(rows: Sequence[Row], count: str = "images") -> dict[str, Any]:
+    """The rows by key, as results.json and evaluation.json keep them under "numbers"; `count` says
+    what they are over, "images" or "data"."""
+    return {row.key: row.json(count) for row in rows}
 
 
 # the keys of version 0.1, and the sign by which its numbers differ

@@ -213,7 +213,7 @@ def finish(study: Study, trainer: Trainer, *, quiet: bool = False) -> list[Row]:
     seconds, best = study.seconds, trainer.best["epoch"]
     epochs = trainer.history
     numbers = {
-        "numbers": results.as_json(rows),
+        "numbers": results.as_json(rows, study.data.units),
         "best_epoch": best,
         "epochs": len(epochs),
         "seconds": seconds,
@@ -237,6 +237,7 @@ def finish(study: Study, trainer: Trainer, *, quiet: bool = False) -> list[Row]:
         results.heading(subject, study.dataset.name),
         pictures,
         explorer.explore(vae, study.data, class_names=names, seed=args.seed),
+        units=study.data.units,
         remarks=results.remarks(rows),
         pair=_described(vae),
     )

@@ -198,7 +198,7 @@ class Trainer:
         images = len(self.data.train.images)
         self._prepare()
         if not self.quiet:
-            self._say(_header(self._against))
+            self._say(_header(self._against, self.data.unit))
         # the bar covers the whole run: it shows images a second and the time left.
         # disable=None: no bar where the output is not a terminal
         with (
@@ -671,9 +671,9 @@ def _check_columns(check: Check) -> dict[str, float]:
     return columns
 
 
-def _header(against: str) -> str:
+def _header(against: str, unit: str) -> str:
     return (
-        "nats per image; train: the objective at this beta; validation: ELBO at beta = 1\n"
+        f"nats per {unit}; train: the objective at this beta; validation: ELBO at beta = 1\n"
         f"{'epoch':>5} {'beta':>5} {'train':>9} {'validation':>10} {'reconstr.':>10} {'KL':>7} "
         f"{'active':>6} {'time':>7}  SVI against {against}"
     )

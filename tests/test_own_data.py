@@ -311,7 +311,7 @@ def test_signals_standardised_keep_their_scaling(tmp_path):
     kept = np.load(tmp_path / "r" / "scaling.npz")
     assert kept["mean"].shape == (2, 12)
     found = numbers(tmp_path / "r", "results")
-    assert found["elbo"]["images"] == 10
+    assert found["elbo"]["data"] == 10  # a signal is no image
     assert "bits_per_dimension" not in found
     assert (tmp_path / "r" / "traversals.png").exists()
 

@@ -96,6 +96,19 @@ def test_starts_are_of_other_classes_and_the_plane_of_two_units_is_all_there_is(
     assert len(explore(tiny(2), data).starts) == 1
 
 
+def test_standardised_images_are_shown_in_their_own_units():
+    x = torch.randint(256, (12, 1, 8, 8), dtype=torch.uint8)
+    dataset = Dataset("made", *[Split(x, None)] * 3, "")
+    vae = tiny(likelihood="gaussian")
+    explorer = explore(vae, data := observe(dataset, "grey", standardize=True))
+    found = cells(explorer)
+    np.testing.assert_allclose(found[0], x[0, 0] / 255, atol=0.51 / 255)
+    with torch.no_grad():
+        z = evaluate.posterior_means(vae.guide, data.test.images[:1])
+        mean = data.scaling.undo(vae.decode(z).mean)[0, 0].clamp(0, 1)
+    np.testing.assert_allclose(found[1], mean, atol=0.51 / 255)
+
+
 def test_the_plane_shows_where_codes_are():
     vae, data = lively(tiny(2)), made(images=50)
     explorer = explore(vae, data)
