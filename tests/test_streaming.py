@@ -88,6 +88,7 @@ def test_streamed_data_is_the_data_in_memory(both, name):
     assert isinstance(streamed.train.images, streaming.Streamed)
     assert "not kept in memory" in streamed.note
     assert (streamed.sha256, streamed.num_classes) == (memory.sha256, memory.num_classes)
+    assert streamed.train.images.rows.element_size() == 4  # bytes of memory an image
     assert torch.equal(streamed.mean_image, memory.mean_image)
     for ours, theirs in zip(streamed.splits, memory.splits, strict=True):
         assert repr(ours.images).startswith("Streamed")
