@@ -89,7 +89,7 @@ def explore(
         steps = torch.linspace(-_REACH, _REACH, side).to(codes)
         values = codes.mean(0)[units, None] + variances.sqrt()[units, None] * steps  # (U, side)
         drawing = Drawing.of(data)  # in the units of the data, where these are standardised
-        images = []
+        images: list[Tensor] = []
         for start in starts:
             z = _moved(codes[start], units, values, joined)
             given = None if y is None else y[start]
