@@ -643,6 +643,7 @@ def fuzz(args: argparse.Namespace) -> None:
         seconds = f"{time.perf_counter() - began:.0f}"
         found = (share, counts.errors, counts.read, counts.passed, len(counts.wrong))
         rows.append([name, *(f"{n:,}" for n in found), f"{watch.over() / 2**20:,.0f}", seconds])
+        print(*rows[-1], sep="  ", flush=True)
     head = ["", "inputs", "clean errors", "read", "passed the header", "wrong", "MiB", "s"]
     title = f"wrong files from seed {args.seed}; at most {MEMORY / 2**20:,.0f} MiB of memory"
     print(tables.columns(title, head, rows))
