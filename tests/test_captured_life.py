@@ -355,3 +355,25 @@ def test_a_kink_that_rounding_crosses_is_no_difference(prepared):
     for _ in range(5):
         svi.step(torch.full((3,), 2.0))
     assert svi.engine == "captured"
+
+
+def test_a_sum_of_which_only_rounding_is_left_is_no_difference():
+    """At an optimum a gradient is the small rest of large terms, and depends on their order."""
+    x = 1e4 + 1e3 * torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+
+    def shifted(x):
+        loc = pyro.param("loc", x.mean())
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    def in_another_order(graph, inputs):
+        order = inputs[0].argsort()
+        return lambda x, *others: graph(x[order], *others)
+
+    still = pyro.optim.SGD({"lr": 0.0})
+    svi = captured.SVI(
+        shifted, lambda x: None, still, Trace_ELBO(), compiler=in_another_order, strict=True
+    )
+    for _ in range(5):
+        svi.step(x)
+    assert svi.engine == "captured"

@@ -180,7 +180,7 @@ class Capturing:
     A subclass says how: `_eager`, a call without a graph; `_reference`, the same up to where it
     changes more than what the programs write themselves, and `_finish`, the rest; `_make`, a graph;
     `_try`, what it returns, and `_accept`, the rest of a call by a graph; `_difference`, what tells
-    the two ways apart; `_replay`, a whole call by a graph. A graph has `tensors`, which it takes
+    the two ways apart, given further outcomes, with the parameters moved by their last digits; `_replay`, a whole call by a graph. A graph has `tensors`, which it takes
     besides its inputs; `bind_to` notes where they are seen, and `bind` takes what is there now.
     """
 
@@ -242,7 +242,7 @@ class Capturing:
     def _accept(self, graph: Any, by_graph: Any) -> Any:
         raise NotImplementedError
 
-    def _difference(self, graph: Any, by_graph: Any, outcome: Any) -> str | None:
+    def _difference(self, graph: Any, by_graph: Any, outcome: Any, moved: list[Any]) -> str | None:
         raise NotImplementedError
 
     def _replay(self, entry: Entry, inputs: list[Tensor]) -> Any:
@@ -493,23 +493,24 @@ class Capturing:
     def _unlike(
         self, start: Moment, graph: Any, by_graph: Any, outcome: Any, args: Any, kwargs: Any
     ) -> str | None:
-        """What of the graph's results is not the programs', not even where each parameter is moved
-        by its last digits: a ReLU has a kink, and two roundings may lie on its two sides."""
-        difference = self._difference(graph, by_graph, outcome)
+        """What of the graph's results is not the programs', beyond what it does to theirs to move
+        each parameter by its last digits: where a sum is small and its terms are large, little is
+        left of it but rounding, and a ReLU has a kink, on whose two sides two roundings may lie."""
+        difference = self._difference(graph, by_graph, outcome, [])
         if difference is None:
             return None
         after, leaves = Moment(start.tensors), leaves_of(start)
+        moved: list[Any] = []
         signs = torch.Generator().manual_seed(0)
         try:
-            for _ in range(_TRIES if leaves else 0):
+            while difference and leaves and len(moved) < _TRIES:
                 start.put_back()
                 for t in leaves:
                     moves = torch.randint(-1, 2, t.shape, generator=signs).to(t)
                     t.detach().mul_(1 + 2 * torch.finfo(t.dtype).eps * moves)
                 with pyro.validation_enabled(False):
-                    moved = self._reference(leaves, args, kwargs)
-                if self._difference(graph, by_graph, moved) is None:
-                    return None
+                    moved.append(self._reference(leaves, args, kwargs))
+                difference = self._difference(graph, by_graph, outcome, moved)
             return difference
         finally:
             after.put_back()

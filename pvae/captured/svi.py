@@ -12,7 +12,7 @@ the same order, so that a seed gives the noise that it gives stock SVI.
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ from pvae.captured.tracing import Leaves, compiled, parameters, touched
 from pvae.optim import SingleOptimizer
 
 _BEFORE_RECORDING = 3  # captured steps
+_ROUNDINGS = 4  # by so much more than the parameters' last digits those of all else may move
 
 
 class _Results(NamedTuple):
@@ -386,8 +387,10 @@ class SVI(Capturing, StockSVI):
         self._apply(graph, by_graph.gradients)
         return _loss(graph, by_graph.losses)
 
-    def _difference(self, graph: _Graph, by_graph: _Results, outcome: _Outcome) -> str | None:
-        return _difference(graph, by_graph, outcome)
+    def _difference(
+        self, graph: _Graph, by_graph: _Results, outcome: _Outcome, moved: list[_Outcome]
+    ) -> str | None:
+        return _difference(graph, by_graph, [outcome, *moved])
 
     def _loss_and_sites(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         with poutine.trace(param_only=True) as sites:
@@ -463,32 +466,40 @@ def _add_gradient(t: Tensor, gradient: Tensor | None) -> None:
         t.grad = gradient if t.grad is None else t.grad + gradient
 
 
-def _difference(graph: _Graph, by_graph: _Results, outcome: _Outcome) -> str | None:
-    """What the graph and Pyro do not agree in, up to half of the digits."""
+def _difference(graph: _Graph, by_graph: _Results, outcomes: Sequence[_Outcome]) -> str | None:
+    """What the graph and Pyro do not agree in, up to half of the digits and to how far the other
+    outcomes are from the first."""
     tensors = [*graph.trained, *graph.others]
     tolerance = resolution(tensors)
-    values = outcome.losses if graph.is_tuple else (outcome.losses,)
-    for ours, theirs in zip(by_graph.losses, values, strict=True):
+    losses = [o.losses if graph.is_tuple else (o.losses,) for o in outcomes]
+    for ours, theirs, *others in zip(by_graph.losses, *losses, strict=True):
         loss = ours.item()
-        if not (abs(loss - theirs) <= tolerance * max(abs(theirs), 1.0) or _as_odd(loss, theirs)):
+        slack = tolerance * max(abs(theirs), 1.0) + _largest(abs(v - theirs) for v in others)
+        if not (abs(loss - theirs) <= slack or _as_odd(loss, theirs)):
             return "the loss"
-    if set(graph.trained) != outcome.trained:
+    if set(graph.trained) != outcomes[0].trained:
         return "the set of parameters"
-    by_pyro = [outcome.gradients.get(t) for t in tensors]
-    total = sum(g.norm().item() ** 2 for g in by_pyro if g is not None) ** 0.5
-    if any(g is not None for t, g in outcome.gradients.items() if not any(t is o for o in tensors)):
+    gradients = [[o.gradients.get(t) for o in outcomes] for t in tensors]
+    total = sum(h.norm().item() ** 2 for h, *_ in gradients if h is not None) ** 0.5
+    known = set(tensors)
+    if any(g is not None and t not in known for t, g in outcomes[0].gradients.items()):
         return "the set of tensors that get a gradient"
     names = [*graph.names, *("a tensor outside of Pyro's store" for _ in graph.others)]
-    for name, g, h in zip(names, by_graph.gradients, by_pyro, strict=True):
+    for name, g, (h, *near) in zip(names, by_graph.gradients, gradients, strict=True):
         if g is None and h is None:
             continue
         if g is None or h is None:
             return f"the gradient of `{name}`"
-        norm, error = h.norm().item(), (g - h).norm().item()
-        # the gradient of a single parameter may be but what rounding leaves of large terms
-        if not (error <= tolerance * max(norm, 0.1 * total) or _as_odd(g, h)):
+        slack = tolerance * max(h.norm().item(), 0.1 * total)
+        slack += _largest((other - h).norm().item() for other in near if other is not None)
+        if not ((g - h).norm().item() <= slack or _as_odd(g, h)):
             return f"the gradient of `{name}`"
     return None
+
+
+def _largest(moves: Iterable[float]) -> float:
+    """How far rounding may move a result, by how far it was moved."""
+    return _ROUNDINGS * max([0.0, *moves])
 
 
 def _as_odd(ours: Any, theirs: Any) -> bool:
