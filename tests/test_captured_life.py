@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import pvae
 from pvae import captured, temper
-from pvae.captured import NotCaptured, as_traced, private
+from pvae.captured import NotCaptured, as_traced, compiling, private
 from pvae.captured.seen import Seen
 
 DATA = torch.linspace(-1, 2, 5)
@@ -375,5 +375,31 @@ def test_a_sum_of_which_only_rounding_is_left_is_no_difference():
         shifted, lambda x: None, still, Trace_ELBO(), compiler=in_another_order, strict=True
     )
     for _ in range(5):
+        svi.step(x)
+    assert svi.engine == "captured"
+
+
+def test_a_bias_of_many_images_is_held_against_more_than_onednn():
+    """oneDNN's gradient of a bias loses digits; the compiler's is a sum by torch."""
+    x = (torch.rand(500, 1, 28, 28, generator=torch.Generator().manual_seed(0)) < 0.1).float()
+    conv = torch.nn.Conv2d(1, 1, 3, padding=1)
+    with torch.no_grad():
+        conv.bias.copy_(x.mean().logit())  # the optimum
+
+    def decoding(x):
+        pyro.module("conv", conv)
+        logits = conv(torch.zeros_like(x))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(3), obs=x)
+
+    def with_sums(graph, inputs):
+        compiling._sum_for_biases(graph)
+        return graph
+
+    still = pyro.optim.SGD({"lr": 0.0})
+    svi = captured.SVI(
+        decoding, lambda x: None, still, Trace_ELBO(), compiler=with_sums, strict=True
+    )
+    for _ in range(4):
         svi.step(x)
     assert svi.engine == "captured"

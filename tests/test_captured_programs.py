@@ -4,15 +4,19 @@ Loss, parameters, optimizer and random numbers are equal after every step; a pro
 or it runs eager and one warning says so.
 """
 
+import array
 import collections
 import contextlib
 import contextvars
 import copy
+import decimal
 import enum
 import functools
 import itertools
 import math
+import operator
 import os
+import queue
 import random
 import re
 import sys
@@ -3076,6 +3080,207 @@ def names_of_a_subsample(svi_of):
     svi = svi_of(model, guide)
     for _ in range(STEPS):
         yield svi.step(DATA)
+
+
+# ---- a number that lies where no name of the programs' code says it ----
+
+HIDDEN = 1.0
+
+
+class Multiplies:
+    def __rmul__(self, other):
+        return other * HIDDEN
+
+
+class Contains:
+    def __contains__(self, other):
+        return HIDDEN < 1.5
+
+
+class Descriptor:
+    def __get__(self, owner, kind):
+        return HIDDEN
+
+
+class Described:
+    number = Descriptor()
+
+    class Inner:
+        number = 1.0
+
+
+class Filled(dict):
+    def __missing__(self, key):
+        return HIDDEN
+
+
+class Calls(type):
+    def __call__(cls):
+        made = super().__call__()
+        made.number = HIDDEN
+        return made
+
+
+class Called(metaclass=Calls):
+    pass
+
+
+class New:
+    def __new__(cls):
+        made = super().__new__(cls)
+        made.number = HIDDEN
+        return made
+
+
+def written(holder, key=0):
+    """Writes the number to a place of a holder."""
+    return functools.partial(operator.setitem, holder, key)
+
+
+def hidden(read, write):
+    def steps(svi_of):
+        def model(data):
+            observed(pyro.sample("z", dist.Normal(0.0, 1.0)), data, read())
+
+        write(1.0)
+        svi = svi_of(model, guide)
+        for i in range(STEPS):
+            if i == 5:  # not held against stock SVI
+                write(2.0)
+            yield svi.step(batch(i))
+        write(1.0)
+
+    return steps
+
+
+a_dictionary = {"number": 1.0}
+a_view, a_chain = types.MappingProxyType(a_dictionary), collections.ChainMap({}, a_dictionary)
+a_user_list, an_array = collections.UserList([1.0]), array.array("d", [1.0])
+some_objects = np.array([1.0, None], dtype=object)
+a_space, by_getter = types.SimpleNamespace(far=1.0), operator.attrgetter("far")
+multiplies, contains, described, filled = Multiplies(), Contains(), Described(), Filled()
+in_the_global = written(globals(), "HIDDEN")
+for name, read, write in (
+    ("a_view_of_a_dictionary", lambda: a_view["number"], written(a_dictionary, "number")),
+    ("a_chain_of_dictionaries", lambda: a_chain["number"], written(a_dictionary, "number")),
+    ("a_list_of_the_library", lambda: a_user_list[0], written(a_user_list)),
+    ("an_array_of_the_library", lambda: an_array[0], written(an_array)),
+    ("an_array_of_objects", lambda: some_objects[0], written(some_objects)),
+    ("an_attribute_by_attrgetter", lambda: by_getter(a_space), written(vars(a_space), "far")),
+    ("a_product_of_ones_own", lambda: 1.0 * multiplies, in_the_global),
+    ("a_container_of_ones_own", lambda: 1.0 if 3 in contains else 3.0, in_the_global),
+    ("a_descriptor", lambda: described.number, in_the_global),
+    ("a_missing_key", lambda: filled["key"], in_the_global),
+    ("a_call_of_a_metaclass", lambda: Called().number, in_the_global),
+    ("a_new_of_ones_own", lambda: New().number, in_the_global),
+    (
+        "a_class_in_a_class",
+        lambda: Described.Inner.number,
+        functools.partial(setattr, Described.Inner, "number"),
+    ),
+):
+    PROGRAMS[name] = Program(hidden(read, write), captured=True, says="")
+
+
+@program()
+def a_decimal_that_is_given_anew(svi_of):
+    held = types.SimpleNamespace(number=None)
+
+    def model(data):
+        observed(pyro.sample("z", dist.Normal(0.0, 1.0)), data, float(held.number))
+
+    svi = svi_of(model, guide)
+    for i in range(STEPS):
+        held.number = decimal.Decimal(2)
+        yield svi.step(batch(i))
+
+
+@program()
+def numpy_numbers_and_a_member_of_an_enum_among_the_arguments(svi_of):
+    def model(data, scale, side):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        observed(z if side is Side.LEFT else -z, data, scale)
+
+    svi = svi_of(model, guide)
+    for i in range(12):
+        yield svi.step(batch(i), np.float64(1 + i / 4), Side.LEFT if i < 8 else Side.RIGHT)
+
+
+class Side(enum.Enum):
+    LEFT = 1
+    RIGHT = 2
+
+
+class AttrsBatch:
+    """As attrs makes it."""
+
+    __attrs_attrs__ = (types.SimpleNamespace(name="data"), types.SimpleNamespace(name="scale"))
+    __slots__ = ("data", "scale")
+
+    def __init__(self, data, scale):
+        self.data, self.scale = data, scale
+
+
+@program()
+def a_batch_of_attrs_that_is_given_anew(svi_of):
+    held = [None]
+
+    def model():
+        observed(pyro.sample("z", dist.Normal(0.0, 1.0)), held[0].data, held[0].scale)
+
+    svi = svi_of(model, guide)
+    for i in range(12):
+        held[0] = AttrsBatch(batch(i), 1.0 if i < 6 else 2.0)
+        yield svi.step()
+
+
+@program()
+def a_dataclass_with_an_attribute_besides(svi_of):
+    @dataclass
+    class Held:
+        data: torch.Tensor
+
+    held = Held(DATA)
+    held.scale = 1.0
+
+    def model():
+        observed(pyro.sample("z", dist.Normal(0.0, 1.0)), held.data, held.scale)
+
+    svi = svi_of(model, guide)
+    for i in range(STEPS):
+        held.data = batch(i)
+        held.scale = 1.0 if i < 5 else 2.0
+        yield svi.step()
+
+
+@program(captured=False, says="can draw from the iterator `waiting`")
+def batches_in_a_queue(svi_of):
+    waiting = queue.Queue()
+
+    def model():
+        observed(pyro.sample("z", dist.Normal(0.0, 1.0)), waiting.get(timeout=1))
+
+    for i in range(STEPS):
+        waiting.put(batch(i))
+    svi = svi_of(model, guide)
+    for _ in range(STEPS):
+        yield svi.step(), waiting.qsize()
+
+
+@program()
+def a_net_by_torch_compile(svi_of):
+    net = nn.Linear(1, 1)
+    compiled = torch.compile(net, backend="eager")
+    positive = torch.compile(torch.nn.functional.softplus, backend="eager")
+
+    def model(data):
+        pyro.module("net", net)
+        mean = compiled(data[:, None])[:, 0] + positive(data)
+        observed(mean + pyro.sample("z", dist.Normal(0.0, 1.0)), data)
+
+    svi = svi_of(model, guide)
+    for i in range(STEPS):
+        yield svi.step(batch(i))
 
 
 # ---- the table ----

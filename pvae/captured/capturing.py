@@ -16,10 +16,9 @@ from pvae.captured.compiling import Compiler, NotCaptured
 from pvae.captured.moment import Moment, keeping_random_state, other_random_state, position, strided
 from pvae.captured.private import pytree
 from pvae.captured.reasons import in_words
-from pvae.captured.seen import Seen, Spot, layout
-from pvae.captured.tracing import parameters
+from pvae.captured.seen import FLOATS, Seen, Spot, is_value, layout
+from pvae.captured.tracing import parameters, without_onednn
 
-_PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 _SIGNATURES = 100  # that are told apart; beyond it a call with a new one runs eager
 _IN_A_ROW = 4  # new signatures of the same arguments
 _TRIES = 8  # of what rounding may do to the programs' results
@@ -65,7 +64,7 @@ def signature_of(args: Any, kwargs: Any) -> Signature:
                 raise NotCaptured(f"{where} is a tensor that requires a gradient")
             tensors.append(value)
             key.append((layout(value), first.setdefault(id(value), len(first))))
-        elif isinstance(value, _PLAIN):
+        elif is_value(value):
             key.append((type(value), value))
         else:
             raise NotCaptured(
@@ -75,10 +74,10 @@ def signature_of(args: Any, kwargs: Any) -> Signature:
 
     if torch.is_inference_mode_enabled():
         raise NotCaptured("the call is in torch.inference_mode, where nothing is traced")
-    floats = [(i, leaf) for i, leaf in enumerate(leaves) if type(leaf) is float]
-    key.append(tuple(i for i, _ in floats))
+    floats = [(i, float(leaf)) for i, leaf in enumerate(leaves) if isinstance(leaf, FLOATS)]
+    key.append(tuple((i, type(leaves[i])) for i, _ in floats))
     for leaf in leaves:
-        if type(leaf) is not float:
+        if not isinstance(leaf, FLOATS):
             add(leaf, "an argument")
     numbers = []
     for handler in private.runtime._PYRO_STACK:
@@ -180,8 +179,9 @@ class Capturing:
     A subclass says how: `_eager`, a call without a graph; `_reference`, the same up to where it
     changes more than what the programs write themselves, and `_finish`, the rest; `_make`, a graph;
     `_try`, what it returns, and `_accept`, the rest of a call by a graph; `_difference`, what tells
-    the two ways apart, given further outcomes, with the parameters moved by their last digits; `_replay`, a whole call by a graph. A graph has `tensors`, which it takes
-    besides its inputs; `bind_to` notes where they are seen, and `bind` takes what is there now.
+    the two ways apart, given further outcomes with the parameters moved by their last digits;
+    `_replay`, a whole call by a graph. A graph has `tensors`, which it takes besides its inputs;
+    `bind_to` notes where they are seen, and `bind` takes what is there now.
     """
 
     _programs: Sequence[str]  # which attributes they are
@@ -493,9 +493,11 @@ class Capturing:
     def _unlike(
         self, start: Moment, graph: Any, by_graph: Any, outcome: Any, args: Any, kwargs: Any
     ) -> str | None:
-        """What of the graph's results is not the programs', beyond what it does to theirs to move
-        each parameter by its last digits: where a sum is small and its terms are large, little is
-        left of it but rounding, and a ReLU has a kink, on whose two sides two roundings may lie."""
+        """What of the graph's results is not the programs', beyond what it does to theirs to take
+        other kernels than oneDNN's and to move each parameter by its last digits. Where a sum is
+        small and its terms are large, little is left of it but rounding: oneDNN's gradient of a
+        bias may be off by a percent. And a ReLU has a kink, on whose two sides two roundings lie.
+        """
         difference = self._difference(graph, by_graph, outcome, [])
         if difference is None:
             return None
@@ -508,7 +510,7 @@ class Capturing:
                 for t in leaves:
                     moves = torch.randint(-1, 2, t.shape, generator=signs).to(t)
                     t.detach().mul_(1 + 2 * torch.finfo(t.dtype).eps * moves)
-                with pyro.validation_enabled(False):
+                with pyro.validation_enabled(False), without_onednn():
                     moved.append(self._reference(leaves, args, kwargs))
                 difference = self._difference(graph, by_graph, outcome, moved)
             return difference

@@ -31,6 +31,8 @@ def in_words(error: Exception) -> str:
     if isinstance(error, private.NEEDS_SHAPE):
         return f"the values of a tensor decide the shape of another, in `{_where(error)}`"
     text = str(error).strip().partition("\n")[0]
+    if "SparseTensor" in text:
+        return "the programs use a sparse tensor"
     if _OF_PYTHON in text:
         return f"the programs hand the values of a tensor to Python or NumPy, in `{_where(error)}`"
     return f"{type(error).__name__}: {text}"

@@ -9,13 +9,16 @@ there now. So may a number of which that is asked (`varying`). All else has to s
 
 Not looked at: what is reached by a name that is put together at run time, what a file or the
 environment says, containers of more than 256 elements (only which one it is, and how long), all but
-1,024 numbers of a NumPy array, and the insides of libraries.
+1,024 numbers of a NumPy array, more than 8 KiB of memory that an object lends, and the insides of
+libraries.
 """
 
 import contextvars
-import dataclasses
 import datetime
+import decimal
 import dis
+import enum
+import fractions
 import functools
 import operator
 import random
@@ -42,7 +45,10 @@ _PYTEST = ("pytest", "_pytest", "pluggy")  # which an `assert` in a test's modul
 _LIBRARIES = frozenset(
     {"torch", "torchvision", "pyro", "numpy", "opt_einsum", *_PYTEST, *sys.stdlib_module_names}
 )
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, np.generic)
+_PLAIN = (
+    *(bool, int, float, complex, str, bytes, type(None), range),
+    *(torch.dtype, torch.device, np.generic, decimal.Decimal, fractions.Fraction),
+)
 _OF_PYRO = (
     torch.distributions.Distribution,
     torch.distributions.Transform,
@@ -51,8 +57,9 @@ _OF_PYRO = (
 )
 _GENERATORS = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)
 _CONTAINERS = (list, tuple, dict, deque)
+_COLLECTIONS = (*_CONTAINERS, set)
 _CLOCKS = (time, datetime, datetime.datetime)
-_FLOATS = (float, np.floating)
+FLOATS = (float, np.floating)
 _NOTHING = object()
 
 
@@ -89,10 +96,10 @@ def _is_input(t: Any) -> bool:
     return type(t) is Tensor and not t.requires_grad
 
 
-def _is_value(value: Any) -> bool:
+def is_value(value: Any) -> bool:
     """Whether it is told from others by `==`, and never changes."""
-    return isinstance(value, (*_PLAIN, frozenset)) or (
-        isinstance(value, tuple) and len(value) <= _LONG and all(map(_is_value, value))
+    return isinstance(value, (*_PLAIN, frozenset, enum.Enum)) or (
+        isinstance(value, tuple) and len(value) <= _LONG and all(map(is_value, value))
     )
 
 
@@ -101,40 +108,53 @@ def _same(now: Any, then: Any) -> bool:
         return True
     if type(now) is not type(then):
         return False
-    if _is_value(now) and _is_value(then):
+    if is_value(now) and is_value(then):
         return bool(now == then) or bool(now != now and then != then)
     return _is_input(now) and _is_input(then) and layout(now) == layout(then)
 
 
+def _fields(kind: type) -> tuple[str, ...]:
+    """Of a class that is made by `dataclasses` or by attrs."""
+    by_attrs = (field.name for field in getattr(kind, "__attrs_attrs__", ()))
+    return (*getattr(kind, "__dataclass_fields__", ()), *by_attrs)
+
+
 def _is_record(value: Any) -> bool:
     """Whether another object with the same in it may take its place: as a batch does."""
-    parameters = getattr(type(value), "__dataclass_params__", None)
-    return parameters is not None and (
-        parameters.frozen or any(isinstance(v, Tensor) for v in _attributes(value).values())
+    kind = type(value)
+    if not (hasattr(kind, "__dataclass_fields__") or hasattr(kind, "__attrs_attrs__")):
+        return False
+    return getattr(getattr(kind, "__dataclass_params__", None), "frozen", False) or any(
+        isinstance(getattr(value, name, None), Tensor) for name in _fields(kind)
     )
 
 
 def _is_deep(value: Any) -> bool:
     """Whether what is in it is to be looked at."""
-    if isinstance(value, (*_CONTAINERS, set, np.ndarray)):
-        return not _is_value(value)
+    if isinstance(value, (*_COLLECTIONS, np.ndarray)):
+        return not is_value(value)
     return _is_record(value)
 
 
-def _parts(value: Any) -> tuple[list[Any], list[Any]]:
-    """The keys and the values that are in something deep."""
+def _opened(value: Any) -> tuple[list[Any], list[Any], list[Any]]:
+    """Of something deep: what is compared of it, and the keys and the values of what is in it."""
+    if isinstance(value, _COLLECTIONS) and len(value) > _LONG:
+        return [value, len(value)], [], []
+    own: list[Any] = [type(value)]
     if isinstance(value, dict):
-        return list(value), list(value.values())
+        return [*own, len(value), *value], list(value), list(value.values())
     if isinstance(value, np.ndarray):
+        own += (value.shape, value.dtype.str)
         some = value.reshape(-1)[:: 1 + value.size // _MANY]
-        given = (value.shape, value.dtype.str)
-        return [], [*given, value if value.dtype == object else some.tobytes()]
-    if _is_record(value):
-        names = [f.name for f in dataclasses.fields(value)]
-        return names, [getattr(value, name) for name in names]
+        if value.dtype == object:
+            return own, list(range(len(some))), list(some)
+        return [*own, some.tobytes()], [], []
     if isinstance(value, set):
-        return [], [frozenset(value)]
-    return list(range(len(value))), list(value)
+        return [*own, frozenset(value)], [], []
+    if isinstance(value, _CONTAINERS):
+        return [*own, len(value)], list(range(len(value))), list(value)
+    names = list(_fields(type(value)))
+    return own, names, [getattr(value, name, _NOTHING) for name in names]
 
 
 def _flat(values: Sequence[Any], leaves: list[Any]) -> list[Any]:
@@ -142,13 +162,9 @@ def _flat(values: Sequence[Any], leaves: list[Any]) -> list[Any]:
     for value in values:
         if not _is_deep(value):
             leaves.append(value)
-        elif isinstance(value, (*_CONTAINERS, set)) and len(value) > _LONG:
-            leaves += (value, len(value))
         else:
-            keys, inner = _parts(value)
-            leaves += (type(value), len(inner))
-            if isinstance(value, dict):
-                leaves += keys
+            own, _, inner = _opened(value)
+            leaves += own
             _flat(inner, leaves)
     return leaves
 
@@ -157,14 +173,10 @@ def _places(spots: Sequence[Spot], values: Sequence[Any]) -> list[Spot]:
     """The spot of every leaf of `_flat(values)`."""
     found: list[Spot] = []
     for spot, value in zip(spots, values, strict=True):
-        if _is_deep(value) and not (isinstance(value, (*_CONTAINERS, set)) and len(value) > _LONG):
-            keys, inner = _parts(value)
-            held = value if isinstance(value, (list, dict, deque)) else None
-            inside = [Spot(held, key, f"{spot.name}[{key!r}]") for key in keys]
-            found += [spot] * (2 + len(keys) * isinstance(value, dict))
-            found += _places(inside or [spot] * len(inner), inner)
-        else:
-            found += [spot] * len(_flat([value], []))
+        own, keys, inner = _opened(value) if _is_deep(value) else ([value], [], [])
+        found += [spot] * len(own)
+        held = value if isinstance(value, (list, dict, deque)) else None
+        found += _places([Spot(held, key, f"{spot.name}[{key!r}]") for key in keys], inner)
     return found
 
 
@@ -291,32 +303,38 @@ class Seen:
 
     def holds(self) -> bool:
         """Whether all is as it was, up to tensors and the numbers that may be others."""
-        moved: list[tuple[_Shelf, Sequence[Any]]] = []
+        moved: dict[int, Sequence[Any]] = {}
         for i, shelf in enumerate(self._shelves):
             now = shelf.now()
             if shelf.is_as_it_was(now):
                 continue
-            if len(now) != len(shelf.then):
+            if not self._may_hold(i, now):
                 return False
-            for leaf, (value, then) in enumerate(zip(now, shelf.then, strict=True)):
-                if not _same(value, then) and not (
-                    isinstance(value, _FLOATS) and (i, leaf) in self.varying
-                ):
-                    return False
-            moved.append((shelf, now))
+            moved[i] = now
         if moved:
-            pattern, before, tensors = self._pattern, [s.then for s, _ in moved], self.tensors
-            for shelf, now in moved:
-                shelf.then = list(now)
-            self._note()
+            pattern, tensors = self._pattern, self.tensors
+            before = self._take(moved)
             if self._pattern != pattern:  # tensors that were one are two, or the other way round
-                for (shelf, _), then in zip(moved, before, strict=True):
-                    shelf.then = then
-                self._note()
+                self._take(before)
                 return False
             pairs = enumerate(zip(self.tensors, tensors, strict=True))
             self.moved.update(i for i, (now, then) in pairs if now is not then)
         return True
+
+    def _may_hold(self, i: int, now: Sequence[Any]) -> bool:
+        then = self._shelves[i].then
+        return len(now) == len(then) and all(
+            _same(a, b) or (isinstance(a, FLOATS) and (i, leaf) in self.varying)
+            for leaf, (a, b) in enumerate(zip(now, then, strict=True))
+        )
+
+    def _take(self, values: dict[int, Sequence[Any]]) -> dict[int, Sequence[Any]]:
+        """Puts these on the shelves of these numbers; what was there before."""
+        before: dict[int, Sequence[Any]] = {i: self._shelves[i].then for i in values}
+        for i, now in values.items():
+            self._shelves[i].then = list(now)
+        self._note()
+        return before
 
     def _note(self) -> None:
         leaves = (leaf for shelf in self._shelves for leaf in shelf.then)
@@ -341,23 +359,23 @@ class Seen:
                     found.append(spot.name)
         return found
 
+    def _others_than(self, other: "Seen") -> Iterator[tuple[int, int]]:
+        """Shelf and leaf of what is not the same in `other`."""
+        for i, (ours, theirs) in enumerate(zip(self._shelves, other._shelves, strict=False)):
+            for leaf, (a, b) in enumerate(zip(ours.then, theirs.then, strict=False)):
+                if not _same(a, b):
+                    yield i, leaf
+
     def vary_from(self, other: "Seen") -> list[tuple[int, int]] | None:
         """The numbers that alone tell this from `other`; None if more does."""
-        differ = []
-        if len(self._shelves) != len(other._shelves):
-            return None
-        for i, (ours, theirs) in enumerate(zip(self._shelves, other._shelves, strict=True)):
-            if len(ours.then) != len(theirs.then):
-                return None
-            for leaf, (a, b) in enumerate(zip(ours.then, theirs.then, strict=True)):
-                if _same(a, b):
-                    continue
-                if not (
-                    isinstance(a, _FLOATS) and isinstance(b, _FLOATS) and ours.spots[leaf].is_open
-                ):
-                    return None
-                differ.append((i, leaf))
-        return differ
+        sizes, others = ([len(shelf.then) for shelf in s._shelves] for s in (self, other))
+        differ = list(self._others_than(other))
+        are_numbers = all(
+            isinstance(s._shelves[i].then[leaf], FLOATS) and self.spot((i, leaf)).is_open
+            for i, leaf in differ
+            for s in (self, other)
+        )
+        return differ if sizes == others and are_numbers else None
 
     def vary_as(self, other: "Seen") -> None:
         """The numbers that may change in `other` may change here."""
@@ -366,15 +384,11 @@ class Seen:
             (i, leaf)
             for i, shelf in enumerate(self._shelves)
             for leaf, spot in enumerate(shelf.spots)
-            if any(map(spot.is_at, spots)) and isinstance(shelf.then[leaf], _FLOATS)
+            if any(map(spot.is_at, spots)) and isinstance(shelf.then[leaf], FLOATS)
         ]
 
     def first_change_from(self, other: "Seen") -> str | None:
-        for ours, theirs in zip(self._shelves, other._shelves, strict=False):
-            for a, b, spot in zip(ours.then, theirs.then, ours.spots, strict=False):
-                if not _same(a, b):
-                    return spot.name
-        return None
+        return next((self.spot(place).name for place in self._others_than(other)), None)
 
     def spot(self, place: tuple[int, int]) -> Spot:
         shelf, leaf = place
@@ -415,37 +429,42 @@ class Seen:
         if id(value) in self._visited or len(self._visited) >= _MOST:
             return
         self._visited[id(value)] = value
-        if isinstance(value, (*_CONTAINERS, set)):
-            self._container(value, name)
-        elif isinstance(value, types.FunctionType):
-            self._function(value, name)
-        elif isinstance(value, types.MethodType):
-            self._visit(value.__func__, name)
-            if _is_record(value.__self__):
-                self._shelf([Spot(None, None, name)], lambda: [value.__self__])
-            self._visit(value.__self__, name)
-        elif isinstance(value, functools.partial):
-            self._partial(value, name)
-        elif any(value is clock for clock in _CLOCKS) or (
-            isinstance(value, types.BuiltinFunctionType) and value.__module__ == "time"
-        ):
+        if any(value is clock for clock in _CLOCKS) or _is_of_time(value):
             self.clocks.append(name)
-        elif isinstance(value, types.ModuleType):
-            if not is_library(value.__name__):
-                self._named(vars(value), f"{value.__name__}.", self._names)
-        elif isinstance(value, type):
-            self._class(value, made=True)
-        elif isinstance(value, nn.Module):
-            self._module(value, name)
-        elif isinstance(value, contextvars.ContextVar):
-            self._shelf([Spot(None, None, name)], lambda: [value.get(_NOTHING)])
-            self._visit(value.get(None), name)
         elif isinstance(value, _GENERATORS):
             self.generators.append(value)
-        elif hasattr(type(value), "__next__"):
-            self.iterators.append((name, value))
         else:
-            self._object(value, name)
+            visit = next((visit for kinds, visit in _VISITS if isinstance(value, kinds)), None)
+            if visit is not None:
+                visit(self, value, name)
+            elif hasattr(type(value), "__next__") or hasattr(type(value), "qsize"):
+                self.iterators.append((name, value))
+            else:
+                self._object(value, name)
+
+    def _method(self, method: types.MethodType, name: str) -> None:
+        self._visit(method.__func__, name)
+        if _is_record(method.__self__):
+            self._shelf([Spot(None, None, name)], lambda: [method.__self__])
+        self._visit(method.__self__, name)
+
+    def _of_module(self, module: types.ModuleType, name: str) -> None:
+        if not is_library(module.__name__):
+            self._named(vars(module), f"{module.__name__}.", self._names)
+
+    def _getter(self, getter: Any, name: str) -> None:
+        """`operator.attrgetter` and `methodcaller`, which hold names."""
+        names = [text for text in getter.__reduce__()[1] if isinstance(text, str)]
+        self._names.update(part for text in names for part in text.split("."))
+
+    def _proxy(self, proxy: types.MappingProxyType[Any, Any], name: str) -> None:
+        self._shelf([Spot(None, None, name)], lambda: [dict(proxy)])
+        for key, inner in proxy.items():
+            self._visit(inner, f"{name}[{key!r}]")
+
+    def _variable(self, variable: contextvars.ContextVar[Any], name: str) -> None:
+        self._shelf([Spot(None, None, name)], lambda: [variable.get(_NOTHING)])
+        self._visit(variable.get(None), name)
 
     def _container(self, value: Any, name: str) -> None:
         if len(value) > _LONG:
@@ -455,6 +474,8 @@ class Seen:
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         for key, inner in list(pairs):
             self._visit(inner, f"{name}[{key!r}]")
+        if type(value) not in _COLLECTIONS:  # a class of one's own
+            self._object(value, name)
 
     def _partial(self, value: Any, name: str) -> None:
         self._visit(value.func, name)
@@ -506,14 +527,16 @@ class Seen:
         for key, value in content.items():
             self._visit(value, f"{prefix}{key}")
 
-    def _class(self, kind: type, *, made: bool) -> None:
+    def _class(self, kind: type, name: str = "", *, made: bool = True) -> None:
         """Attributes that are asked for, and the code of its methods that can be reached.
 
-        That of `__init__` only where the programs make an object of it.
+        That of `__init__` and the like only where the programs make an object of it.
         """
         if (kind, made) in self._visited:
             return
         self._visited[kind, made] = kind
+        if made and type(kind) is not type:
+            self._class(type(kind), made=False)
         by_library = _has_library_base(kind)  # which calls methods that no code here names
         for base in kind.__mro__:
             if is_library(base.__module__):
@@ -521,12 +544,12 @@ class Seen:
             held = {
                 key: value
                 for key, value in vars(base).items()
-                if key in self._names
-                or (isinstance(value, _METHODS) and (key in _CALLED or by_library))
-                or (made and key == "__init__")
+                if (made or key not in _MAKING)
+                and (
+                    key in self._names
+                    or (isinstance(value, _METHODS) and (by_library or _is_special(key)))
+                )
             }
-            if not made:
-                held.pop("__init__", None)
             spots = [Spot(base, key, f"{base.__name__}.{key}") for key in held]
             self._look_at(spots, vars(base), list(held))
             for key, value in held.items():
@@ -534,15 +557,14 @@ class Seen:
                     value = value.fget
                 elif isinstance(value, (staticmethod, classmethod)):
                     value = value.__func__
-                if not isinstance(value, type):
-                    self._visit(value, f"{base.__name__}.{key}")
+                self._visit(value, f"{base.__name__}.{key}")
 
     def _module(self, module: nn.Module, name: str) -> None:
         attributes = vars(module)
         held = [attributes[part] for part in (*_TENSORS, *_HOOKS)]
 
         def read() -> Sequence[Any]:
-            found: list[Any] = [attributes["training"]]
+            found: list[Any] = [module.training]
             for part in held:
                 if part:
                     found += part.values()
@@ -571,7 +593,7 @@ class Seen:
             key
             for key, inner in attributes.items()
             if key not in skipped
-            and (key in self._names or key in _CALLED or of_library)
+            and (key in self._names or key == "forward" or of_library)
             and not (of_library and (key.startswith("_cached") or not _is_simple(inner)))
         ]
         # an attribute of the class, in place of which the object may get its own
@@ -585,23 +607,24 @@ class Seen:
             self._visit(attributes.get(key), f"{name}.{key}")
 
     def _object(self, value: Any, name: str) -> None:
+        if _memory(value) is not None:
+            self._shelf([Spot(None, None, name)], lambda: [_memory(value)])
         kind = type(value)
         self._class(kind, made=False)
-        if kind.__module__.partition(".")[0] in ("torch", "pyro", "numpy") and not isinstance(
-            value, _OF_PYRO
-        ):
+        if _is_of(kind, "torch", "pyro", "numpy") and not isinstance(value, _OF_PYRO):
             return
+        fields = _fields(kind) if _is_record(value) else ()  # looked at where the record lies
+        for key in fields:
+            self._visit(getattr(value, key, None), f"{name}.{key}")
         attributes = _attributes(value)
         if "__wrapped__" in attributes:
             self._visit(attributes["__wrapped__"], name)
         if attributes:
             self._back.append(functools.partial(_refill, attributes, attributes.copy()))
-            if _is_record(value):  # looked at where it lies
-                for key, inner in list(attributes.items()):
-                    self._visit(inner, f"{name}.{key}")
-            else:
-                self._plain(value, name, ())
-        slots = [s for base in kind.__mro__ for s in _slots(base) if s in self._names]
+            self._plain(value, name, fields)
+        slots = [
+            s for base in kind.__mro__ for s in _slots(base) if s in self._names and s not in fields
+        ]
         if slots:
             spots = [Spot(value, slot, f"{name}.{slot}") for slot in slots]
             self._shelf(spots, lambda: [getattr(value, s, _NOTHING) for s in slots])
@@ -609,17 +632,28 @@ class Seen:
                 self._visit(getattr(value, slot, None), f"{name}.{slot}")
 
 
-# the methods that are called without their name
-_CALLED = ("forward", "__call__", "__getitem__", "__getattr__", "__iter__", "__len__", "__enter__")
-
-
+# what makes an object
+_MAKING = ("__new__", "__init__", "__post_init__", "__set_name__", "__init_subclass__")
 _METHODS = (types.FunctionType, property, staticmethod, classmethod)
 
 
+def _is_special(name: str) -> bool:
+    """Whether a method is called without its name."""
+    return name == "forward" or (name.startswith("__") and name.endswith("__"))
+
+
 def _has_library_base(kind: type) -> bool:
-    """Whether torch or Pyro give it more than the bare frame of a module."""
+    """Whether a library gives it more than the bare frame of a module."""
     bases = [base for base in kind.__mro__ if base not in (nn.Module, PyroModule)]
-    return any(base.__module__.partition(".")[0] in ("torch", "pyro") for base in bases)
+    return any(_is_of(base, "torch", "pyro", "collections") for base in bases)
+
+
+def _is_of(kind: type, *libraries: str) -> bool:
+    return kind.__module__.partition(".")[0] in libraries
+
+
+def _is_of_time(value: Any) -> bool:
+    return isinstance(value, types.BuiltinFunctionType) and value.__module__ == "time"
 
 
 def _slots(kind: type) -> Sequence[str]:
@@ -638,6 +672,15 @@ def _is_simple(value: Any) -> bool:
     return isinstance(value, (*_PLAIN, set, np.ndarray, *given))
 
 
+def _memory(value: Any) -> bytes | None:
+    """The memory of what lends it, such as an `array.array`, if it is not much."""
+    try:
+        memory = memoryview(value)
+    except TypeError:
+        return None
+    return memory.tobytes() if memory.nbytes <= 8 * _MANY else None
+
+
 def _content(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
@@ -648,3 +691,18 @@ def _content(cell: types.CellType) -> Any:
 def _keep_cell(cell: types.CellType, content: Any) -> None:
     if _content(cell) is not content:
         cell.cell_contents = content
+
+
+# where what is of a kind is looked at; the first that fits
+_VISITS: tuple[tuple[Any, Callable[[Seen, Any, str], None]], ...] = (
+    (_COLLECTIONS, Seen._container),
+    (types.FunctionType, Seen._function),
+    (types.MethodType, Seen._method),
+    (functools.partial, Seen._partial),
+    (types.ModuleType, Seen._of_module),
+    (type, Seen._class),
+    (nn.Module, Seen._module),
+    (contextvars.ContextVar, Seen._variable),
+    ((operator.attrgetter, operator.methodcaller), Seen._getter),
+    (types.MappingProxyType, Seen._proxy),
+)

@@ -12,7 +12,7 @@ the same order, so that a seed gives the noise that it gives stock SVI.
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -390,7 +390,34 @@ class SVI(Capturing, StockSVI):
     def _difference(
         self, graph: _Graph, by_graph: _Results, outcome: _Outcome, moved: list[_Outcome]
     ) -> str | None:
-        return _difference(graph, by_graph, [outcome, *moved])
+        """What the graph and Pyro do not agree in, up to half of the digits and to what moved."""
+        outcomes = [outcome, *moved]
+        tensors = [*graph.trained, *graph.others]
+        tolerance = resolution(tensors)
+        losses = [o.losses if graph.is_tuple else (o.losses,) for o in outcomes]
+        for ours, theirs, *others in zip(by_graph.losses, *losses, strict=True):
+            loss = ours.item()
+            slack = tolerance * max(abs(theirs), 1.0) + _largest(abs(v - theirs) for v in others)
+            if not (abs(loss - theirs) <= slack or _as_odd(loss, theirs)):
+                return "the loss"
+        if set(graph.trained) != outcome.trained:
+            return "the set of parameters"
+        gradients = [[o.gradients.get(t) for o in outcomes] for t in tensors]
+        total = sum(h.norm().item() ** 2 for h, *_ in gradients if h is not None) ** 0.5
+        known = set(tensors)
+        if any(g is not None and t not in known for t, g in outcome.gradients.items()):
+            return "the set of tensors that get a gradient"
+        names = [*graph.names, *("a tensor outside of Pyro's store" for _ in graph.others)]
+        for name, g, (h, *near) in zip(names, by_graph.gradients, gradients, strict=True):
+            if g is None and h is None:
+                continue
+            if g is None or h is None:
+                return f"the gradient of `{name}`"
+            slack = tolerance * max(h.norm().item(), 0.1 * total)
+            slack += _largest((other - h).norm().item() for other in near if other is not None)
+            if not ((g - h).norm().item() <= slack or _as_odd(g, h)):
+                return f"the gradient of `{name}`"
+        return None
 
     def _loss_and_sites(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         with poutine.trace(param_only=True) as sites:
@@ -464,37 +491,6 @@ def _loss(graph: _Graph, losses: list[Tensor]) -> Any:
 def _add_gradient(t: Tensor, gradient: Tensor | None) -> None:
     if gradient is not None:
         t.grad = gradient if t.grad is None else t.grad + gradient
-
-
-def _difference(graph: _Graph, by_graph: _Results, outcomes: Sequence[_Outcome]) -> str | None:
-    """What the graph and Pyro do not agree in, up to half of the digits and to how far the other
-    outcomes are from the first."""
-    tensors = [*graph.trained, *graph.others]
-    tolerance = resolution(tensors)
-    losses = [o.losses if graph.is_tuple else (o.losses,) for o in outcomes]
-    for ours, theirs, *others in zip(by_graph.losses, *losses, strict=True):
-        loss = ours.item()
-        slack = tolerance * max(abs(theirs), 1.0) + _largest(abs(v - theirs) for v in others)
-        if not (abs(loss - theirs) <= slack or _as_odd(loss, theirs)):
-            return "the loss"
-    if set(graph.trained) != outcomes[0].trained:
-        return "the set of parameters"
-    gradients = [[o.gradients.get(t) for o in outcomes] for t in tensors]
-    total = sum(h.norm().item() ** 2 for h, *_ in gradients if h is not None) ** 0.5
-    known = set(tensors)
-    if any(g is not None and t not in known for t, g in outcomes[0].gradients.items()):
-        return "the set of tensors that get a gradient"
-    names = [*graph.names, *("a tensor outside of Pyro's store" for _ in graph.others)]
-    for name, g, (h, *near) in zip(names, by_graph.gradients, gradients, strict=True):
-        if g is None and h is None:
-            continue
-        if g is None or h is None:
-            return f"the gradient of `{name}`"
-        slack = tolerance * max(h.norm().item(), 0.1 * total)
-        slack += _largest((other - h).norm().item() for other in near if other is not None)
-        if not ((g - h).norm().item() <= slack or _as_odd(g, h)):
-            return f"the gradient of `{name}`"
-    return None
 
 
 def _largest(moves: Iterable[float]) -> float:

@@ -75,7 +75,9 @@ class _Outside(TorchFunctionMode):
             finally:
                 self.in_backward = False
         try:
-            with _without_onednn() if func is torch.lstm else contextlib.nullcontext():
+            # oneDNN's LSTM cannot be called from a graph; a convolution without oneDNN would have
+            # another layout than at run time
+            with without_onednn() if func is torch.lstm else contextlib.nullcontext():
                 result = provenance.noted((args, kwargs), func(*args, **kwargs))
         except Exception as error:
             if is_of_tracing(error):
@@ -92,6 +94,7 @@ class _Outside(TorchFunctionMode):
 def _without_looking() -> Iterator[None]:
     """Nothing inside looks at the values of tensors, which are not there while tracing."""
     with contextlib.ExitStack() as patches:
+        patches.enter_context(torch.compiler.set_stance("force_eager"))  # what is torch.compile's
         for owner, name, value in (
             (private.compiler, "_is_compiling_flag", True),
             (private.pyro_util, "torch_isnan", lambda value: False),
@@ -105,9 +108,8 @@ def _without_looking() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_onednn() -> Iterator[None]:
-    """An LSTM inside is torch's own: oneDNN's cannot be called from a graph. Of a convolution it
-    would be another layout than at run time, so oneDNN is off for an LSTM alone."""
+def without_onednn() -> Iterator[None]:
+    """Kernels inside are torch's own."""
     before = private.c._get_mkldnn_enabled()
     private.c._set_mkldnn_enabled(False)
     try:
