@@ -88,7 +88,9 @@ def assert_same(stock, ours, args, tolerance=1e-5):
 # ---- pairs of this package ----
 
 
-@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
+@pytest.mark.parametrize(
+    "elbo", [Trace_ELBO, pytest.param(TraceMeanField_ELBO, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(("likelihood", "guide"), PAIRS)
 def test_every_pair(likelihood, guide, elbo):
     vae, x = tiny(likelihood, guide, (3, 9, 6)), images(likelihood, (3, 9, 6)).float()

@@ -3286,7 +3286,12 @@ def a_net_by_torch_compile(svi_of):
 # ---- the table ----
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+def shared_out(names):
+    """Every other one is slow: the rows beside it are mostly kin."""
+    return [pytest.param(n, marks=pytest.mark.slow if i % 2 else ()) for i, n in enumerate(names)]
+
+
+@pytest.mark.parametrize("name", shared_out(PROGRAMS))
 def test_program(name):
     steps, is_captured, says = PROGRAMS[name]
     svi, noted = held_against_stock(steps)
