@@ -273,10 +273,15 @@ def with_validation_images(study: Study) -> Study:
 
 
 def with_stages_of(source: Path, row: Row, study: Study) -> Study:
-    """The study with those stages of the row that another run has finished, in copies."""
+    """The study with those stages of the row that another run has, in copies; it goes on from them.
+
+    Raises ValueError for what is no run, or one on other data.
+    """
+    before = run.read_config(source)["dataset"]
+    study.dataset.require_same(before["name"], before["sha256"], source)
     for name in row.stages:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, study.folder / name, dirs_exist_ok=True)
+        if (source / name).is_dir() and not (study.folder / name).exists():
+            shutil.copytree(source / name, study.folder / name)
     args = argparse.Namespace(**{**vars(study.args), "resume": str(study.folder)})
     return replace(study, args=args)
 

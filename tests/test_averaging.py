@@ -230,6 +230,8 @@ def test_stages_follow_one_another_and_are_taken_over(tmp_path, monkeypatch):
     assert all(torch.equal(t, guide[name]) for name, t in again[-1].items())
     metrics = [(tmp_path / run / "guide" / "metrics.csv").read_text() for run in "ab"]
     assert metrics[0] == metrics[1]  # its time, too: no epoch was trained again
+    with pytest.raises(ValueError, match="nowhere"):
+        trained(tmp_path / "c", "--start-from", str(tmp_path / "nowhere"))
 
 
 def test_the_page_shows_the_table_of_the_runs():
