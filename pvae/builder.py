@@ -659,6 +659,7 @@ def compose(recipe: Recipe, mean_image: Tensor | None = None) -> VAE:
     likelihood = _likelihood(recipe, family, mean_image)
     prior = PRIORS[recipe.prior].make(recipe, recipe.latent_dims[-1], posterior, mean_image)
     pairs = list(pairwise(recipe.latent_dims))  # of a layer and the one above it
+    oracle = None
     if pairs:
         down = [_between(recipe, above, heads.Normal((dim,))) for dim, above in reversed(pairs)]
         model = HierarchicalModel(prior, *down, likelihood)
@@ -666,13 +667,13 @@ def compose(recipe: Recipe, mean_image: Tensor | None = None) -> VAE:
     else:
         vae = VAE(Model(prior, likelihood), Guide(posterior, _baseline(recipe, guide)))
         if guide.split is not None and PRIORS[recipe.prior].standard:
-            vae.oracle = ClosedForm(
+            oracle = ClosedForm(
                 encode=posterior.raw,
                 decode=likelihood.raw,
                 split=guide.split,
                 log_likelihood=partial(family.log_likelihood, likelihood.head),
             )
-    vae.recipe = recipe
+    vae.built_by(recipe, oracle)
     return vae
 
 

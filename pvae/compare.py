@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     keys = list(dict.fromkeys(key for row in numbers.values() for key in row))
     rows = [[name, *(shown(row.get(key)) for key in keys)] for name, row in numbers.items()]
     header = [key.replace("_", " ") for key in keys]
-    print(tables.columns(f"{title}; mean ± se over test images", ["", *header], rows))
+    print(tables.columns(f"{title}; mean ± se over the test set", ["", *header], rows))
     differing = differences(configs)
     if differing:
         told = [[name, *row] for name, *row in zip(configs, *differing.values(), strict=True)]
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         print("their arguments, seeds and versions are the same")
     if len({_data_seed(config) for config in configs.values()}) > 1:
-        print("warning: their data seeds differ: other splits, or other pixels of the same images")
+        print("warning: their data seeds differ: other splits, or other pixels of them")
     plots.save(picture(numbers, title), args.out)
     print(f"\nthe se says nothing of other seeds; figure: {args.out}")
 
@@ -155,7 +155,7 @@ def shown(estimate: Estimate | None) -> str:
 
 def _title(configs: Mapping[str, Mapping[str, Any]]) -> str:
     first = next(iter(configs.values()))
-    text = f"{first['dataset']['name']} test set, {_observed(first)}; nats per image"
+    text = f"{first['dataset']['name']} test set, {_observed(first)}; nats"
     kinds: Iterable[str | None] = map(_kind, configs.values())
     if any(kind is not None and kind.endswith("not a likelihood") for kind in kinds):
         text += "; p(x|z) is not a likelihood"
@@ -169,7 +169,7 @@ def picture(numbers: Mapping[str, Mapping[str, Estimate]], title: str) -> Figure
     lines = math.ceil(len(keys) / columns)
     size = 2.6 * columns + 2, lines * (1.1 + 0.28 * len(numbers)) + 0.4
     figure = Figure(size, dpi=150, layout="constrained")
-    figure.suptitle(f"{title}\nmean ± 2 se over test images", fontsize=10)
+    figure.suptitle(f"{title}\nmean ± 2 se over the test set", fontsize=10)
     panels = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
     for panel in panels[len(keys) :]:
         panel.set_visible(False)

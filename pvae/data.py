@@ -208,7 +208,7 @@ def load(
 
     Raises FileNotFoundError where a named data set is neither on disk nor to be downloaded, and
     ValueError for an unknown name, for files that cannot be used, for fractions that are none, and
-    where the data has splits of its own and `split` is given.
+    where the data has splits of its own and `split` is given, or is not streamed and `workers` are.
 
     >>> load("digits").test.images.shape
     torch.Size([179, 1, 28, 28])
@@ -219,6 +219,11 @@ def load(
         _check_fractions(split)
     found = reading.read(name, root, download=download, as_is=as_is, stream=stream, workers=workers)
     splits = [Split(*part) for part in found.parts]
+    if workers and not isinstance(splits[0].images, streaming.Streamed):
+        raise ValueError(
+            f"workers must be 0 or left out, not {workers}: {found.name} is not streamed, it is in "
+            "memory at once"
+        )
     if len(splits) == 1:
         return _split_at_random(found.name, splits[0], seed, split or _TENTHS, found.note)
     if split is not None:

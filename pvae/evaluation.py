@@ -143,7 +143,7 @@ def annealed_rows(subject: Subject, args: argparse.Namespace) -> list[Row]:
     if diverged.any():
         share = estimate(diverged.double())
         rows.append(Row("ais_diverged", "  share of moves that diverged", share, n, 4))
-    rows.append(Row("ais_iwae", f"  IWAE-{k:,} of the same images", estimate(iwae), n))
+    rows.append(Row("ais_iwae", f"  IWAE-{k:,} of the same subset", estimate(iwae), n))
     if has_one_latent(subject):
         by_factors = subject.over(split, partial(_by_factors, subject, args), 100)
         own = by_factors.log_evidence

@@ -22,8 +22,8 @@ from pvae.untrusted import read_json
 from pvae.vae import VAE
 
 _SUBSET = 1000  # test images of the importance-weighted bound at the end of a run
-_ELBO = "A lower bound on log p(x), the log probability or density of an image; higher is better."
-_IWAE = "A tighter lower bound on log p(x), by {:,} draws for each image of a random subset."
+_ELBO = "A lower bound on log p(x), the log probability or density of x; higher is better."
+_IWAE = "A tighter lower bound on log p(x), by {:,} draws for each x of a random subset."
 _SAME = "The ELBO of that subset, to compare the two bounds."
 _FEW = 0.1  # share of active units below which the table says what usually helps
 
@@ -130,14 +130,14 @@ def elbo_rows(subject: Subject) -> list[Row]:
             "  distortion, -E_q log p(x|z)",
             estimate(-bound.reconstruction),
             n,
-            meaning="What it costs to describe an image by a draw of its code; lower is better.",
+            meaning="What it costs to describe x by a draw of its code; lower is better.",
         ),
         Row(
             "rate",
             "  rate, KL(q(z|x) || p(z))",
             estimate(bound.kl),
             n,
-            meaning="What the code tells of the image: how far the posterior is from the prior.",
+            meaning="What the code tells of x: how far the posterior is from the prior.",
         ),
     ]
     levels = grey_levels(subject.vae, subject.data)
@@ -182,7 +182,7 @@ def importance_rows(
     n = len(split.images)
     return [
         Row(f"iwae_{k}", f"IWAE-{k:,}", estimate(found.log_evidence), n, meaning=_IWAE.format(k)),
-        Row("iwae_elbo", "  ELBO of the same images", estimate(elbo), n, meaning=_SAME),
+        Row("iwae_elbo", "  ELBO of the same subset", estimate(elbo), n, meaning=_SAME),
         Row("ess", "  effective sample size", estimate(found.ess), n, 1, k),
         *tail_rows(found.pareto_k, "pareto_k", "  "),
     ]
@@ -209,7 +209,7 @@ def codes(subject: Subject, split: Split, title: str = "") -> Tensor:
 def unit_rows(means: Tensor) -> list[Row]:
     """How many units are active, of posterior means `(N, D)`."""
     active = Estimate(float(evaluate.active_units(means)), math.nan)
-    what = "Units whose posterior mean varies over images: its variance is above 0.01."
+    what = "Units whose posterior mean varies with x: its variance is above 0.01."
     return [Row("active_units", "active units", active, len(means), 0, means.shape[1], what)]
 
 

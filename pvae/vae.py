@@ -69,8 +69,24 @@ class VAE(nn.Module):
         super().__init__()
         self.model: Any = model  # any pair of programs: what each has is said above
         self.guide: Any = guide
-        self.oracle = oracle
-        self.recipe: Any = None  # the `pvae.builder.Recipe` of a pair that `build` made
+        self._oracle = oracle
+        self._recipe: Any = None
+        self._as_built: str | None = None
+
+    def built_by(self, recipe: Any, oracle: ClosedForm | None) -> None:
+        """Notes the recipe and the hand-written ELBO of the parts that the pair has now."""
+        self._recipe, self._oracle, self._as_built = recipe, oracle, repr(self)
+
+    @property
+    def recipe(self) -> Any:
+        """The `pvae.builder.Recipe` of the pair, while it has the parts that `build` made; else
+        None."""
+        return self._recipe if self._as_built == repr(self) else None
+
+    @property
+    def oracle(self) -> ClosedForm | None:
+        """The hand-written ELBO of the pair, while it has the parts that this was written for."""
+        return self._oracle if self._as_built in (None, repr(self)) else None
 
     @property
     def takes_y(self) -> bool:

@@ -39,7 +39,7 @@ def test_the_table_has_each_runs_numbers_and_what_differs(tmp_path, capsys):
     b = made(tmp_path / "b", -98.5, guide="iaf", hidden=400, quiet=True)
     compared(tmp_path, a, b)
     said = capsys.readouterr().out
-    assert "digits test set, dynamically binarised (one fixed draw); nats per image" in said
+    assert "digits test set, dynamically binarised (one fixed draw); nats; mean" in said
     numbers, differing = re.split("what differs", said)
     assert [line.split() for line in numbers.splitlines() if line.startswith(f"  {a} ")] == [
         [a, "-100.12", "±", "0.25", "3"]

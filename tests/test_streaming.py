@@ -328,6 +328,12 @@ def test_what_has_no_file_of_its_own_is_not_streamed(name):
         data.load(name, stream=True)
 
 
+def test_workers_are_for_what_is_streamed():
+    with pytest.raises(ValueError, match=r"workers must be 0 or left out, not 2: digits is not"):
+        data.load("digits", workers=2)
+    assert len(data.load("digits", workers=0).train.images)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_picture_that_changed_is_named(workers, tmp_path):
     folder = pictured(tmp_path)

@@ -1,17 +1,20 @@
 """What people do with a pair; the builder; saving and loading."""
 
+import copy
 import json
 import os
 import threading
 from pathlib import Path
 
+import pyro
 import pytest
 import torch
 from conftest import PAIRS, SHAPES, images, tiny
 from safetensors import safe_open
 
 import pvae
-from pvae import checkpoint
+from pvae import checkpoint, heads, nets, priors
+from pvae.crosscheck import cross_check
 from pvae.vae import VAE
 
 X = (torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)) > 0.5).float()
@@ -255,12 +258,35 @@ def test_safetensors_are_read_by_their_own_library(tmp_path):
 
 
 def test_a_pair_composed_by_hand_is_kept_without_a_recipe(tmp_path):
-    pair = tiny()
-    pair.recipe = None
+    built = tiny()
+    pair = pvae.VAE(built.model, built.guide)
     pvae.save(pair, tmp_path / "v.safetensors")
     with pytest.raises(ValueError, match="holds no recipe: its VAE was composed by hand"):
         pvae.load(tmp_path / "v.safetensors")
     checkpoint.restore(tiny(), checkpoint.read(tmp_path / "v.safetensors")["model"])
+
+
+@pytest.mark.parametrize(
+    ("place", "part"),
+    [
+        ("model.prior", priors.MixtureOfNormals(2)),
+        ("model.likelihood.head", heads.ContinuousBernoulli((1, 8, 8))),
+        ("guide.posterior.head", heads.Laplace((2,))),
+        ("guide.posterior.net", nets.MLP((1, 8, 8), (4,), (7,))),
+    ],
+)
+def test_a_built_pair_with_another_part_has_no_recipe(place, part):
+    """Its recipe would build another pair, and its hand-written ELBO is that of another."""
+    pair = tiny(latent_dim=2)
+    copied = copy.deepcopy(pair)
+    assert copied.recipe == pair.recipe
+    assert copied.oracle is not None
+    owner, _, name = place.rpartition(".")
+    setattr(pair.get_submodule(owner), name, part)
+    assert pair.recipe is None
+    assert pair.oracle is None
+    svi = pyro.infer.SVI(pair.model, pair.guide, pyro.optim.Adam({}), pyro.infer.Trace_ELBO())
+    assert cross_check(svi, pair, X).agrees
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
