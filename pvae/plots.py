@@ -284,8 +284,8 @@ def manifold(images: Tensor, axis: Tensor, *, title: str = "") -> Figure:
     )
     axes = figure.axes[0]
     axes.xaxis.tick_bottom()
-    axes.set_xlabel("z1")
-    axes.set_ylabel("z2")
+    axes.set_xlabel("z0")
+    axes.set_ylabel("z1")
     _fit(figure)
     return figure
 
@@ -345,7 +345,7 @@ def latents(
     *,
     names: Sequence[str] | None = None,
     title: str = "",
-    axis_labels: tuple[str, str] = ("z1", "z2"),
+    axis_labels: tuple[str, str] = ("z0", "z1"),
 ) -> Figure:
     """Scatter posterior means `(N, 2)`, coloured by their labels `(N,)` if there are any.
 

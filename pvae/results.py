@@ -144,7 +144,7 @@ def elbo_rows(subject: Subject) -> list[Row]:
     if levels is not None:
         pixels = test.images[0].numel()
         bits = evaluate.bits_per_dimension(bound.elbo, pixels, levels=levels)
-        what = "The ELBO of one pixel value, in bits and with its sign turned; lower is better."
+        what = "The ELBO of one element of x, in bits and with its sign turned; lower is better."
         key, label = "bits_per_dimension", "  bits per dimension"
         rows.append(Row(key, label, estimate(bits), n, 4, meaning=what))
     return rows

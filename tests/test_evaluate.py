@@ -210,7 +210,7 @@ def test_one_covariance_each_finds_the_exact_posterior():
 # ---- annealing ----
 
 
-@pytest.mark.parametrize("initial", [None, "guide"])
+@pytest.mark.parametrize("initial", [pytest.param(None, marks=pytest.mark.slow), "guide"])
 def test_annealing_sandwiches_the_evidence(initial):
     """200 simulated images. Both bounds hold within 4 standard errors, with 10 temperatures and
     with 100, where each of them is the evidence to 0.1 nats and 4 standard errors."""
@@ -329,6 +329,7 @@ def cubic(x, y=None):
         return pyro.sample("x", dist.Normal(z**3, 0.5).to_event(1), obs=x)
 
 
+@pytest.mark.slow
 def test_chains_that_diverge_stay_and_are_counted():
     """Both bounds of a model whose leapfrogs overflow, against its evidence by quadrature."""
     made = evaluate.simulate(cubic, torch.zeros(200, 1, dtype=torch.float64))

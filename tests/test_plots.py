@@ -192,7 +192,7 @@ def test_manifold_has_z1_to_the_right_and_z2_upward():
             assert torch.equal(cell(figure, 4 - i, j, images), images[i, j])
     assert texts(axes.get_xticklabels()) == ["-2", "-1", "0", "1", "2"]
     assert texts(axes.get_yticklabels()) == ["2", "1", "0", "-1", "-2"]  # from the top
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("z1", "z2")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("z0", "z1")
     assert_nothing_cut(figure)
     image = axes.get_window_extent()
     heights = [label.get_window_extent().y0 for label in axes.get_yticklabels()]
@@ -263,7 +263,7 @@ def points(figure):
 def test_every_class_has_its_own_colour_and_marker_and_its_name_in_the_legend(classes):
     torch.manual_seed(0)
     labels = torch.arange(100) % classes + 3
-    means = torch.stack([labels.float(), torch.randn(100)], dim=1)  # z1 tells the label
+    means = torch.stack([labels.float(), torch.randn(100)], dim=1)  # z0 tells the label
     figure = plots.latents(means, labels, title="means")
     drawn = points(figure)
     assert len(drawn) == 100
