@@ -23,13 +23,6 @@ from pvae import processes, reading, streaming
 from pvae.files import write_atomically
 from pvae.reading import NAMES as NAMES, is_found as is_found
 
-_CLASS_NAMES: Mapping[str, Sequence[str]] = {
-    "fashion-mnist": (
-        *("t-shirt", "trouser", "pullover", "dress", "coat"),
-        *("sandal", "shirt", "sneaker", "bag", "boot"),
-    ),
-}
-
 # Each use of a seed draws from its own random stream; 0, 1 and 2 are for the pixels of the splits.
 _EPOCHS, _SPLITTING = 3, 4
 
@@ -74,8 +67,8 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images in three splits, with their SHA-256 (over pixels, labels and shapes) and a `note`:
-    one line that people should read, or "".
+    """Images in three splits, with their SHA-256 (over pixels, labels and shapes), a `note`: one
+    line that people should read, or "", and what the labels stand for, where they have names.
 
     >>> digits = load("digits")
     >>> len(digits.train.images), digits.image_shape, digits.num_classes
@@ -88,6 +81,7 @@ class Dataset:
     test: Split
     sha256: str
     note: str = ""
+    class_names: Sequence[str] | None = None
 
     @property
     def splits(self) -> tuple[Split, Split, Split]:
@@ -97,15 +91,6 @@ class Dataset:
         [1439, 179, 179]
         """
         return self.train, self.validation, self.test
-
-    @property
-    def class_names(self) -> Sequence[str] | None:
-        """What the labels stand for, where they are no digits.
-
-        >>> load("digits").class_names is None
-        True
-        """
-        return _CLASS_NAMES.get(self.name)
 
     @property
     def pictures(self) -> bool:
@@ -191,7 +176,7 @@ def load(
       "train_labels" and so on for all of them or none. The names of MedMNIST ("train_images") and
       Keras ("x_train", "y_train") are known too. Without "validation" as below.
     - a folder of png, jpg, jpeg, bmp or webp images of one size, at any depth. Its subfolders, if
-      any, are the labels, in sorted order. Hidden files are left out.
+      any, are the labels, in sorted order, and name them. Hidden files are left out.
     - a folder with subfolders `train` and `test`, and `validation` (or `val`) or not: the splits as
       they are, each with the same subfolders (the labels) or none. Without `validation`, a tenth of
       the training images, drawn by `seed`, is for validation, and `note` says so.
@@ -224,6 +209,12 @@ def load(
             f"workers must be 0 or left out, not {workers}: {found.name} is not streamed, it is in "
             "memory at once"
         )
+    return replace(_in_three(found, splits, seed, split), class_names=found.class_names)
+
+
+def _in_three(
+    found: reading.Found, splits: Sequence[Split], seed: int, split: Sequence[float] | None
+) -> Dataset:
     if len(splits) == 1:
         return _split_at_random(found.name, splits[0], seed, split or _TENTHS, found.note)
     if split is not None:

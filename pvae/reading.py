@@ -50,7 +50,8 @@ Part = tuple[Tensor, Tensor | None]
 
 class Found(NamedTuple):
     """What was read: `parts` are all images together, those for training and test, or those for
-    training, validation and test; `note` is one line that people should read, or "".
+    training, validation and test; `note` is one line that people should read, or ""; `class_names`
+    say what the labels stand for, where that is known and they are no digits.
 
     >>> len(read("digits").parts)
     1
@@ -59,6 +60,7 @@ class Found(NamedTuple):
     name: str
     parts: tuple[Part, ...]
     note: str = ""
+    class_names: tuple[str, ...] | None = None
 
 
 def read(
@@ -195,20 +197,31 @@ class _Published(NamedTuple):
     reader: str  # the torchvision data set
     files: tuple[str, ...]  # what it needs under its root
     held_out: int  # the last images of the training split, one in so many, are for validation
+    class_names: tuple[str, ...] | None = None
 
 
-def _idx(reader: str) -> _Published:
+def _idx(reader: str, class_names: tuple[str, ...] | None = None) -> _Published:
     parts = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
-    return _Published(reader, tuple(f"{reader}/raw/{part}-ubyte" for part in parts), 6)
+    files = tuple(f"{reader}/raw/{part}-ubyte" for part in parts)
+    return _Published(reader, files, 6, class_names)
 
 
+_CLOTHES = (
+    *("t-shirt", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "boot"),
+)
+_KANA = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
+_OBJECTS = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
 _CIFAR_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
 PUBLISHED = {
     "mnist": _idx("MNIST"),
-    "fashion-mnist": _idx("FashionMNIST"),
-    "kmnist": _idx("KMNIST"),
+    "fashion-mnist": _idx("FashionMNIST", _CLOTHES),
+    "kmnist": _idx("KMNIST", _KANA),
     "cifar10": _Published(
-        "CIFAR10", tuple(f"cifar-10-batches-py/{file}" for file in _CIFAR_FILES), 10
+        "CIFAR10", tuple(f"cifar-10-batches-py/{file}" for file in _CIFAR_FILES), 10, _OBJECTS
     ),
 }
 
@@ -312,7 +325,7 @@ def _download(name: str) -> Path:
 
 
 def _read_published(name: str, folder: Path) -> Found:
-    reader, files, held_out = PUBLISHED[name]
+    reader, files, held_out, class_names = PUBLISHED[name]
     if name == "cifar10":
         published = _torchvision(reader)
         lists = published.train_list, published.test_list
@@ -326,7 +339,7 @@ def _read_published(name: str, folder: Path) -> Found:
             f"{folder}: the images of {name} for training and test must have one shape, not "
             f"{shapes[0]} and {shapes[1]}"
         )
-    return Found(name, (*hold_out(train, held_out, folder), test))
+    return Found(name, (*hold_out(train, held_out, folder), test), class_names=class_names)
 
 
 def _torchvision(reader: str) -> Any:
@@ -688,14 +701,15 @@ def _read_folder(path: Path, stream: bool, workers: int | None) -> Found:
         else _read_images
     )
     if not names:
-        return Found(path.name, ((read(path, files), _folder_labels(path, files)),))
+        labels, classes = _folder_labels(path, files)
+        return Found(path.name, ((read(path, files), labels),), class_names=classes)
     files.sort(key=lambda file: names.index(file.parts[0]))
     sizes = [sum(file.parts[0] == name for file in files) for name in names]
     images = read(path, files).split(sizes)
-    labels = _folder_labels(path, files, depth=1)
+    labels, classes = _folder_labels(path, files, depth=1)
     some = [None] * len(sizes) if labels is None else labels.split(sizes)
     parts = tuple(zip(images, some, strict=True))
-    return Found(path.name, parts, _overlap(parts, names, path))
+    return Found(path.name, parts, _overlap(parts, names, path), classes)
 
 
 def _split_names(path: Path, files: Sequence[Path]) -> list[str]:
@@ -793,11 +807,13 @@ def _check_folder(path: Path, unpacked: int, packed: int) -> None:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _folder_labels(path: Path, files: Sequence[Path], depth: int = 0) -> Tensor | None:
-    """The number of each file's folder, `depth` folders below `path`."""
+def _folder_labels(
+    path: Path, files: Sequence[Path], depth: int = 0
+) -> tuple[Tensor | None, tuple[str, ...] | None]:
+    """The number of each file's folder, `depth` folders below `path`, and the folders' names."""
     classes = sorted({file.parts[depth] for file in files if len(file.parts) > depth + 1})
     if not classes:
-        return None
+        return None, None
     beside = [str(file) for file in files if len(file.parts) == depth + 1]
     if beside:
         raise ValueError(
@@ -805,7 +821,7 @@ def _folder_labels(path: Path, files: Sequence[Path], depth: int = 0) -> Tensor 
             f"not beside them, as {_listed(beside)}"
         )
     number = {name: i for i, name in enumerate(classes)}
-    return torch.tensor([number[file.parts[depth]] for file in files])
+    return torch.tensor([number[file.parts[depth]] for file in files]), tuple(classes)
 
 
 def _read_image(path: Path) -> Tensor:

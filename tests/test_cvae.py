@@ -420,7 +420,7 @@ def test_cvae_of_grey_pixels(tmp_path, small, capsys, likelihood, monkeypatch):
 
 
 def test_styles_have_the_names_of_the_classes(small):
-    dataset = replace(load(str(small)), name="fashion-mnist")
+    dataset = replace(load(str(small)), class_names=tuple("abcdefghij"))
     vae = pvae.build((1, 8, 8), 2, "mlp", hidden=8, num_classes=10)
     figure = example("cvae").styles(vae, dataset)
     names = [text.get_text() for text in figure.axes[0].get_xticklabels()]

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
+from pvae import reading
 from pvae.data import (
     KINDS,
     NAMES,
@@ -549,6 +550,15 @@ def test_cifar_with_another_checksum_is_damaged(tmp_path, monkeypatch):
         load("cifar10", tmp_path, download=False)
 
 
+@pytest.mark.parametrize("name", ["fashion-mnist", "kmnist"])
+def test_classes_have_the_names_that_torchvision_gives_them(tmp_path, name):
+    write_idx(tmp_path, name)
+    theirs = getattr(datasets, reading.PUBLISHED[name].reader).classes
+    names = load(name, tmp_path).class_names
+    assert len(names) == len(theirs)
+    assert all(ours in other.lower() for ours, other in zip(names, theirs, strict=True))
+
+
 @pytest.mark.parametrize("name", [None, "mnist"])
 def test_folders_are_searched_in_order(tmp_path, monkeypatch, name):
     monkeypatch.setenv("PVAE_DATA", str(tmp_path / "env"))
@@ -952,8 +962,10 @@ def test_subfolders_are_labels_as_in_torchvision(tmp_path):
     for i, name in enumerate(("b", "a", "c")):
         write_images(tmp_path / "mine" / name, np.full((6, 4, 4), 100 + i, dtype=np.uint8))
     write_images(tmp_path / "mine" / "c" / "deeper", np.full((2, 4, 4), 102, dtype=np.uint8))
-    x, y = everything(load(tmp_path / "mine"))
+    dataset = load(tmp_path / "mine")
+    x, y = everything(dataset)
     theirs = datasets.ImageFolder(str(tmp_path / "mine"))
+    assert list(dataset.class_names) == theirs.classes
     shade = {
         label: np.asarray(theirs[theirs.targets.index(label)][0])[0, 0, 0] for label in (0, 1, 2)
     }
@@ -977,6 +989,7 @@ def test_folders_named_as_splits_are_read_as_they_are(tmp_path, validation, clas
     data = load(tmp_path / "mine")
     each = 20 * len(classes)
     assert (sizes(data), data.name, data.note) == ((each,) * 3, "mine", "")
+    assert data.class_names == (None if classes == ("",) else ("a", "b"))
     assert data.sha256 == load(tmp_path / "mine", seed=1).sha256
     for i, part in enumerate(PARTS):
         first = getattr(data, part).images.flatten(1)[:, 0].long()
