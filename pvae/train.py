@@ -14,20 +14,19 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer import SVI, RenyiELBO
+from pyro.infer import SVI
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from pvae import captured, checkpoint, evaluate, keeping, processes
+from pvae import captured, checkpoint, compatible, evaluate, keeping, processes
 from pvae.averaging import Average
-from pvae.crosscheck import STANDARD_ERRORS, TOLERANCE, Check, by_hand, cross_check, objective_of
+from pvae.crosscheck import STANDARD_ERRORS, TOLERANCE, Check, cross_check, objective_of
 from pvae.data import Observed, from_torch, observe, pixels
 from pvae.files import write_atomically
 from pvae.kinds import Fn
-from pvae.objectives import in_data_plate, latent_names, part_of_batch, temper
-from pvae.optim import NotFinite, SingleOptimizer
-from pvae.programs import HierarchicalGuide, evaluating, optional
+from pvae.objectives import part_of_batch, temper
+from pvae.optim import NotFinite
+from pvae.programs import HierarchicalGuide, evaluating
 from pvae.results import Subject, collapse
 from pvae.schedule import Schedule
 from pvae.stopping import Asked, Stopped, asked_to_stop
@@ -148,14 +147,14 @@ class Trainer:
         schedule.check(epochs)
         if precision not in ("fp32", "tf32", "bf16"):
             raise ValueError(f"precision must be one of fp32, tf32, bf16, not {precision!r}")
-        _check_belongs(svi, vae)
+        compatible.check_svi(svi, vae)
         if not isinstance(data, Observed):
             device = next(vae.parameters()).device
             data = observe(from_torch("data", data), "grey").to(device)
-        _check_data(data, vae, batch_size)
+        compatible.check_data(data, vae, batch_size)
         self.parts = processes.count() * accumulate  # of a batch
         if self.parts > 1:
-            _check_parts(svi, vae, data, batch_size, self.parts)
+            compatible.check_parts(svi, vae, data, batch_size, self.parts)
         self.vae, self.svi, self.data = vae, svi, data
         self.optimizer = svi.optim.optimizer
         self.epochs, self.batch_size, self.seed = epochs, batch_size, seed
@@ -178,7 +177,7 @@ class Trainer:
         with self._explained(*self._checked):
             parts = (data.train.images, data.validation.images, data.test.images)
             self.vae.check(*self._checked, [x for x in parts if x.is_floating_point()])
-            self._shared = _shared_latents(svi, vae, *self._checked, self.parts)
+            self._shared = compatible.shared_latents(svi, vae, *self._checked, self.parts)
         self._against = self._cross_check(1.0).against  # refused before the run, not after it
 
     # ---- the loop ----
@@ -687,92 +686,6 @@ def _line(row: dict[str, float], check: Check) -> str:
         f"{row['seconds']:>6.1f}s  {check}"
         + (f"  {row['skipped']} batches left out" if row["skipped"] else "")
     )
-
-
-def _check_belongs(svi: SVI, vae: VAE) -> None:
-    """Whether `svi` trains `vae`, all of it and nothing else."""
-    for name in ("model", "guide"):
-        if getattr(svi, name) is not getattr(vae, name):
-            raise ValueError(f"svi.{name} must be vae.{name}, the very object, not another program")
-    if not isinstance(svi.optim, SingleOptimizer):
-        raise ValueError(
-            f"svi must have a pvae.SingleOptimizer, not a {type(svi.optim).__name__}: the trainer "
-            "schedules and saves one torch optimizer"
-        )
-    held = {p for group in svi.optim.optimizer.param_groups for p in group["params"]}
-    trained = {p: name for name, p in vae.named_parameters() if p.requires_grad}
-    missing = [name for p, name in trained.items() if p not in held]
-    if missing or len(held - set(vae.parameters())):
-        raise ValueError(
-            "the optimizer of svi must hold the parameters of vae, not others: "
-            + (f"it lacks {', '.join(missing[:3])}" if missing else "it holds foreign ones")
-        )
-
-
-def _check_data(data: Observed, vae: VAE, batch_size: int) -> None:
-    if vae.takes_y and data.train.y is None:
-        raise ValueError("the pair takes y, but the data has neither labels nor masks")
-    if _has_batchnorm(vae) and len(data.train.images) % batch_size == 1:
-        raise ValueError(
-            f"batch_size must not leave one image over, which BatchNorm cannot normalize: "
-            f"{len(data.train.images):,} training images by {batch_size} do; choose another"
-        )
-
-
-def _check_parts(svi: SVI, vae: VAE, data: Observed, batch_size: int, parts: int) -> None:
-    """Whether the parts of a batch, of processes and in time, together are the batch."""
-    if batch_size % parts:
-        raise ValueError(
-            f"batch_size must be a multiple of {parts} ({processes.count()} process(es) by "
-            f"{parts // processes.count()} part(s) of each), not {batch_size}"
-        )
-    for name in ("train", "validation", "test"):
-        images = len(getattr(data, name).images)
-        if images < processes.count():
-            raise ValueError(
-                f"data.{name} must hold an image for each of {processes.count()} processes, "
-                f"not {images} image(s)"
-            )
-    elbo = getattr(svi.loss, "__self__", None)
-    if not getattr(elbo, "sums_over_images", by_hand(svi) is not None):
-        raise ValueError(
-            "svi must have a loss that is a sum over images, so that those of the parts of a batch "
-            f"add up: {type(elbo).__name__} does not say so by sums_over_images = True; train it "
-            "in one process, without accumulate"
-        )
-    if _has_batchnorm(vae):
-        raise ValueError(
-            "vae must be without BatchNorm, which normalizes by the batch, and would see only a "
-            "part of it; train it in one process, without accumulate"
-        )
-    if getattr(svi, "record", None) is not None:
-        raise ValueError("svi must not record a CUDA graph where batches are taken in parts")
-    if svi.optim.on_nan == "skip" and processes.count() > 1:
-        raise ValueError("on_nan must be stop with several processes: one cannot skip alone")
-
-
-def _shared_latents(svi: SVI, vae: VAE, x: Tensor, y: Tensor | None, parts: int) -> list[str]:
-    """The latents outside the data plate, which are drawn once for all images."""
-    with evaluating(vae), evaluate.fixed_noise(x.device, 0):
-        drawn = poutine.trace(vae.guide).get_trace(x, *optional(y))
-        model = poutine.trace(poutine.replay(vae.model, trace=drawn)).get_trace(x, *optional(y))
-    shared = [name for name in latent_names(drawn) if not in_data_plate(drawn.nodes[name])]
-    if shared and isinstance(getattr(svi.loss, "__self__", None), RenyiELBO):
-        raise ValueError(
-            f"vae must have all latents in the data plate under a bound per image: {shared[0]!r} "
-            "is outside of it; train it by Trace_ELBO"
-        )
-    for name in model.observation_nodes:
-        if parts > 1 and not in_data_plate(model.nodes[name]):
-            raise ValueError(
-                "vae must have all observed sites in the data plate where batches are taken in "
-                f"parts: {name!r}, outside of it, may be of the whole batch"
-            )
-    return shared
-
-
-def _has_batchnorm(vae: VAE) -> bool:
-    return any(isinstance(module, _BatchNorm) for module in vae.modules())
 
 
 def _write_csv(path: Path, rows: list[dict[str, float]]) -> None:

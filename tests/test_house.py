@@ -19,6 +19,7 @@ HOUSE = [
     "explorer",
     "report",
     "train",
+    "compatible",
     "crosscheck",
     "results",
     "tables",

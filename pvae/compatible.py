@@ -1,0 +1,101 @@
+"""Which SVI, pair and data go together: what the Trainer asks before it starts."""
+
+from pyro import poutine
+from pyro.infer import SVI, RenyiELBO
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pvae import evaluate, processes
+from pvae.crosscheck import by_hand
+from pvae.data import Observed
+from pvae.objectives import in_data_plate, latent_names
+from pvae.optim import SingleOptimizer
+from pvae.programs import evaluating, optional
+from pvae.vae import VAE
+
+
+def check_svi(svi: SVI, vae: VAE) -> None:
+    """Whether `svi` trains `vae`, all of it and nothing else."""
+    for name in ("model", "guide"):
+        if getattr(svi, name) is not getattr(vae, name):
+            raise ValueError(f"svi.{name} must be vae.{name}, the very object, not another program")
+    if not isinstance(svi.optim, SingleOptimizer):
+        raise ValueError(
+            f"svi must have a pvae.SingleOptimizer, not a {type(svi.optim).__name__}: the trainer "
+            "schedules and saves one torch optimizer"
+        )
+    held = {p for group in svi.optim.optimizer.param_groups for p in group["params"]}
+    trained = {p: name for name, p in vae.named_parameters() if p.requires_grad}
+    missing = [name for p, name in trained.items() if p not in held]
+    if missing or len(held - set(vae.parameters())):
+        raise ValueError(
+            "the optimizer of svi must hold the parameters of vae, not others: "
+            + (f"it lacks {', '.join(missing[:3])}" if missing else "it holds foreign ones")
+        )
+
+
+def check_data(data: Observed, vae: VAE, batch_size: int) -> None:
+    """Whether the pair can be trained on this data, in batches of this size."""
+    if vae.takes_y and data.train.y is None:
+        raise ValueError("the pair takes y, but the data has neither labels nor masks")
+    if _has_batchnorm(vae) and len(data.train.images) % batch_size == 1:
+        raise ValueError(
+            f"batch_size must not leave one image over, which BatchNorm cannot normalize: "
+            f"{len(data.train.images):,} training images by {batch_size} do; choose another"
+        )
+
+
+def check_parts(svi: SVI, vae: VAE, data: Observed, batch_size: int, parts: int) -> None:
+    """Whether the parts of a batch, of processes and in time, together are the batch."""
+    if batch_size % parts:
+        raise ValueError(
+            f"batch_size must be a multiple of {parts} ({processes.count()} process(es) by "
+            f"{parts // processes.count()} part(s) of each), not {batch_size}"
+        )
+    for name in ("train", "validation", "test"):
+        images = len(getattr(data, name).images)
+        if images < processes.count():
+            raise ValueError(
+                f"data.{name} must hold an image for each of {processes.count()} processes, "
+                f"not {images} image(s)"
+            )
+    elbo = getattr(svi.loss, "__self__", None)
+    if not getattr(elbo, "sums_over_images", by_hand(svi) is not None):
+        raise ValueError(
+            "svi must have a loss that is a sum over images, so that those of the parts of a batch "
+            f"add up: {type(elbo).__name__} does not say so by sums_over_images = True; train it "
+            "in one process, without accumulate"
+        )
+    if _has_batchnorm(vae):
+        raise ValueError(
+            "vae must be without BatchNorm, which normalizes by the batch, and would see only a "
+            "part of it; train it in one process, without accumulate"
+        )
+    if getattr(svi, "record", None) is not None:
+        raise ValueError("svi must not record a CUDA graph where batches are taken in parts")
+    if svi.optim.on_nan == "skip" and processes.count() > 1:
+        raise ValueError("on_nan must be stop with several processes: one cannot skip alone")
+
+
+def shared_latents(svi: SVI, vae: VAE, x: Tensor, y: Tensor | None, parts: int) -> list[str]:
+    """The latents outside the data plate, which are drawn once for all images."""
+    with evaluating(vae), evaluate.fixed_noise(x.device, 0):
+        drawn = poutine.trace(vae.guide).get_trace(x, *optional(y))
+        model = poutine.trace(poutine.replay(vae.model, trace=drawn)).get_trace(x, *optional(y))
+    shared = [name for name in latent_names(drawn) if not in_data_plate(drawn.nodes[name])]
+    if shared and isinstance(getattr(svi.loss, "__self__", None), RenyiELBO):
+        raise ValueError(
+            f"vae must have all latents in the data plate under a bound per image: {shared[0]!r} "
+            "is outside of it; train it by Trace_ELBO"
+        )
+    for name in model.observation_nodes:
+        if parts > 1 and not in_data_plate(model.nodes[name]):
+            raise ValueError(
+                "vae must have all observed sites in the data plate where batches are taken in "
+                f"parts: {name!r}, outside of it, may be of the whole batch"
+            )
+    return shared
+
+
+def _has_batchnorm(vae: VAE) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in vae.modules())
