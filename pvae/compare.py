@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         print("their arguments, seeds and versions are the same")
     if len({_data_seed(config) for config in configs.values()}) > 1:
-        print("warning: their data seeds differ: other splits, or other pixels of them")
+        print("warning: their data seeds differ: other splits, or other draws of their pixels")
     plots.save(picture(numbers, title), args.out)
     print(f"\nthe se says nothing of other seeds; figure: {args.out}")
 

@@ -110,7 +110,7 @@ class Trainer:
     >>> from pvae.data import load, observe
     >>> data = observe(load("digits"), "dynamic")
     >>> vae = pvae.build((1, 28, 28), latent_dim=2, net="mlp", hidden=16)
-    >>> adam = SingleOptimizer(torch.optim.Adam(vae.parameters(), lr=1e-2))
+    >>> adam = pvae.SingleOptimizer(torch.optim.Adam(vae.parameters(), lr=1e-2))
     >>> svi = SVI(vae.model, vae.guide, adam, Trace_ELBO())
     >>> trainer = Trainer(vae, svi, data, epochs=2, batch_size=256, quiet=True)
     >>> trainer.fit()

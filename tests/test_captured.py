@@ -167,11 +167,14 @@ def test_a_spline_flow_is_not_captured(x):
 @pytest.mark.parametrize(
     "elbo",
     [
-        Trace_ELBO(3),
+        pytest.param(Trace_ELBO(3), marks=pytest.mark.slow),
         Trace_ELBO(3, vectorize_particles=True, max_plate_nesting=1),
         TraceGraph_ELBO(),
-        RenyiELBO(0, 3),
-        RenyiELBO(0.5, 3, vectorize_particles=True, max_plate_nesting=1),
+        pytest.param(RenyiELBO(0, 3), marks=pytest.mark.slow),
+        pytest.param(
+            RenyiELBO(0.5, 3, vectorize_particles=True, max_plate_nesting=1),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_objectives_and_particles(elbo):
@@ -236,7 +239,9 @@ def test_compiled(net, elbo, dtype, tolerance):
     assert_same(stock, ours, (x.to(dtype),), tolerance)
 
 
-@pytest.mark.parametrize("net", ["conv", "deep", "mlp"])
+@pytest.mark.parametrize(
+    "net", ["conv", *(pytest.param(net, marks=pytest.mark.slow) for net in ("deep", "mlp"))]
+)
 def test_the_main_examples_layout(net):
     """At its size, in channels_last: what lies behind a convolution has the layout of the run."""
     vae = pvae.build((1, 28, 28), 3, net).to(memory_format=torch.channels_last)
