@@ -93,9 +93,9 @@ def above(difference, errors):
     return difference.mean() > errors * difference.std() / len(difference) ** 0.5
 
 
-def train(vae, pair, elbo, args, steps=STEPS):
+def train(likelihood, vae, pair, elbo, args, steps=STEPS):
     # the rate of a count is exp(h), which a large step throws far off
-    rate = 3e-3 if LIKELIHOODS[vae.recipe.likelihood].data == "counts" else 1e-2
+    rate = 3e-3 if LIKELIHOODS[likelihood].data == "counts" else 1e-2
     before = {name: p.detach().clone() for name, p in vae.named_parameters()}
     adam = torch.optim.Adam(vae.parameters(), lr=rate)
     svi = SVI(*pair, SingleOptimizer(adam), elbo)
@@ -119,6 +119,7 @@ def check_combination(number, likelihood, guide, prior, conditional):
     pair = programs(vae, guide)
     start = draws_of_the_elbo(pair, args)
     train(
+        likelihood,
         vae,
         pair,
         OBJECTIVES[OBJECTIVE.get(guide, "trace_elbo")].elbo(PARTICLES.get(guide, 1)),
@@ -226,7 +227,7 @@ def check_objective(objective, case):
     if GUIDES.get(guide) is not None and GUIDES[guide].baseline and objective != "trace_graph_elbo":
         del vae.guide.baseline  # it would not train
         vae.guide.baseline = None
-    train(vae, pair, elbo, args)
+    train(likelihood, vae, pair, elbo, args)
     assert above(start - losses(), 5)
 
 
