@@ -49,7 +49,8 @@ class Stage(NamedTuple):
 
     prior: makes a new prior, in the place of the one before.
     guide_only: the model stays as it is, so that only the bound gets tighter.
-    dropout: the pair's own; without it a guide fits closer, and overfits sooner.
+    dropout: the share of the encoder's input that is left out, of pairs that have dropout; without
+        it a guide fits closer, and overfits sooner.
     chosen: the model is that of the best validation ELBO; else that after the last epoch, for an
         importance-weighted bound wants a wider guide than the ELBO does.
     """
@@ -64,7 +65,7 @@ class Stage(NamedTuple):
     kl_warmup: float = 0.0
     prior: Callable[[], nn.Module] | None = None
     guide_only: bool = False
-    dropout: bool = True
+    dropout: float = 0.1
     chosen: bool = True
 
 
@@ -95,7 +96,7 @@ class Row(NamedTuple):
 def residual(mean_image: Tensor) -> pvae.VAE:
     """Residual networks of 32 channels at 14x14 and 64 at 7x7, with one block at each size.
 
-    A tenth of the encoder's pixels is left out in training, against its overfitting.
+    Each stage says how large a share of the encoder's pixels is left out, against its overfitting.
     """
     shape = tuple(mean_image.shape)
     likelihood, posterior = heads.Bernoulli(shape), heads.Normal((LATENT,))
@@ -104,7 +105,7 @@ def residual(mean_image: Tensor) -> pvae.VAE:
     decoder = nets.ResNetDecoder((LATENT,), shape, **sizes)
     decoder.set_output_bias(likelihood.raw_mean(mean_image))
     model = pvae.Model(StandardNormal(LATENT), pvae.Conditional(decoder, likelihood, event_dim=1))
-    encoder = nn.Sequential(nn.Dropout(0.1), encoder)
+    encoder = nn.Sequential(nn.Dropout(), encoder)
     return pvae.VAE(model, pvae.Guide(pvae.Conditional(encoder, posterior, event_dim=3)))
 
 
@@ -126,7 +127,7 @@ _GUIDE = Stage(
     objective="dreg",
     particles=8,
     guide_only=True,
-    dropout=False,
+    dropout=0.0,
     chosen=False,
 )
 _FLOW = {"flow": Stage(8, 1e-3, prior=flow), "flow_guide": _GUIDE}
@@ -308,8 +309,9 @@ def train(stage: Stage, vae: pvae.VAE, study: Study) -> Trainer:
     if stage.prior is not None:
         vae.model.prior = stage.prior().to(study.device)
     vae.model.requires_grad_(not stage.guide_only)
-    if not stage.dropout:
-        leave_nothing_out(vae)
+    for module in vae.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = stage.dropout
     trained = vae.guide if stage.guide_only else vae
     groups = pvae.optim.decay_groups(trained, stage.weight_decay)
     adam = torch.optim.AdamW(groups, lr=stage.learning_rate, fused=True)
@@ -326,12 +328,6 @@ def train(stage: Stage, vae: pvae.VAE, study: Study) -> Trainer:
             checkpoint.save(vae, last)
         checkpoint.restore(vae, checkpoint.read(last)["model"], last)
     return trainer
-
-
-def leave_nothing_out(vae: pvae.VAE) -> None:
-    for module in vae.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
 
 
 def worth(row: Row, vae: pvae.VAE, study: Study) -> list[results.Row]:

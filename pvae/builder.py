@@ -673,7 +673,7 @@ def compose(recipe: Recipe, mean_image: Tensor | None = None) -> VAE:
                 split=guide.split,
                 log_likelihood=partial(family.log_likelihood, likelihood.head),
             )
-    vae.built_by(recipe, oracle)
+    vae.describe(recipe, oracle)
     return vae
 
 

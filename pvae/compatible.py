@@ -15,7 +15,11 @@ from pvae.vae import VAE
 
 
 def check_svi(svi: SVI, vae: VAE) -> None:
-    """Whether `svi` trains `vae`, all of it and nothing else."""
+    """Checks that `svi` trains `vae`, all of it and nothing else.
+
+    Raises:
+        ValueError: other programs, no `SingleOptimizer`, or one of other parameters.
+    """
     for name in ("model", "guide"):
         if getattr(svi, name) is not getattr(vae, name):
             raise ValueError(f"svi.{name} must be vae.{name}, the very object, not another program")
@@ -35,7 +39,11 @@ def check_svi(svi: SVI, vae: VAE) -> None:
 
 
 def check_data(data: Observed, vae: VAE, batch_size: int) -> None:
-    """Whether the pair can be trained on this data, in batches of this size."""
+    """Checks that the pair can be trained on this data, in batches of this size.
+
+    Raises:
+        ValueError: no `y` for a pair that takes it, or a last batch of one image under BatchNorm.
+    """
     if vae.takes_y and data.train.y is None:
         raise ValueError("the pair takes y, but the data has neither labels nor masks")
     if _has_batchnorm(vae) and len(data.train.images) % batch_size == 1:
@@ -46,7 +54,14 @@ def check_data(data: Observed, vae: VAE, batch_size: int) -> None:
 
 
 def check_parts(svi: SVI, vae: VAE, data: Observed, batch_size: int, parts: int) -> None:
-    """Whether the parts of a batch, of processes and in time, together are the batch."""
+    """Checks that a step on a batch in `parts` (by processes, and by `accumulate`) is the step on
+    the whole batch.
+
+    Raises:
+        ValueError: a batch that `parts` does not divide, fewer images in a split than processes, a
+            loss that is not a sum over images, BatchNorm, a recorded CUDA graph, or
+            `on_nan="skip"` with several processes.
+    """
     if batch_size % parts:
         raise ValueError(
             f"batch_size must be a multiple of {parts} ({processes.count()} process(es) by "
@@ -78,7 +93,12 @@ def check_parts(svi: SVI, vae: VAE, data: Observed, batch_size: int, parts: int)
 
 
 def shared_latents(svi: SVI, vae: VAE, x: Tensor, y: Tensor | None, parts: int) -> list[str]:
-    """The latents outside the data plate, which are drawn once for all images."""
+    """The names of the latents outside the data plate, which are drawn once for all images.
+
+    Raises:
+        ValueError: there are some under a bound for each image, such as IWAE, or an observed site
+            is outside the data plate while batches are taken in parts.
+    """
     with evaluating(vae), evaluate.fixed_noise(x.device, 0):
         drawn = poutine.trace(vae.guide).get_trace(x, *optional(y))
         model = poutine.trace(poutine.replay(vae.model, trace=drawn)).get_trace(x, *optional(y))

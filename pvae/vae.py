@@ -69,24 +69,30 @@ class VAE(nn.Module):
         super().__init__()
         self.model: Any = model  # any pair of programs: what each has is said above
         self.guide: Any = guide
-        self._oracle = oracle
-        self._recipe: Any = None
-        self._as_built: str | None = None
+        self.describe(None, oracle)
 
-    def built_by(self, recipe: Any, oracle: ClosedForm | None) -> None:
-        """Notes the recipe and the hand-written ELBO of the parts that the pair has now."""
-        self._recipe, self._oracle, self._as_built = recipe, oracle, repr(self)
+    def describe(self, recipe: Any, oracle: ClosedForm | None) -> None:
+        """Keeps the `pvae.builder.Recipe` of the pair and its hand-written ELBO. Both hold for the
+        parts that the pair has now: when one of them is replaced, the pair has neither."""
+        self._recipe, self._oracle, self._described = recipe, oracle, self._parts()
+
+    def _parts(self) -> tuple[nn.Module, ...]:
+        return *self.model.modules(), *self.guide.modules()
+
+    def _as_described(self) -> bool:
+        now = self._parts()
+        same = len(now) == len(self._described)
+        return same and all(a is b for a, b in zip(now, self._described, strict=True))
 
     @property
     def recipe(self) -> Any:
-        """The `pvae.builder.Recipe` of the pair, while it has the parts that `build` made; else
-        None."""
-        return self._recipe if self._as_built == repr(self) else None
+        """The recipe of a pair that `build` made; None once a part of it is replaced."""
+        return self._recipe if self._as_described() else None
 
     @property
     def oracle(self) -> ClosedForm | None:
-        """The hand-written ELBO of the pair, while it has the parts that this was written for."""
-        return self._oracle if self._as_built in (None, repr(self)) else None
+        """The hand-written ELBO, where there is one; None once a part of the pair is replaced."""
+        return self._oracle if self._as_described() else None
 
     @property
     def takes_y(self) -> bool:

@@ -95,9 +95,8 @@ def test_what_a_run_leaves(tmp_path, capsys):
     assert pvae.load(tmp_path / "r").sample(2).shape == (2, 1, 28, 28)
 
 
-@pytest.mark.parametrize(
-    ("images", "options"), [(10, []), (19, ["--conditional", "--latent-dim", "2"])]
-)
+@pytest.mark.parametrize("options", [[], ["--conditional", "--latent-dim", "2"]])
+@pytest.mark.parametrize("images", [10, 19])
 def test_a_small_data_set_runs_to_the_end(tmp_path, images, options):
     """One image is left for validation, and one for the test."""
     x = np.random.default_rng(0).integers(256, size=(images, 10, 8), dtype=np.uint8)

@@ -105,7 +105,7 @@ def test_a_disagreeing_oracle_stops_the_run(fault):
         "log_likelihood": lambda x, h: oracle.log_likelihood(x, h) * 1.001,
         "split": lambda h: (oracle.split(h)[0], oracle.split(h)[1] + 0.5),
     }
-    trainer.vae.built_by(trainer.vae.recipe, replace(oracle, **{fault: wrong[fault]}))
+    trainer.vae.describe(trainer.vae.recipe, replace(oracle, **{fault: wrong[fault]}))
     with pytest.raises(TrainingFailed, match=r"the cross-check failed after epoch 1"):
         trainer.fit()
 

@@ -270,14 +270,14 @@ def test_a_pair_composed_by_hand_is_kept_without_a_recipe(tmp_path):
     ("place", "part"),
     [
         ("model.prior", priors.MixtureOfNormals(2)),
-        ("model.likelihood.head", heads.ContinuousBernoulli((1, 8, 8))),
+        ("model.likelihood.head", heads.NormalFixedScale((1, 8, 8), scale=0.5)),
         ("guide.posterior.head", heads.Laplace((2,))),
         ("guide.posterior.net", nets.MLP((1, 8, 8), (4,), (7,))),
     ],
 )
 def test_a_built_pair_with_another_part_has_no_recipe(place, part):
     """Its recipe would build another pair, and its hand-written ELBO is that of another."""
-    pair = tiny(latent_dim=2)
+    pair = tiny("gaussian", latent_dim=2)
     copied = copy.deepcopy(pair)
     assert copied.recipe == pair.recipe
     assert copied.oracle is not None
