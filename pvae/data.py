@@ -68,7 +68,8 @@ class Split(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Images in three splits, with their SHA-256 (over pixels, labels and shapes), a `note`: one
-    line that people should read, or "", and what the labels stand for, where they have names.
+    line that people should read, or ""; `class_names` say what the labels stand for, where that
+    is known and they are no digits.
 
     >>> digits = load("digits")
     >>> len(digits.train.images), digits.image_shape, digits.num_classes
@@ -192,8 +193,8 @@ def load(
     ahead (None: 2 for a folder, none for a file).
 
     Raises FileNotFoundError where a named data set is neither on disk nor to be downloaded, and
-    ValueError for an unknown name, for files that cannot be used, for fractions that are none, and
-    where the data has splits of its own and `split` is given, or is not streamed and `workers` are.
+    ValueError for an unknown name, for files that cannot be used, for fractions that are none,
+    where `split` is given for data that has splits of its own, and `workers` for data in memory.
 
     >>> load("digits").test.images.shape
     torch.Size([179, 1, 28, 28])
@@ -206,8 +207,8 @@ def load(
     splits = [Split(*part) for part in found.parts]
     if workers and not isinstance(splits[0].images, streaming.Streamed):
         raise ValueError(
-            f"workers must be 0 or left out, not {workers}: {found.name} is not streamed, it is in "
-            "memory at once"
+            f"workers must be 0 or left out, not {workers}: they read data that is streamed, and "
+            f"{found.name} is in memory"
         )
     return replace(_in_three(found, splits, seed, split), class_names=found.class_names)
 

@@ -114,8 +114,8 @@ def grid(
     _separate(axes, rows, columns)
     axes.set_title(title, fontsize=10)
     axes.xaxis.tick_top()
-    axes.set_xticks([c + 0.5 for c in range(len(column_labels))], column_labels)
-    axes.set_yticks([r + 0.5 for r in range(len(row_labels))], row_labels)
+    axes.set_xticks([c + 0.5 for c in range(len(column_labels))], _as_they_are(column_labels))
+    axes.set_yticks([r + 0.5 for r in range(len(row_labels))], _as_they_are(row_labels))
     axes.tick_params(length=0, labelsize=8)
     _fit(figure)
     return figure
@@ -606,6 +606,11 @@ def _check_count(name: str, labels: Sequence[str], count: int) -> None:
         raise ValueError(f"{name} must hold {count} labels, not {len(labels)}: {list(labels)}")
 
 
+def _as_they_are(labels: Sequence[str]) -> list[str]:
+    """The labels, of which matplotlib would set what is between two dollar signs as a formula."""
+    return [label.replace("$", r"\$") for label in labels]
+
+
 def _numbers(values: Tensor) -> list[str]:
     """Labels with three digits in the largest of them, and as many decimals in the others."""
     listed = values.detach().tolist()
@@ -687,8 +692,8 @@ def _scatter_classes(
         drawn = [colours[i] for i in index[chosen].tolist()]
         _scatter(axes, means[chosen], drawn, marker, _size(means))
     handles, texts = [], []
-    for i, label in enumerate(classes.tolist()):
-        name = str(label) if names is None else names[int(label)]
+    shown = [str(k) if names is None else names[int(k)] for k in classes.tolist()]
+    for i, name in enumerate(_as_they_are(shown)):
         handles.append(
             Line2D([], [], color=colours[i], marker=markers[i], linestyle="", label=name)
         )

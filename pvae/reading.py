@@ -50,8 +50,7 @@ Part = tuple[Tensor, Tensor | None]
 
 class Found(NamedTuple):
     """What was read: `parts` are all images together, those for training and test, or those for
-    training, validation and test; `note` is one line that people should read, or ""; `class_names`
-    say what the labels stand for, where that is known and they are no digits.
+    training, validation and test; `note` and `class_names` are those of `pvae.data.Dataset`.
 
     >>> len(read("digits").parts)
     1

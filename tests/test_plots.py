@@ -610,3 +610,14 @@ GOOD = epoch(1, -100.0)
 def test_bad_input_is_refused_with_what_was_given(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_labels_with_dollar_signs_are_no_formulas(tmp_path):
+    """Names of folders may be anything; `\\frac` alone is no formula that matplotlib can set."""
+    names = ["$\\frac$", "a_$x$", "_"]
+    figures = [
+        plots.latents(torch.randn(30, 2), torch.arange(30) % 3, names=names),
+        plots.grid(torch.rand(9, 1, 4, 4), 3, row_labels=names, column_labels=names),
+    ]
+    for i, figure in enumerate(figures):
+        plots.save(figure, tmp_path / f"{i}.png")

@@ -329,7 +329,7 @@ def test_what_has_no_file_of_its_own_is_not_streamed(name):
 
 
 def test_workers_are_for_what_is_streamed():
-    with pytest.raises(ValueError, match=r"workers must be 0 or left out, not 2: digits is not"):
+    with pytest.raises(ValueError, match=r"workers must be 0 or left out, not 2: they read data"):
         data.load("digits", workers=2)
     assert len(data.load("digits", workers=0).train.images)
 
