@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from conftest import tiny
 from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
@@ -17,7 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import pvae
-from pvae import captured, temper
+from pvae import captured, heads, temper
 from pvae.captured import NotCaptured, as_traced, compiling, private
 from pvae.captured.seen import Seen
 
@@ -77,13 +78,15 @@ def test_every_step_of_a_prepared_run_is_captured():
 
 
 def test_preparing_leaves_buffers_and_gradients():
-    vae = pvae.build((1, 16, 16), 3, "deep")
+    head = heads.Normal((3,))
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 6))
+    vae = pvae.VAE(tiny(net="mlp").model, pvae.Guide(pvae.Conditional(net, head, event_dim=3)))
     adam = pvae.SingleOptimizer(torch.optim.Adam(vae.parameters()))
     svi = captured.SVI(vae.model, vae.guide, adam, Trace_ELBO(), compiler=as_traced, strict=True)
     before = copy.deepcopy(vae.state_dict())
     for p in vae.parameters():
         p.grad = torch.ones_like(p)
-    images = torch.ones(4, 1, 16, 16)
+    images = torch.ones(4, 1, 8, 8)
     with temper(0.5):
         svi.prepare(images)
         svi.prepare(images[:2])

@@ -3287,8 +3287,8 @@ def a_net_by_torch_compile(svi_of):
 
 
 def shared_out(names):
-    """All but every fourth one are slow: the rows beside it are mostly kin."""
-    return [pytest.param(n, marks=pytest.mark.slow if i % 4 else ()) for i, n in enumerate(names)]
+    """All but every eighth one are slow: the rows beside it are mostly kin."""
+    return [pytest.param(n, marks=pytest.mark.slow if i % 8 else ()) for i, n in enumerate(names)]
 
 
 @pytest.mark.parametrize("name", shared_out(PROGRAMS))

@@ -187,7 +187,7 @@ NAMES = ["none", "decaying", "neural", "reparameterized"]
 
 @pytest.fixture(scope="module")
 def found():
-    """The exact gradient, and 150 estimates of it by each estimator for L = 1 and 10."""
+    """The exact gradient, and 100 estimates of it by each estimator for L = 1 and 10."""
     pyro.set_rng_seed(0)
     # most of the cost of an image does not depend on z, as in a VAE: what a baseline is for
     exact, x = exact_model(), 2 * images(6)
@@ -208,7 +208,7 @@ def found():
         "reparameterized": (guide, lambda n: estimators.no_baseline),
     }
     estimates = {
-        (name, n): estimators.gradients(model, g, options(n), x, n, 150)
+        (name, n): estimators.gradients(model, g, options(n), x, n, 100)
         for name, (g, options) in plans.items()
         for n in (1, 10)
     }

@@ -295,7 +295,9 @@ def weighted(engine: str, accumulate: int, images: int | None) -> Any:
     return trained(engine=engine, vae=with_weight(images), accumulate=accumulate)
 
 
-@pytest.mark.parametrize(("engine", "images"), [("eager", IMAGES), ("captured", None)])
+@pytest.mark.parametrize(
+    ("engine", "images"), [("eager", IMAGES), pytest.param("captured", None, marks=SLOW)]
+)
 def test_the_trainer_counts_a_weight_for_all_images_once(run, engine, images):
     """In parts and in processes, at the same draw of the weight."""
     expected = weighted("eager", 1, None)
@@ -315,7 +317,9 @@ def batches(how: str) -> list[Tensor]:
     return [x for x, _ in data.observe(digits, how).batches(100, seed=3, epoch=1)]
 
 
-@pytest.mark.parametrize("how", ["grey", "dynamic", "dequantized"])
+@pytest.mark.parametrize(
+    "how", ["dynamic", *(pytest.param(how, marks=SLOW) for how in ("grey", "dequantized"))]
+)
 def test_the_parts_of_each_batch_are_that_of_one_process(run, how):
     for *parts, whole in zip(*run(4, batches, how), batches(how), strict=True):
         sizes = [len(part) for part in parts]
