@@ -10,7 +10,8 @@ from pvae.crosscheck import by_hand
 from pvae.data import Observed
 from pvae.objectives import in_data_plate, latent_names
 from pvae.optim import SingleOptimizer
-from pvae.programs import evaluating, optional
+from pvae.programs import HierarchicalModel, evaluating, optional
+from pvae.schedule import Schedule
 from pvae.vae import VAE
 
 
@@ -35,6 +36,20 @@ def check_svi(svi: SVI, vae: VAE) -> None:
         raise ValueError(
             "the optimizer of svi must hold the parameters of vae, not others: "
             + (f"it lacks {', '.join(missing[:3])}" if missing else "it holds foreign ones")
+        )
+
+
+def check_layers(schedule: Schedule, vae: VAE) -> None:
+    """Checks that the KL's warm-up is one for all latent layers, or one for each.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    layers = len(vae.model.between) + 2 if isinstance(vae.model, HierarchicalModel) else 1
+    if len(schedule.warmups) not in (1, layers):
+        raise ValueError(
+            f"kl_warmup must be one fraction, or one for each of {layers} latent layer(s), not "
+            f"{len(schedule.warmups)}"
         )
 
 

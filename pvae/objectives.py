@@ -24,12 +24,12 @@ from pvae.kinds import Distribution, Fn, Message, Trace
 
 
 class temper(Messenger):
-    r"""Weighs every latent site, in model and guide alike, by `beta`.
+    r"""Weighs every latent site, or the one named `site`, in model and guide alike, by `beta`.
 
     `with temper(beta): svi.step(x)` optimizes `E_q[log p(x|z)] - beta KL(q(z|x) || p(z))`: the
     beta-VAE's objective, and KL warm-up, from exactly 0 (`pyro.poutine.scale` refuses 0).
     Source: beta-VAE (2017), openreview Sy2fzU9gl; KL annealing: Generating Sentences from a
-    Continuous Space (2015), arXiv:1511.06349.
+    Continuous Space (2015), arXiv:1511.06349. `temper(beta, "z2")` is that of one latent layer.
 
     Raises:
         ValueError: `beta` is negative or not finite.
@@ -39,14 +39,15 @@ class temper(Messenger):
     ValueError: beta must be a finite number of at least 0, not -1.0
     """
 
-    def __init__(self, beta: float) -> None:
+    def __init__(self, beta: float, site: str | None = None) -> None:
         super().__init__()
         if not 0 <= beta < float("inf"):
             raise ValueError(f"beta must be a finite number of at least 0, not {beta}")
         self.beta = float(beta)  # captured.SVI takes a float as an input, but freezes an int
+        self.site = site
 
     def _pyro_sample(self, msg: Message) -> None:
-        if not msg["is_observed"]:
+        if not msg["is_observed"] and self.site in (None, msg["name"]):
             msg["scale"] = msg["scale"] * self.beta
 
 

@@ -9,7 +9,8 @@ class Schedule(NamedTuple):
 
     Args:
         beta: the weight of the KL after its warm-up; 1 is the ELBO.
-        kl_warmup: the fraction of training (of each cycle) in which the weight rises.
+        kl_warmup: the fraction of training (of each cycle) in which the weight rises; one for all
+            latent layers, or a tuple with one for each, that of `z1` first.
         kl_cycles: how often it does so. Source: Cyclical Annealing Schedule (2019),
             arXiv:1903.10145.
         lr_warmup: the fraction of training in which the learning rate rises.
@@ -17,10 +18,19 @@ class Schedule(NamedTuple):
     """
 
     beta: float = 1.0
-    kl_warmup: float = 0.0
+    kl_warmup: float | tuple[float, ...] = 0.0
     kl_cycles: int = 1
     lr_warmup: float = 0.0
     cosine: bool = True
+
+    @property
+    def warmups(self) -> tuple[float, ...]:
+        """`kl_warmup` as a tuple, of one number or of one for each latent layer.
+
+        >>> Schedule(kl_warmup=0.1).warmups
+        (0.1,)
+        """
+        return self.kl_warmup if isinstance(self.kl_warmup, tuple) else (self.kl_warmup,)
 
     def check(self, epochs: int) -> None:
         """Raises `ValueError` where a field is out of its range for so many epochs.
@@ -29,8 +39,8 @@ class Schedule(NamedTuple):
         Traceback (most recent call last):
         ValueError: kl_warmup must be a fraction of training, at least 0 and below 1, not 1.0
         """
-        for name in ("kl_warmup", "lr_warmup"):
-            value = getattr(self, name)
+        fractions = [("lr_warmup", self.lr_warmup), *(("kl_warmup", f) for f in self.warmups)]
+        for name, value in fractions:
             if not 0 <= value < 1:
                 raise ValueError(
                     f"{name} must be a fraction of training, at least 0 and below 1, not {value}"
@@ -40,8 +50,8 @@ class Schedule(NamedTuple):
                 f"kl_cycles must be from 1 to the {epochs} epochs, not {self.kl_cycles}"
             )
 
-    def kl_weight(self, step: int, total: int) -> float:
-        """The weight of the KL at a step of `total`.
+    def kl_weight(self, step: int, total: int, layer: int = 0) -> float:
+        """The weight of the KL at a step of `total`; of a layer, where each has its own warm-up.
 
         >>> [Schedule(kl_warmup=0.1).kl_weight(step, 100) for step in (0, 5, 10, 99)]
         [0.0, 0.5, 1.0, 1.0]
@@ -49,10 +59,11 @@ class Schedule(NamedTuple):
         >>> [twice.kl_weight(step, 100) for step in (0, 20, 40, 50, 99)]
         [0.0, 0.8, 1.0, 0.0, 1.0]
         """
-        if not self.kl_warmup:
+        warmup = self.warmups[layer]
+        if not warmup:
             return self.beta
         length = total / self.kl_cycles
-        return self.beta * min(1.0, step % length / (self.kl_warmup * length))
+        return self.beta * min(1.0, step % length / (warmup * length))
 
     def learning_rate_factor(self, step: int, total: int) -> float:
         """What multiplies the learning rate at a step of `total`.

@@ -145,6 +145,7 @@ class Trainer:
         if not checkpoint_minutes > 0:
             raise ValueError(f"checkpoint_minutes must be above 0, not {checkpoint_minutes}")
         schedule.check(epochs)
+        compatible.check_layers(schedule, vae)
         if precision not in ("fp32", "tf32", "bf16"):
             raise ValueError(f"precision must be one of fp32, tf32, bf16, not {precision!r}")
         compatible.check_svi(svi, vae)
@@ -260,7 +261,7 @@ class Trainer:
             row = {
                 "epoch": self.epoch + 1,
                 "step": self.step,
-                "beta": self._beta(self.step - 1),
+                "beta": min(self._betas(self.step - 1)),
                 "train_objective": objective,
                 **self._validate(),
                 **self._active_units(),
@@ -369,7 +370,12 @@ class Trainer:
 
     @contextlib.contextmanager
     def _around_a_step(self, x: Tensor) -> Iterator[None]:
-        with temper(self._beta(self.step)), self._by_image(x), self._precisely(x.device.type):
+        with contextlib.ExitStack() as stack:
+            betas = self._betas(self.step)
+            for layer, beta in enumerate(betas, start=1):
+                stack.enter_context(temper(beta, f"z{layer}" if len(betas) > 1 else None))
+            stack.enter_context(self._by_image(x))
+            stack.enter_context(self._precisely(x.device.type))
             yield
 
     def _by_image(self, x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -475,7 +481,7 @@ class Trainer:
 
     def _tell_collapse(self, row: Mapping[str, float]) -> None:
         """A warning, once, where hardly a unit is active after the warm-up."""
-        early = max(self.schedule.kl_warmup, self.schedule.lr_warmup, 0.1) * self.epochs
+        early = max(*self.schedule.warmups, self.schedule.lr_warmup, 0.1) * self.epochs
         if self.quiet or self._told_collapse or self.epoch <= early or "active_units" not in row:
             return
         if text := collapse(row["active_units"], self._units):
@@ -499,8 +505,10 @@ class Trainer:
 
     # ---- schedules ----
 
-    def _beta(self, step: int) -> float:
-        return self.schedule.kl_weight(step, self.epochs * self.steps_per_epoch)
+    def _betas(self, step: int) -> list[float]:
+        total = self.epochs * self.steps_per_epoch
+        layers = range(len(self.schedule.warmups))
+        return [self.schedule.kl_weight(step, total, layer) for layer in layers]
 
     def _set_learning_rate(self) -> None:
         total = self.epochs * self.steps_per_epoch

@@ -101,7 +101,7 @@ def test_small_data_trains_1000_steps_unless_told():
 def test_the_schedule_is_what_the_arguments_say():
     argv = ["--beta", "2", "--kl-warmup", "0.3", "--kl-cycles", "4", "--lr-warmup", "0.1"]
     args = parse(*argv, "--schedule", "constant")
-    assert cli.schedule(args) == Schedule(2.0, 0.3, 4, 0.1, cosine=False)
+    assert cli.schedule(args) == Schedule(2.0, (0.3,), 4, 0.1, cosine=False)
 
 
 def test_resume_takes_the_runs_arguments(tmp_path, capsys):

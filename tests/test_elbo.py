@@ -6,6 +6,7 @@ import torch
 from conftest import BY_HAND, CLOSED, PAIRS, SHAPES, images, tiny
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 
+import pvae
 from pvae import temper
 from pvae.crosscheck import _Draws, by_hand
 from pvae.objectives import OBJECTIVES
@@ -122,6 +123,17 @@ def test_a_given_max_plate_nesting_spends_no_random_numbers(name):
 def test_temper_refuses(beta):
     with pytest.raises(ValueError, match=r"beta must be a finite number"):
         temper(beta)
+
+
+def test_temper_weighs_one_layer():
+    vae = pvae.build((1, 8, 8), (3, 2), "mlp", hidden=16).double()
+    x = images("bernoulli", (1, 8, 8)).double()
+    with temper(0.3, "z1"), temper(2.0, "z2"), _Draws() as draws:
+        loss = Trace_ELBO().loss(vae.model, vae.guide, x)
+    z = draws.stacked()
+    p, q = vae.model.densities(x, z), vae.guide.densities(x, z)
+    expected = p["x"] + 0.3 * (p["z1"] - q["z1"]) + 2.0 * (p["z2"] - q["z2"])
+    assert loss == pytest.approx(-expected.sum().item(), rel=1e-12)
 
 
 def test_temper_leaves_observations_alone():

@@ -189,6 +189,28 @@ def test_selection_is_on_the_true_elbo(monkeypatch):
     assert row["validation_kl"] > 1
 
 
+def test_each_layer_has_its_warmup():
+    """z1 at full weight from the start, z2 over 5 of the 10 steps."""
+    seen = []
+
+    class Watched(Trace_ELBO):
+        def _get_trace(self, *args):
+            traces = super()._get_trace(*args)
+            if torch.is_grad_enabled():  # a step, not a check
+                seen.append([[t.nodes[f"z{n}"]["scale"] for n in (1, 2)] for t in traces])
+            return traces
+
+    vae = build((1, 28, 28), (3, 2), "mlp", hidden=16)
+    adam = SingleOptimizer(torch.optim.Adam(vae.parameters(), lr=1e-2))
+    svi = SVI(vae.model, vae.guide, adam, Watched())
+    schedule = Schedule(kl_warmup=(0.0, 0.5))
+    trainer = Trainer(vae, svi, small(), epochs=2, batch_size=50, schedule=schedule, quiet=True)
+    trainer.fit()
+    for step, scales in enumerate(seen):
+        assert scales == [pytest.approx([1.0, min(1.0, step / 5)])] * 2
+    assert [row["beta"] for row in trainer.history] == pytest.approx([0.8, 1.0])
+
+
 def test_schedules():
     rising = Schedule(kl_warmup=0.2, lr_warmup=0.1)
     assert rising.kl_weight(0, 100) == 0
@@ -286,6 +308,7 @@ def test_a_huge_learning_rate_ends_in_a_plain_message(tmp_path):
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"precision": "fp16"}, "precision must be one of fp32, tf32, bf16, not 'fp16'"),
         ({"schedule": Schedule(kl_warmup=1.0)}, "kl_warmup must be a fraction .* not 1.0"),
+        ({"schedule": Schedule(kl_warmup=(0.1, 0.2))}, "one for each of 1 latent .* not 2"),
         ({"schedule": Schedule(lr_warmup=-0.1)}, "lr_warmup must be a fraction .* not -0.1"),
         ({"schedule": Schedule(kl_cycles=5)}, "kl_cycles must be from 1 to the 4 epochs, not 5"),
     ],
