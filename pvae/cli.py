@@ -215,7 +215,7 @@ def _schedule_arguments(g: Any) -> None:
     option(g, "--beta", what, _number(float, 0), 1.0, "BETA")
     what = "fraction of training in which beta rises from 0"
     what += "; of several latent layers also one for each, z1 first"
-    g.add_argument("--kl-warmup", nargs="+", type=_FRACTION, default=0.05, metavar="F", help=what)
+    g.add_argument("--kl-warmup", nargs="+", type=_FRACTION, default=[0.05], metavar="F", help=what)
     what = "how often it does so, each time in its share of training"
     option(g, "--kl-cycles", what, NATURAL, 1, "N")
     what = "scale gradients down to this norm, over all parameters (default: as they are)"
@@ -342,10 +342,9 @@ def schedule(args: argparse.Namespace) -> Schedule:
     >>> schedule(parser("").parse_args(["--beta", "4"])).beta
     4.0
     """
-    warmup = args.kl_warmup
     return Schedule(
         beta=args.beta,
-        kl_warmup=tuple(warmup) if isinstance(warmup, list) else warmup,
+        kl_warmup=tuple(args.kl_warmup),
         kl_cycles=args.kl_cycles,
         lr_warmup=args.lr_warmup,
         cosine=args.schedule == "cosine",
