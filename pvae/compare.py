@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from pvae import cli, plots, results, run, tables
 from pvae.builder import LIKELIHOODS
-from pvae.data import OBSERVATIONS
+from pvae.data import OBSERVATIONS, STANDARDIZED
 from pvae.evaluate import Estimate
 
 # where a run is kept and what it says on the way is no part of what it is
@@ -34,7 +34,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("runs", metavar="RUN_DIR", nargs="+", help=what)
     parser.add_argument("--out", default="compare.png", metavar="PNG", help="the figure")
     args = parser.parse_args(argv)
-    if len(set(args.runs)) != len(args.runs) or len(args.runs) < 2:
+    if len({Path(name).resolve() for name in args.runs}) != len(args.runs) or len(args.runs) < 2:
         parser.error(f"runs must be two folders or more, each once, not {' '.join(args.runs)}")
     return args
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n" + tables.columns("what differs", ["", *differing], told))
     else:
         print("their arguments, seeds and versions are the same")
-    if len({_data_seed(config) for config in configs.values()}) > 1:
+    if len({_data_seeds(config) for config in configs.values()}) > 1:
         print("warning: their data seeds differ: other splits, or other draws of their pixels")
     plots.save(picture(numbers, title), args.out)
     print(f"\nthe se says nothing of other seeds; figure: {args.out}")
@@ -101,7 +101,8 @@ def _data(config: Mapping[str, Any]) -> str:
 
 def _observed(config: Mapping[str, Any]) -> str:
     how = str(config["dataset"]["observed"])
-    return OBSERVATIONS[how].label if how in OBSERVATIONS else how
+    label = OBSERVATIONS[how].label if how in OBSERVATIONS else how
+    return label + STANDARDIZED * bool(config["arguments"].get("standardize"))
 
 
 def _kind(config: Mapping[str, Any]) -> str | None:
@@ -110,8 +111,9 @@ def _kind(config: Mapping[str, Any]) -> str | None:
     return LIKELIHOODS[name].kind if isinstance(name, str) and name in LIKELIHOODS else None
 
 
-def _data_seed(config: Mapping[str, Any]) -> int:
-    return int(config.get("data_seed", config["seed"]))  # version 0.1 had one seed for all
+def _data_seeds(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """That of pvae and, where the pixels are drawn by NumPy, its own; version 0.1 had one seed."""
+    return config.get("data_seed", config["seed"]), config["arguments"].get("numpy_seed")
 
 
 def differences(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:

@@ -288,7 +288,7 @@ class Observed:
         >>> observe(load("digits"), "static").label
         'statically binarised'
         """
-        return OBSERVATIONS[self.how].label + ", standardised" * (self.scaling is not None)
+        return OBSERVATIONS[self.how].label + STANDARDIZED * (self.scaling is not None)
 
     @property
     def unit(self) -> str:
@@ -520,6 +520,7 @@ def _dequantize(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 _Draw = Callable[[Tensor, torch.Generator], Tensor]
+STANDARDIZED = ", standardised"  # in the label of what is observed so
 _PIXELS = ("binary", "levels", "continuous")
 KINDS = (*_PIXELS, "counts")
 
