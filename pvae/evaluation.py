@@ -65,7 +65,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     cli.option(g, "--seed", "seed of the noise", cli.COUNT, 0, "S")
     cli.choice(g, "--device", ["auto", "cpu", "cuda", "mps"], "auto", "device")
     g.add_argument("--quiet", action="store_true", help="no progress, only the results")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, least in (("simulated_images", evaluate.CALIBRATED), ("nuts_samples", 2)):
+        if 0 < getattr(args, name) < least:
+            flag = f"--{name.replace('_', '-')}"
+            parser.error(f"{flag} must be 0 or at least {least}, not {getattr(args, name)}")
+    return args
 
 
 def opened(args: argparse.Namespace) -> tuple[Subject, str]:
@@ -234,7 +239,8 @@ def latent_rows(subject: Subject) -> list[Row]:
     does not say how much each of them tells.
     I(x; z): the information about which of these images x is. It cannot exceed log N: near that,
     it is a lower bound, and the KL of q(z) an upper one.
-    probe: accuracies of two classifiers of the posterior means; no measure of the density.
+    probe: accuracies of two classifiers of the posterior means; no measure of the density. It
+    needs validation data of two classes or more.
     """
     vae, test, held_out = subject.vae, subject.data.test, subject.data.validation
     n, means = len(test.images), codes(subject, test, "codes")
@@ -248,7 +254,7 @@ def latent_rows(subject: Subject) -> list[Row]:
             Row("mutual_information", f"I(x; z), at most {math.log(n):.2f}", known.mutual, n),
             Row("aggregate_kl", "KL(q(z) || p(z))", known.aggregate, n),
         ]
-    if held_out.labels is not None and test.labels is not None:
+    if test.labels is not None and evaluate.can_probe(held_out.labels):
         # fitted to validation images: the pair was not trained on them, as on the test's
         found = evaluate.probe(
             codes(subject, held_out, "probe"), held_out.labels, means, test.labels
@@ -265,10 +271,6 @@ def picture(subject: Subject, args: argparse.Namespace) -> plots.Figure:
     that the posterior correlates most."""
     vae, which, draws, seed = subject.vae, args.image, args.nuts_samples, args.seed
     test = subject.shown(subject.data.test)
-    if which >= len(test.images):
-        raise ValueError(
-            f"--image must be below {len(test.images)}, the number of test images, not {which}"
-        )
     x = data.pixels(test.images[which : which + 1])
     y = None if test.y is None else test.y[which : which + 1]
     quiet = args.quiet or not sys.stderr.isatty()
@@ -288,6 +290,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     memory.keep_freed_memory()
     subject, name = opened(args)
     folder = Path(args.run)
+    if args.image >= (images := len(subject.data.test.images)):
+        raise ValueError(
+            f"--image must be below {images}, the number of test images, not {args.image}"
+        )
     if not has_one_latent(subject):
         print("several latent layers: what is of a single latent z is left out")
         args.gap_images = args.simulated_images = args.nuts_samples = 0

@@ -9,6 +9,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -777,6 +778,26 @@ def test_wrong_input_is_a_plain_error(capsys):
     with pytest.raises(SystemExit):
         command("nowhere", "--images", -1)
     assert "is not a whole number at least 0" in capsys.readouterr().err
+    for flag, least in (("--simulated-images", 20), ("--nuts-samples", 2)):
+        with pytest.raises(SystemExit):
+            command("nowhere", flag, 1)
+        assert f"{flag} must be 0 or at least {least}, not 1" in capsys.readouterr().err
+
+
+def test_a_wrong_image_is_refused_before_the_numbers(digits_run, capsys):
+    with pytest.raises(ValueError, match=r"--image must be below 179, .*, not 179"):
+        command(digits_run, *NOTHING, "--image", 179)
+    assert "ELBO" not in capsys.readouterr().out
+
+
+def test_codes_of_one_class_are_not_probed(digits_run):
+    subject, _ = evaluation.opened(evaluation.arguments([str(digits_run), "--quiet"]))
+    assert {"knn", "logistic"} <= {row.key for row in evaluation.latent_rows(subject)}
+    held_out = subject.data.validation
+    one = replace(subject.data, validation=held_out._replace(labels=0 * held_out.labels))
+    keys = {row.key for row in evaluation.latent_rows(replace(subject, data=one))}
+    assert "active_units" in keys
+    assert not {"knn", "logistic"} & keys
 
 
 def test_a_run_on_other_data_is_refused(digits_run, tmp_path):
