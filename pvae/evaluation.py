@@ -254,11 +254,10 @@ def latent_rows(subject: Subject) -> list[Row]:
             Row("mutual_information", f"I(x; z), at most {math.log(n):.2f}", known.mutual, n),
             Row("aggregate_kl", "KL(q(z) || p(z))", known.aggregate, n),
         ]
-    if test.labels is not None and evaluate.can_probe(held_out.labels):
+    y, test_y = held_out.labels, test.labels
+    if y is not None and test_y is not None and evaluate.can_probe(y):
         # fitted to validation images: the pair was not trained on them, as on the test's
-        found = evaluate.probe(
-            codes(subject, held_out, "probe"), held_out.labels, means, test.labels
-        )
+        found = evaluate.probe(codes(subject, held_out, "probe"), y, means, test_y)
         rows += [
             Row("knn", "probe: 5 nearest neighbours", found.nearest_neighbours, n, 4),
             Row("logistic", "probe: logistic regression", found.logistic_regression, n, 4),

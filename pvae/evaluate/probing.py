@@ -62,15 +62,15 @@ def probe(
     )
 
 
-def can_probe(labels: Tensor | None, neighbours: int = 5) -> bool:
-    """Whether there are labels that both classifiers can be fitted to: `neighbours` or more, of two
-    classes or more.
+def can_probe(labels: Tensor, neighbours: int = 5) -> bool:
+    """Whether both classifiers can be fitted to these labels: `neighbours` or more, of two classes
+    or more.
 
     >>> import torch
-    >>> can_probe(torch.tensor([0, 0, 0, 0, 1])), can_probe(torch.zeros(5)), can_probe(None)
-    (True, False, False)
+    >>> can_probe(torch.tensor([0, 0, 0, 0, 1])), can_probe(torch.zeros(5))
+    (True, False)
     """
-    return labels is not None and len(labels) >= neighbours and len(labels.unique()) > 1
+    return len(labels) >= neighbours and len(labels.unique()) > 1
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
