@@ -232,6 +232,11 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, monk
     assert after.keys() == before.keys()
 
 
+def test_a_file_in_no_folder_is_refused_by_its_own_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.a cannot be written: there is no folder"):
+        files.write_atomically(tmp_path / "nowhere" / "a", lambda file: file.write(b"a"))
+
+
 def test_files_and_folders_reach_the_disk(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(os, "fsync", lambda d: synced.append(os.path.isdir(f"/proc/self/fd/{d}")))
