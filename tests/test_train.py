@@ -288,6 +288,7 @@ def test_a_huge_learning_rate_ends_in_a_plain_message(tmp_path):
         ({"schedule": Schedule(kl_warmup=1.0)}, "kl_warmup must be a fraction .* not 1.0"),
         ({"schedule": Schedule(lr_warmup=-0.1)}, "lr_warmup must be a fraction .* not -0.1"),
         ({"schedule": Schedule(kl_cycles=5)}, "kl_cycles must be from 1 to the 4 epochs, not 5"),
+        ({"schedule": Schedule(kl_cycles=2)}, "kl_cycles must be 1, not 2, where kl_warmup is 0"),
     ],
 )
 def test_bad_arguments(options, message):
@@ -321,10 +322,11 @@ def test_what_does_not_belong_together_is_refused():
         trainer(vae.model, vae.guide, [*vae.parameters(), *other.parameters()])
 
 
-def test_a_last_batch_of_one_image_is_refused_under_batchnorm():
+@pytest.mark.parametrize("batch_size", [83, 1])
+def test_a_batch_of_one_image_is_refused_under_batchnorm(batch_size):
     vae = build((1, 28, 28), 2, "deep")
-    with pytest.raises(ValueError, match=r"must not leave one image over.* 250 .* by 83"):
-        new_trainer(vae=vae, batch_size=83)
+    with pytest.raises(ValueError, match=rf"not leave one image over.* 250 .* by {batch_size} "):
+        new_trainer(vae=vae, batch_size=batch_size)
 
 
 class TiltedELBO(Trace_ELBO):
