@@ -56,8 +56,14 @@ def processor(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+# all that a run leaves which was refused before it trained
+_BEFORE_TRAINING = {".lock", "config.json"}
+
+
 def new_folder(out: str | os.PathLike[str] | None, name: str) -> Path:
     """A new, empty, writable folder: `out`, or the first free of `runs/name`, `runs/name-2`, ...
+
+    One of a run that was refused before it trained counts as empty.
 
     Raises:
         ValueError: `out` holds something already.
@@ -66,7 +72,7 @@ def new_folder(out: str | os.PathLike[str] | None, name: str) -> Path:
     if out is None:
         return _first_free(Path("runs") / name)
     folder = Path(out)
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and {path.name for path in folder.iterdir()} - _BEFORE_TRAINING:
         raise ValueError(
             f"--out {folder} holds files already, which a new run would overwrite: choose another "
             f"folder (examples that take --resume go on with a run of theirs by --resume {folder})"
