@@ -608,7 +608,8 @@ def build(
         image_shape, latent_dim: other names of `event_shape` and `latent_dims`.
 
     Raises:
-        ValueError: as of `Recipe`, or both names of one argument are given.
+        ValueError: as of `Recipe`, both names of one argument are given, or `mean_image` is of
+            another shape, no floats, or not finite.
 
     >>> vae = build((3, 20, 16), latent_dim=4, net="mlp", likelihood="gaussian_shared")
     >>> vae.reconstruct(torch.rand(2, 3, 20, 16)).shape
@@ -625,8 +626,8 @@ def build(
     shape = _either("event_shape", event_shape, "image_shape", image_shape, (1, 28, 28))
     dims = _either("latent_dims", latent_dims, "latent_dim", latent_dim, 16)
     recipe = Recipe(
-        event_shape=tuple(shape),
-        latent_dims=(dims,) if isinstance(dims, int) else tuple(dims),
+        event_shape=_sizes(shape),
+        latent_dims=_sizes(dims),
         net=net,
         likelihood=likelihood,
         guide=guide,
@@ -640,6 +641,11 @@ def build(
         dropout=dropout,
     )
     return compose(recipe, mean_image)
+
+
+def _sizes(value: Any) -> tuple[Any, ...]:
+    """A size alone is a sequence of one; whether they are sizes, the recipe asks."""
+    return tuple(value) if isinstance(value, Sequence) else (value,)
 
 
 def _either(name: str, value: Any, alias: str, other: Any, default: Any) -> Any:
@@ -791,8 +797,17 @@ def _likelihood(recipe: Recipe, family: Likelihood, mean_image: Tensor | None) -
     net = NETS[recipe.net].decoder
     decoder: Any = net(shape, head.param_shape, recipe.own_hidden, activation)
     if mean_image is not None:
+        _check_mean(mean_image, recipe.event_shape)
         decoder.set_output_bias(head.raw_mean(mean_image))
     return Conditional(decoder, head, event_dim=1, join=join)
+
+
+def _check_mean(mean_image: Tensor, shape: tuple[int, ...]) -> None:
+    kind = f"{mean_image.dtype} of shape {tuple(mean_image.shape)}"
+    if mean_image.shape != shape or not mean_image.is_floating_point():
+        raise ValueError(f"mean_image must be floats of shape {shape}, not {kind}")
+    if not mean_image.isfinite().all():
+        raise ValueError("mean_image must be finite, not have NaN or infinity")
 
 
 def _between(recipe: Recipe, in_dim: int, head: Any) -> Conditional:

@@ -572,6 +572,11 @@ def test_a_side_vector_conditions_a_pair(prior, net):
     [
         ({"num_classes": 2, "side_dim": 3}, "two kinds of y"),
         ({"guide": "per_datum"}, "num_data must be the number of data, not None"),
+        ({"latent_dim": 2.5}, r"latent_dims must be .*, not \(2.5,\)"),
+        ({"image_shape": 64}, r"event_shape must be .*, not \(64,\)"),
+        ({"mean_image": torch.zeros(1, 9, 9)}, r"mean_image must be floats of shape \(1, 8, 8\)"),
+        ({"mean_image": torch.zeros(1, 8, 8).byte()}, r"floats of shape .*, not torch.uint8"),
+        ({"mean_image": torch.zeros(1, 8, 8) / 0}, "mean_image must be finite"),
         ({"num_data": 5}, "has no use for it"),
         ({"guide": "mixture", "latent_dim": 1}, "at least 2 dimensions"),
         ({"guide": "low_rank", "latent_dim": 1}, "rank must be from 1"),
