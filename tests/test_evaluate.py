@@ -790,6 +790,14 @@ def test_a_wrong_image_is_refused_before_the_numbers(digits_run, capsys):
     assert "ELBO" not in capsys.readouterr().out
 
 
+def test_no_images_and_no_draws_are_refused():
+    vae = tiny()
+    with pytest.raises(ValueError, match="num_samples must be at least 1, not 0"):
+        evaluate.elbo(vae.model, vae.guide, torch.zeros(2, 1, 8, 8), num_samples=0)
+    with pytest.raises(ValueError, match="split must hold an image or more"):
+        evaluate.over(Split(torch.zeros(0, 1, 8, 8), None), print, batch_size=2, seed=0)
+
+
 def test_codes_of_one_class_are_not_probed(digits_run):
     subject, _ = evaluation.opened(evaluation.arguments([str(digits_run), "--quiet"]))
     assert {"knn", "logistic"} <= {row.key for row in evaluation.latent_rows(subject)}
