@@ -131,9 +131,8 @@ def differences(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]
 
 def _told(config: Mapping[str, Any]) -> dict[str, str]:
     """Arguments, versions and processor of a run, as text."""
-    versions, processor = config.get("versions"), config.get("processor")
-    settings = {**config["arguments"], **(versions if isinstance(versions, dict) else {})}
-    settings["processor"] = processor
+    settings = {**config["arguments"], **config.get("versions", {})}
+    settings["processor"] = config.get("processor")
     return {
         name: " ".join(map(str, value)) if isinstance(value, list) else str(value)
         for name, value in settings.items()

@@ -111,8 +111,14 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{folder} is not the folder of a run: it has no config.json")
     config = read_json(path)
     arguments, dataset = (config.get(name) for name in ("arguments", "dataset"))
-    if not isinstance(arguments, dict) or not isinstance(dataset, dict):
-        raise ValueError(f"{path} is damaged: arguments and dataset must be objects in braces")
+    if not (
+        isinstance(arguments, dict)
+        and isinstance(dataset, dict)
+        and isinstance(config.get("versions", {}), dict)
+    ):
+        raise ValueError(
+            f"{path} is damaged: arguments, dataset and versions must be objects in braces"
+        )
     texts = {name: dataset.get(name) for name in ("name", "sha256", "observed")}
     texts |= {name: arguments.get(name) or "" for name in ("dataset", "data_root")}
     for name, value in texts.items():
@@ -120,6 +126,9 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
             raise ValueError(f"{path} is damaged: {name} must be a text, not {reprlib.repr(value)}")
     if not _are_texts(config.get("commands", [])):
         raise ValueError(f"{path} is damaged: commands must be a list of texts")
+    split = arguments.get("split") or []
+    if not isinstance(split, list) or not all(type(share) is float for share in split):
+        raise ValueError(f"{path} is damaged: split must be fractions, not {reprlib.repr(split)}")
     seeds = {
         "seed": config.get("seed"),
         "data_seed": config.get("data_seed", config.get("seed")),  # version 0.1 had one for all

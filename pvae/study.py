@@ -376,7 +376,7 @@ def _typed() -> str:
 
 def _tell_changes(config: Mapping[str, Any], now: Mapping[str, str]) -> None:
     """A warning where what a run's numbers depend on is not what it was."""
-    before = {"processor": config.get("processor"), **config["versions"]}
+    before = {"processor": config.get("processor"), **config.get("versions", {})}
     changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
     if changed:
         print(f"warning: {', '.join(changed)}: the rest of this run may differ by rounding")
