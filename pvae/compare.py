@@ -69,8 +69,7 @@ def _numbers(folder: Path) -> dict[str, Estimate]:
         ValueError: the run is not finished, the folder holds several, or its file is damaged.
     """
     path = folder / "results.json"
-    if parts := sorted(file.parent.name for file in folder.glob("*/results.json")):
-        raise ValueError(f"{folder} holds several runs: name them, such as {folder / parts[0]}")
+    run.check_alone(folder)
     if not path.is_file():
         raise ValueError(f"{folder} is not a finished run: it has no results.json")
     return results.read(path)
@@ -170,7 +169,9 @@ def picture(numbers: Mapping[str, Mapping[str, Estimate]], title: str) -> Figure
     lines = math.ceil(len(keys) / columns)
     size = 2.6 * columns + 2, lines * (1.1 + 0.28 * len(numbers)) + 0.4
     figure = Figure(size, dpi=150, layout="constrained")
-    figure.suptitle(f"{title}\nmean ± 2 se over the test set", fontsize=10)
+    # names may have dollar signs, which would make formulas of them
+    heading = f"{title}\nmean ± 2 se over the test set"
+    figure.suptitle(heading, fontsize=10, parse_math=False)
     panels = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
     for panel in panels[len(keys) :]:
         panel.set_visible(False)
@@ -180,7 +181,7 @@ def picture(numbers: Mapping[str, Mapping[str, Estimate]], title: str) -> Figure
             mean, se = row.get(key, Estimate(math.nan, math.nan))
             error = None if math.isnan(se) else 2 * se
             panel.errorbar(mean, place, xerr=error, fmt="o", markersize=4, color=f"C{place % 10}")
-        panel.set_yticks(range(len(numbers)), list(numbers), fontsize=8)
+        panel.set_yticks(range(len(numbers)), list(numbers), fontsize=8, parse_math=False)
         panel.set_ylim(len(numbers) - 0.5, -0.5)
         panel.tick_params(axis="x", labelsize=7)
         panel.grid(axis="x", color="0.9")

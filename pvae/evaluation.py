@@ -77,9 +77,10 @@ def opened(args: argparse.Namespace) -> tuple[Subject, str]:
     """The run's best model with its data, and the data's name.
 
     Raises:
-        ValueError: the folder is not that of a run, or the data found is not the run's.
+        ValueError: the folder is not that of one run, or the data found is not the run's.
     """
     config = run.read_config(args.run)
+    run.check_alone(args.run)
     device = find_device(args.device)
     named = config["arguments"].get("dataset") or config["dataset"]["name"]
     root = args.data_root or config["arguments"].get("data_root")

@@ -143,5 +143,17 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
+def check_alone(folder: str | os.PathLike[str]) -> None:
+    """Refuses the folder of a study of several runs, each in a folder inside it.
+
+    Raises:
+        ValueError: it names one of them.
+
+    >>> check_alone(".")
+    """
+    if parts := sorted(Path(folder).glob("*/results.json")):
+        raise ValueError(f"{folder} holds several runs: name them, such as {parts[0].parent}")
+
+
 def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)

@@ -52,6 +52,12 @@ def test_the_table_has_each_runs_numbers_and_what_differs(tmp_path, capsys):
     assert "warning" not in said
 
 
+def test_dollar_signs_of_names_are_no_formulas(tmp_path):
+    a, b = (made(tmp_path / name, dataset={"name": "$_{$"}) for name in ("a", "$b_{$"))
+    compared(tmp_path, a, b)
+    assert (tmp_path / "compare.png").exists()
+
+
 def test_each_number_is_drawn_where_it_is():
     numbers = {
         "a": {"elbo": Estimate(-100.0, 0.5), "rate": Estimate(20.0, float("nan"))},

@@ -784,6 +784,14 @@ def test_wrong_input_is_a_plain_error(capsys):
         assert f"{flag} must be 0 or at least {least}, not 1" in capsys.readouterr().err
 
 
+def test_a_study_of_several_runs_is_refused(digits_run):
+    study = digits_run.parent
+    shutil.copy(digits_run / "config.json", study)
+    with pytest.raises(ValueError, match=f"{study} holds several runs: .* such as {digits_run}"):
+        command(study)
+    (study / "config.json").unlink()
+
+
 def test_a_wrong_image_is_refused_before_the_numbers(digits_run, capsys):
     with pytest.raises(ValueError, match=r"--image must be below 179, .*, not 179"):
         command(digits_run, *NOTHING, "--image", 179)
