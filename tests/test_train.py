@@ -257,6 +257,13 @@ def test_a_loss_that_is_not_finite_stops_with_what_to_do(tmp_path, broken):
     assert checkpoint.read(tmp_path / "checkpoint.pt")["model"]
 
 
+def test_what_is_not_finite_behind_the_last_batch_names_no_batch():
+    trainer = new_trainer(epochs=2, batch_size=128)
+    for step, where in ((1, "batch 2 of 2"), (2, "behind its last batch")):
+        trainer.step = step
+        assert trainer._not_finite("z").startswith(f"z, at step {step} (epoch 1, {where}, learning")
+
+
 class BrokenHead(Bernoulli):
     def forward(self, h):
         return super().forward(h * math.nan)
