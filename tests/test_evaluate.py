@@ -24,6 +24,7 @@ from torch import nn
 
 import pvae
 from pvae import Guide, Model, build, captured, cli, evaluate, evaluation, plots, results
+from pvae.builder import PRIORS
 from pvae.closed_form import LinearGaussian, collapsed
 from pvae.data import Split, load, observe, pixels
 from pvae.evaluate.annealed import _Chains, _Path
@@ -422,6 +423,15 @@ def test_nuts_finds_the_exact_posterior():
 def test_nuts_takes_one_image():
     with pytest.raises(ValueError, match=r"x must be one image"):
         evaluate.nuts(linear()[0], images(2))
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_nuts_takes_every_prior(prior):
+    vae = build((1, 4, 4), 2, "mlp", prior=prior, hidden=4, num_classes=2)
+    x, y = torch.ones(1, 1, 4, 4), torch.tensor([1])
+    z = evaluate.nuts(vae.model, x, y, num_samples=2, warmup_steps=2)["z"]
+    assert z.shape == (2, 2)
+    assert z.isfinite().all()
 
 
 # ---- latents ----
