@@ -162,7 +162,7 @@ def annealed_rows(subject: Subject, args: argparse.Namespace) -> list[Row]:
 def has_one_latent(subject: Subject) -> bool:
     """Whether the pair has the single latent `z`."""
     recipe = subject.vae.recipe
-    return recipe is None or not recipe.two_layers
+    return recipe is None or not recipe.layered
 
 
 def _by_factors(
@@ -298,22 +298,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("several latent layers: what is of a single latent z is left out")
         args.gap_images = args.simulated_images = args.nuts_samples = 0
     compiler = captured.inductor if args.captured else None
-    sections: list[tuple[Callable[..., list[Row]], Any]] = [
-        (results.elbo_rows, (subject,)),
-        (results.importance_rows, (subject, args.images, args.num_samples, compiler)),
-        (annealed_rows, (subject, args)),
-        (gap_rows, (subject, args)),
-        (calibration_rows, (subject, args)),
-        (latent_rows, (subject,)),
+    sections: list[tuple[int, Callable[..., list[Row]], Any]] = [  # how many images, of what
+        (True, results.elbo_rows, ()),
+        (args.images, results.importance_rows, (args.images, args.num_samples, compiler)),
+        (args.annealed_images, annealed_rows, (args,)),
+        (args.gap_images, gap_rows, (args,)),
+        (args.simulated_images, calibration_rows, (args,)),
+        (True, latent_rows, ()),
     ]
-    asked = [
-        *(True, args.images, args.annealed_images, args.gap_images, args.simulated_images, True)
-    ]
-    sections = [section for section, how_many in zip(sections, asked, strict=True) if how_many]
-    rows = [row for section, arguments in sections for row in section(*arguments)]
+    asked = [(section, given) for how_many, section, given in sections if how_many]
+    rows = [row for section, given in asked for row in section(subject, *given)]
     print(results.table(rows, subject, name))
     print("what they are, and are not:")
-    for section, _ in sections:  # each says in its docstring what its numbers are
+    for section, _ in asked:  # each says in its docstring what its numbers are
         print(textwrap.indent(inspect.getdoc(section) or "", "  "))
     numbers = {"arguments": vars(args), "numbers": results.as_json(rows, subject.data.units)}
     run.write_json(folder / "evaluation.json", numbers)
