@@ -138,11 +138,10 @@ def of_items(given: Any, name: str, workers: int | None) -> tuple[Streamed, Tens
     once; `workers` None means those of the loader."""
     if isinstance(given, DataLoader):
         workers, given = given.num_workers if workers is None else workers, _items_of(given, name)
-    items, workers = given, workers or 0
-    source = Items(items, name)
+    source, workers = Items(given, name), workers or 0
     if not source.labelled:
         return stream(source, workers), None
-    labels = _loaded(source.read_labels, consecutive(len(items), _AT_ONCE), workers)
+    labels = _loaded(source.read_labels, consecutive(len(given), _AT_ONCE), workers)
     return stream(source, workers), torch.cat(list(labels))
 
 
