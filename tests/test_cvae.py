@@ -299,6 +299,18 @@ def test_a_conditional_pair_is_reported(tmp_path, latent_dim, monkeypatch):
     assert labels == ["0", "1", "2", "3"]
 
 
+def test_a_pair_that_takes_side_vectors_is_drawn(tmp_path, monkeypatch):
+    vae = pvae.build((1, 8, 8), 3, "mlp", hidden=4, side_dim=2)
+    split = observed().train._replace(labels=torch.rand(40, 2))
+    figures, drawn = {}, Observed("dynamic", split, split, split, None)
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.update({path.stem: figure}))
+    epoch = {"epoch": 1, "train_objective": -1.0, "validation_elbo": -1.0, "beta": 1.0}
+    epoch |= {"validation_reconstruction": -1.0, "validation_kl": 0.0}
+    report.pictures(vae, drawn, [epoch], tmp_path, elbo=-1.0)
+    assert figures["samples"].axes[0].images[0].get_array().shape == (48, 56, 3)  # 40 of them
+    assert "label" not in figures["interpolations"].axes[0].get_title()
+
+
 def test_interpolations_keep_the_label(monkeypatch):
     """Both ends of each row are of the label that is given."""
     vae, seen = conditional(net="mlp", latent_dim=2), []
