@@ -5,6 +5,7 @@ import csv
 import io
 import itertools
 import math
+import os
 import signal
 import sys
 import time
@@ -85,7 +86,7 @@ class Trainer:
         precision: of a training step: "fp32", "tf32" (matrix products on a GPU) or "bf16" (the
             networks, by autocast). Numbers are always reported in float32.
         seed: of the shuffles and redrawn pixels; the guide's noise is the global random state's.
-        folder: where the run is kept.
+        folder: where the run is kept; it is there.
         checkpoint_minutes: minutes between checkpoints within an epoch.
         quiet: no progress bar, no line an epoch.
         accumulate: in how many parts, one after another, a process takes its part of a batch that
@@ -132,7 +133,7 @@ class Trainer:
         accumulate: int = 1,
         ema: float | None = None,
         patience: int | None = None,
-        folder: Path | None = None,
+        folder: str | os.PathLike[str] | None = None,
         checkpoint_minutes: float = 5.0,
         quiet: bool = False,
         on_epoch: Callable[["Trainer"], None] | None = None,
@@ -144,6 +145,8 @@ class Trainer:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if not checkpoint_minutes > 0:
             raise ValueError(f"checkpoint_minutes must be above 0, not {checkpoint_minutes}")
+        if folder is not None and not os.path.isdir(folder):
+            raise ValueError(f"folder must be a folder that is there, not {os.fspath(folder)!r}")
         schedule.check(epochs)
         if precision not in ("fp32", "tf32", "bf16"):
             raise ValueError(f"precision must be one of fp32, tf32, bf16, not {precision!r}")
@@ -160,7 +163,8 @@ class Trainer:
         self.epochs, self.batch_size, self.seed = epochs, batch_size, seed
         self.schedule, self.precision, self.patience = schedule, precision, patience
         self.average = None if ema is None else Average(vae, ema)
-        self.folder, self.on_epoch, self.go_on = folder, on_epoch, go_on
+        self.folder = None if folder is None else Path(folder)
+        self.on_epoch, self.go_on = on_epoch, go_on
         self.quiet = quiet or not processes.is_first()
         self.steps_per_epoch = math.ceil(len(data.train.images) / batch_size)
         self.step = 0

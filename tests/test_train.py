@@ -13,8 +13,9 @@ from torch import nn
 
 from pvae import VAE, Conditional, Guide, Model, SingleOptimizer, build, checkpoint, evaluate, load
 from pvae.builder import LIKELIHOODS
+from pvae.compatible import check_data
 from pvae.crosscheck import DENSITIES, FORMULAS, NOTHING, Check, cross_check
-from pvae.data import Split, load as load_data, observe
+from pvae.data import Observed, Split, load as load_data, observe
 from pvae.heads import Bernoulli, Normal
 from pvae.nets import MLP
 from pvae.objectives import OBJECTIVES
@@ -296,6 +297,7 @@ def test_a_huge_learning_rate_ends_in_a_plain_message(tmp_path):
         ({"schedule": Schedule(lr_warmup=-0.1)}, "lr_warmup must be a fraction .* not -0.1"),
         ({"schedule": Schedule(kl_cycles=5)}, "kl_cycles must be from 1 to the 4 epochs, not 5"),
         ({"schedule": Schedule(kl_cycles=2)}, "kl_cycles must be 1, not 2, where kl_warmup is 0"),
+        ({"folder": "nowhere"}, "folder must be a folder that is there, not 'nowhere'"),
     ],
 )
 def test_bad_arguments(options, message):
@@ -308,7 +310,7 @@ def test_a_pair_that_takes_y_needs_it():
     vae = build((1, 28, 28), 2, "mlp", hidden=8, num_classes=10)
     adam = SingleOptimizer(torch.optim.Adam(vae.parameters()))
     svi = SVI(vae.model, vae.guide, adam, Trace_ELBO())
-    with pytest.raises(ValueError, match="the data has neither labels nor masks"):
+    with pytest.raises(ValueError, match=r"data\.train has neither labels nor masks"):
         Trainer(vae, svi, bare, epochs=1, batch_size=10)
 
 
@@ -327,6 +329,16 @@ def test_what_does_not_belong_together_is_refused():
         trainer(vae.model, vae.guide, vae.model.parameters())
     with pytest.raises(ValueError, match="it holds foreign ones"):
         trainer(vae.model, vae.guide, [*vae.parameters(), *other.parameters()])
+
+
+@pytest.mark.parametrize("name", ["train", "validation", "test"])
+def test_every_split_has_an_image_and_the_labels_that_the_pair_takes(name):
+    split = Split(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.arange(3))
+    vae, whole = build((1, 8, 8), 2, num_classes=3), Observed("grey", split, split, split, None)
+    unlabelled, empty = split._replace(labels=None), Split(split.images[:0], split.labels[:0])
+    for part, message in ((unlabelled, "has neither labels nor masks"), (empty, "must hold an im")):
+        with pytest.raises(ValueError, match=rf"data\.{name} {message}"):
+            check_data(replace(whole, **{name: part}), vae, 2)
 
 
 @pytest.mark.parametrize("batch_size", [83, 1])
