@@ -233,7 +233,7 @@ class Normal(Head):
         self, event_shape: Shape, *, link: Link = from_log_variance, min_scale: float = 0.0
     ) -> None:
         super().__init__(event_shape, 2)
-        if min_scale < 0:
+        if not min_scale >= 0:
             raise ValueError(f"min_scale must be at least 0, not {min_scale}")
         self.link = link
         self.min_scale = min_scale
@@ -361,7 +361,7 @@ class NegativeBinomial(Head):
 
     def __init__(self, event_shape: Shape, *, min_dispersion: float = 1e-3) -> None:
         super().__init__(event_shape, 2)
-        if min_dispersion < 0:
+        if not min_dispersion >= 0:
             raise ValueError(f"min_dispersion must be at least 0, not {min_dispersion}")
         self.min_dispersion = min_dispersion
 

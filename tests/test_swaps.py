@@ -267,6 +267,8 @@ def test_flows_of_one_dimension_are_refused():
         build((1, 8, 8), 1, prior="flow")
     with pytest.raises(ValueError, match="at least 2 dimensions, not 1"):
         build((1, 8, 8), 1, prior="coupling")
+    with pytest.raises(ValueError, match=r"hidden must be .* one layer or more, not \(\)"):
+        CouplingPrior(3, hidden=())
 
 
 # ---- objectives ----
