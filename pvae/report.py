@@ -166,7 +166,7 @@ def pictures(
         title = f"Test {drawing.what}, ELBO {elbo:.2f} nats per {data.unit}"
         figures = {
             "reconstructions": drawing.reconstructions(x[:32], again, title),
-            "samples": _samples(vae, y, drawing),
+            "samples": _samples(vae, y, class_names, drawing),
             "latents": _latents(means, labels, class_names, drawing.what),
             "curves": plots.curves(history, title="Training", objective=objective, unit=data.unit),
         }
@@ -181,7 +181,9 @@ def pictures(
     return [folder / f"{name}.png" for name in figures]
 
 
-def _samples(vae: VAE, y: Tensor | None, drawing: Drawing) -> plots.Figure:
+def _samples(
+    vae: VAE, y: Tensor | None, names: Sequence[str] | None, drawing: Drawing
+) -> plots.Figure:
     what = f"Mean {drawing.what} at draws from the prior"
     if y is None or y.dim() > 1:
         images = vae.sample(64) if y is None else vae.sample(y=y[:64])
@@ -191,7 +193,7 @@ def _samples(vae: VAE, y: Tensor | None, drawing: Drawing) -> plots.Figure:
         drawing(vae.sample(y=classes.repeat(8))),
         len(classes),
         title=f"{what}, a column a label{drawing.note}",
-        column_labels=[str(label) for label in classes.tolist()],
+        column_labels=[str(k) if names is None else names[k] for k in classes.tolist()],
     )
 
 
