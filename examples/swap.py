@@ -128,11 +128,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not numbers:
         raise ValueError("none of the combinations can work; see above")
 
-    title = f"{study.dataset.name} test set, {study.data.label}, nats per image"
+    title = f"{study.dataset.name} test set, {study.data.label}, nats per {study.data.unit}"
     title += f", mean and sd of {args.seeds} seeds" if args.seeds > 1 else ""
     if LIKELIHOODS[parts["likelihood"]].kind.endswith("not a likelihood"):
         title += "\np(x|z) is not a likelihood: compare these numbers with no other likelihood's"
-    print("\n" + table(title, numbers, args.latent_dim))
+    print("\n" + table(title, numbers, args.latent_dim, study.data.units))
     study.save(numbers, swap=picture(numbers, title))
     print(f"rate and distortion: {study.folder}/swap.png; a run for each in {study.folder}/")
 
@@ -190,9 +190,9 @@ def pooled(by_seed: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     return {**rows, "seconds_per_epoch": seconds, "seeds": dict(by_seed)}
 
 
-def table(title: str, numbers: Mapping[str, Mapping[str, Any]], latent_dim: int) -> str:
-    images = next(iter(numbers.values()))["iwae_100"]["images"]
-    title += f" (IWAE-100: of {images:,} images)"
+def table(title: str, numbers: Mapping[str, Mapping[str, Any]], latent_dim: int, units: str) -> str:
+    count = next(iter(numbers.values()))["iwae_100"][units]
+    title += f" (IWAE-100: of {count:,} {units})"
     columns = {"elbo": "ELBO", "iwae_100": "IWAE-100", "distortion": "distortion", "rate": "rate"}
     rows = [
         [
@@ -237,8 +237,8 @@ def picture(numbers: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
     axes.set(
         xlim=(low, high),
         ylim=(min(distortions) - margin, max(distortions) + margin),
-        xlabel="rate, KL(q(z|x) || p(z)), nats per image",
-        ylabel="distortion, -E_q log p(x|z), nats per image",
+        xlabel="rate, KL(q(z|x) || p(z)), nats",
+        ylabel="distortion, -E_q log p(x|z), nats",
         title=title,
     )
     axes.legend(title="ELBO", fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

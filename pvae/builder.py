@@ -31,10 +31,6 @@ class Likelihood(NamedTuple):
     taken: Callable[[], nn.Module] | None = None  # what the data goes through before the encoder
 
     @property
-    def binary(self) -> bool:
-        return self.data == "binary"
-
-    @property
     def kind(self) -> str:
         """What its numbers are of; those of two kinds do not compare."""
         normalized = self.head((1, 1, 1)).normalized
@@ -500,6 +496,7 @@ class Recipe:
 
     @property
     def own_activation(self) -> str:
+        """The activation, the net's own where none is asked for; so too the next two."""
         return self.activation or NETS[self.net].activation
 
     @property
@@ -511,13 +508,13 @@ class Recipe:
         return self.components or PRIORS[self.prior].components or 1
 
     @property
-    def two_layers(self) -> bool:
+    def layered(self) -> bool:
         """Whether there are two latent layers or more."""
         return len(self.latent_dims) > 1
 
     def _refuse_unused(self) -> None:
         guide, prior = GUIDES[self.guide], PRIORS[self.prior]
-        has_hidden = NETS[self.net].hidden is not None or self.two_layers or guide.baseline
+        has_hidden = NETS[self.net].hidden is not None or self.layered or guide.baseline
         for name, used, why in (
             ("hidden", has_hidden, f"net {self.net!r} has no hidden width to choose"),
             ("components", prior.components is not None, f"prior {self.prior!r} has none"),
@@ -546,18 +543,18 @@ class Recipe:
                 f"prior {self.prior!r} puts pseudo-inputs through q(z|x), but guide "
                 f"{self.guide!r} is no function of images: choose an amortized guide"
             )
-        if prior.of_images and self.two_layers:
+        if prior.of_images and self.layered:
             raise ValueError(
                 f"prior {self.prior!r} is a mixture of posteriors of images, but with several "
                 "latent layers the prior is that of the last, whose posterior takes the one below: "
                 "choose another prior"
             )
-        if guide.ladder and not self.two_layers:
+        if guide.ladder and not self.layered:
             raise ValueError(
                 f"guide {self.guide!r} is for two latent layers or more, not for latent_dims "
                 f"{self.latent_dims}: with one it is guide 'normal'"
             )
-        if guide.baseline and self.two_layers:
+        if guide.baseline and self.layered:
             raise ValueError(
                 f"guide {self.guide!r} has a baseline for one latent layer: with more choose "
                 "another guide"
@@ -608,7 +605,8 @@ def build(
         image_shape, latent_dim: other names of `event_shape` and `latent_dims`.
 
     Raises:
-        ValueError: as of `Recipe`, or both names of one argument are given.
+        ValueError: as of `Recipe`, both names of one argument are given, or `mean_image` is of
+            another shape, no floats, or not finite.
 
     >>> vae = build((3, 20, 16), latent_dim=4, net="mlp", likelihood="gaussian_shared")
     >>> vae.reconstruct(torch.rand(2, 3, 20, 16)).shape
@@ -625,8 +623,8 @@ def build(
     shape = _either("event_shape", event_shape, "image_shape", image_shape, (1, 28, 28))
     dims = _either("latent_dims", latent_dims, "latent_dim", latent_dim, 16)
     recipe = Recipe(
-        event_shape=tuple(shape),
-        latent_dims=(dims,) if isinstance(dims, int) else tuple(dims),
+        event_shape=_sizes(shape),
+        latent_dims=_sizes(dims),
         net=net,
         likelihood=likelihood,
         guide=guide,
@@ -640,6 +638,11 @@ def build(
         dropout=dropout,
     )
     return compose(recipe, mean_image)
+
+
+def _sizes(value: Any) -> tuple[Any, ...]:
+    """A size alone is a sequence of one; whether they are sizes, the recipe asks."""
+    return tuple(value) if isinstance(value, Sequence) else (value,)
 
 
 def _either(name: str, value: Any, alias: str, other: Any, default: Any) -> Any:
@@ -704,7 +707,11 @@ def _layered_guide(
 
 
 def _features(recipe: Recipe) -> _Features:
-    return _Features(recipe.own_hidden, ACTIVATIONS[recipe.own_activation])
+    return _Features(recipe.own_hidden, _activation(recipe))
+
+
+def _activation(recipe: Recipe) -> nets.Activation:
+    return ACTIVATIONS[recipe.own_activation]
 
 
 def number_of_parameters(recipe: Recipe) -> int:
@@ -769,8 +776,7 @@ def _posterior(recipe: Recipe, guide: Posterior) -> Conditional:
     net = NETS[recipe.net]
     join = _join(recipe, len(recipe.event_shape), flatten=net.flat)
     shape = _joined(join, recipe.event_shape)
-    activation = ACTIVATIONS[recipe.own_activation]
-    encoder = net.encoder(shape, head.param_shape, recipe.own_hidden, activation)
+    encoder = net.encoder(shape, head.param_shape, recipe.own_hidden, _activation(recipe))
     return Conditional(_taking(recipe, encoder), head, event_dim=len(shape), join=join)
 
 
@@ -787,21 +793,28 @@ def _likelihood(recipe: Recipe, family: Likelihood, mean_image: Tensor | None) -
     """`p(x | z, y)`."""
     head, join = family.head(recipe.event_shape), _join(recipe, 1)
     shape = _joined(join, recipe.latent_dims[:1])
-    activation = ACTIVATIONS[recipe.own_activation]
     net = NETS[recipe.net].decoder
-    decoder: Any = net(shape, head.param_shape, recipe.own_hidden, activation)
+    decoder: Any = net(shape, head.param_shape, recipe.own_hidden, _activation(recipe))
     if mean_image is not None:
+        _check_mean(mean_image, recipe.event_shape)
         decoder.set_output_bias(head.raw_mean(mean_image))
     return Conditional(decoder, head, event_dim=1, join=join)
 
 
+def _check_mean(mean_image: Tensor, shape: tuple[int, ...]) -> None:
+    kind = f"{mean_image.dtype} of shape {tuple(mean_image.shape)}"
+    if mean_image.shape != shape or not mean_image.is_floating_point():
+        raise ValueError(f"mean_image must be floats of shape {shape}, not {kind}")
+    if not mean_image.isfinite().all():
+        raise ValueError("mean_image must be finite, not have NaN or infinity")
+
+
 def _between(recipe: Recipe, in_dim: int, head: Any) -> Conditional:
     """A conditional distribution of one latent given another, by a small network."""
-    join = _join(recipe, 1)
-    activation = ACTIVATIONS[recipe.own_activation]
-    own = NETS[recipe.net]
+    join, own = _join(recipe, 1), NETS[recipe.net]
     make = own.encoder if own.flat else _mlp  # a flat net is one between vectors too
-    net = make(_joined(join, (in_dim,)), head.param_shape, recipe.own_hidden, activation)
+    shape = _joined(join, (in_dim,))
+    net = make(shape, head.param_shape, recipe.own_hidden, _activation(recipe))
     return Conditional(net, head, event_dim=1, join=join)
 
 

@@ -333,6 +333,12 @@ def load(path: str | os.PathLike[str], *, max_parameters: int = 10**9) -> VAE:
         FileNotFoundError: there is no such file.
         ValueError: the file is not a checkpoint of a VAE made by `build`, or one of more
             parameters than `max_parameters`.
+
+    >>> import pvae, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(pvae.build((1, 8, 8), latent_dim=2), f"{folder}/a.pt")
+    ...     load(f"{folder}/a.pt").training
+    False
     """
     file = os.path.join(path, "best.pt") if os.path.isdir(path) else path
     state = read(file)

@@ -270,8 +270,13 @@ def resumed(
             parser.error(str(error))
         if unknown := [name for name in saved if name not in known]:
             parser.error(
-                f"--resume {args.resume}: that run was made by another version of pvae (it has "
-                f"{', '.join(unknown)}); it can be evaluated, not resumed"
+                f"--resume {args.resume}: that run was made by another program or version of pvae "
+                f"(it has {', '.join(unknown[:3])}{', ...' * (len(unknown) > 3)}); here it can be "
+                "evaluated, not resumed"
+            )
+        if args.out is not None:
+            parser.error(
+                f"--out {args.out} and --resume exclude each other: a run keeps its folder"
             )
         for name, value in saved.items():
             if not _is_like(value, known[name]):

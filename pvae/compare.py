@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from pvae import cli, plots, results, run, tables
 from pvae.builder import LIKELIHOODS
-from pvae.data import OBSERVATIONS
+from pvae.data import OBSERVATIONS, STANDARDIZED
 from pvae.evaluate import Estimate
 
 # where a run is kept and what it says on the way is no part of what it is
@@ -34,7 +34,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("runs", metavar="RUN_DIR", nargs="+", help=what)
     parser.add_argument("--out", default="compare.png", metavar="PNG", help="the figure")
     args = parser.parse_args(argv)
-    if len(set(args.runs)) != len(args.runs) or len(args.runs) < 2:
+    if len({Path(name).resolve() for name in args.runs}) != len(args.runs) or len(args.runs) < 2:
         parser.error(f"runs must be two folders or more, each once, not {' '.join(args.runs)}")
     return args
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n" + tables.columns("what differs", ["", *differing], told))
     else:
         print("their arguments, seeds and versions are the same")
-    if len({_data_seed(config) for config in configs.values()}) > 1:
+    if len({_data_seeds(config) for config in configs.values()}) > 1:
         print("warning: their data seeds differ: other splits, or other draws of their pixels")
     plots.save(picture(numbers, title), args.out)
     print(f"\nthe se says nothing of other seeds; figure: {args.out}")
@@ -69,8 +69,7 @@ def _numbers(folder: Path) -> dict[str, Estimate]:
         ValueError: the run is not finished, the folder holds several, or its file is damaged.
     """
     path = folder / "results.json"
-    if parts := sorted(file.parent.name for file in folder.glob("*/results.json")):
-        raise ValueError(f"{folder} holds several runs: name them, such as {folder / parts[0]}")
+    run.check_alone(folder)
     if not path.is_file():
         raise ValueError(f"{folder} is not a finished run: it has no results.json")
     return results.read(path)
@@ -101,7 +100,8 @@ def _data(config: Mapping[str, Any]) -> str:
 
 def _observed(config: Mapping[str, Any]) -> str:
     how = str(config["dataset"]["observed"])
-    return OBSERVATIONS[how].label if how in OBSERVATIONS else how
+    label = OBSERVATIONS[how].label if how in OBSERVATIONS else how
+    return label + STANDARDIZED * bool(config["arguments"].get("standardize"))
 
 
 def _kind(config: Mapping[str, Any]) -> str | None:
@@ -110,8 +110,9 @@ def _kind(config: Mapping[str, Any]) -> str | None:
     return LIKELIHOODS[name].kind if isinstance(name, str) and name in LIKELIHOODS else None
 
 
-def _data_seed(config: Mapping[str, Any]) -> int:
-    return int(config.get("data_seed", config["seed"]))  # version 0.1 had one seed for all
+def _data_seeds(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """That of pvae and, where the pixels are drawn by NumPy, its own; version 0.1 had one seed."""
+    return config.get("data_seed", config["seed"]), config["arguments"].get("numpy_seed")
 
 
 def differences(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -129,9 +130,8 @@ def differences(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]
 
 def _told(config: Mapping[str, Any]) -> dict[str, str]:
     """Arguments, versions and processor of a run, as text."""
-    versions, processor = config.get("versions"), config.get("processor")
-    settings = {**config["arguments"], **(versions if isinstance(versions, dict) else {})}
-    settings["processor"] = processor
+    settings = {**config["arguments"], **config.get("versions", {})}
+    settings["processor"] = config.get("processor")
     return {
         name: " ".join(map(str, value)) if isinstance(value, list) else str(value)
         for name, value in settings.items()
@@ -169,7 +169,9 @@ def picture(numbers: Mapping[str, Mapping[str, Estimate]], title: str) -> Figure
     lines = math.ceil(len(keys) / columns)
     size = 2.6 * columns + 2, lines * (1.1 + 0.28 * len(numbers)) + 0.4
     figure = Figure(size, dpi=150, layout="constrained")
-    figure.suptitle(f"{title}\nmean ± 2 se over the test set", fontsize=10)
+    # names may have dollar signs, which would make formulas of them
+    heading = f"{title}\nmean ± 2 se over the test set"
+    figure.suptitle(heading, fontsize=10, parse_math=False)
     panels = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
     for panel in panels[len(keys) :]:
         panel.set_visible(False)
@@ -179,7 +181,7 @@ def picture(numbers: Mapping[str, Mapping[str, Estimate]], title: str) -> Figure
             mean, se = row.get(key, Estimate(math.nan, math.nan))
             error = None if math.isnan(se) else 2 * se
             panel.errorbar(mean, place, xerr=error, fmt="o", markersize=4, color=f"C{place % 10}")
-        panel.set_yticks(range(len(numbers)), list(numbers), fontsize=8)
+        panel.set_yticks(range(len(numbers)), list(numbers), fontsize=8, parse_math=False)
         panel.set_ylim(len(numbers) - 0.5, -0.5)
         panel.tick_params(axis="x", labelsize=7)
         panel.grid(axis="x", color="0.9")

@@ -57,14 +57,20 @@ def check_data(data: Observed, vae: VAE, batch_size: int) -> None:
     """Checks that the pair can be trained on this data, in batches of this size.
 
     Raises:
-        ValueError: no `y` for a pair that takes it, or a last batch of one image under BatchNorm.
+        ValueError: an empty split, no `y` for a pair that takes it, or a batch of one image under
+            BatchNorm.
     """
-    if vae.takes_y and data.train.y is None:
-        raise ValueError("the pair takes y, but the data has neither labels nor masks")
-    if _has_batchnorm(vae) and len(data.train.images) % batch_size == 1:
+    for name in ("train", "validation", "test"):
+        split = getattr(data, name)
+        if not len(split.images):
+            raise ValueError(f"data.{name} must hold an image or more, not none")
+        if vae.takes_y and split.y is None:
+            raise ValueError(f"the pair takes y, but data.{name} has neither labels nor masks")
+    images = len(data.train.images)
+    if _has_batchnorm(vae) and 1 in (batch_size, images % batch_size):
         raise ValueError(
-            f"batch_size must not leave one image over, which BatchNorm cannot normalize: "
-            f"{len(data.train.images):,} training images by {batch_size} do; choose another"
+            "batch_size must be above 1, and must not leave one image over, which BatchNorm cannot "
+            f"normalize: {images:,} training images by {batch_size} do; choose another"
         )
 
 

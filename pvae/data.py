@@ -288,7 +288,7 @@ class Observed:
         >>> observe(load("digits"), "static").label
         'statically binarised'
         """
-        return OBSERVATIONS[self.how].label + ", standardised" * (self.scaling is not None)
+        return OBSERVATIONS[self.how].label + STANDARDIZED * (self.scaling is not None)
 
     @property
     def unit(self) -> str:
@@ -520,6 +520,7 @@ def _dequantize(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 _Draw = Callable[[Tensor, torch.Generator], Tensor]
+STANDARDIZED = ", standardised"  # in the label of what is observed so
 _PIXELS = ("binary", "levels", "continuous")
 KINDS = (*_PIXELS, "counts")
 
@@ -630,7 +631,8 @@ def from_torch(
     machine's memory, are read again when they are needed. `workers` processes read ahead (None: as
     many as a loader has, else none). Of a loader the data set is taken; order and size of the
     batches are the Trainer's. Raises ValueError for another number of parts, for items of another
-    kind, and for a loader with a sampler, batch_sampler, collate_fn or worker_init_fn of its own.
+    kind, for parts that differ in it, and for a loader with a sampler, batch_sampler, collate_fn or
+    worker_init_fn of its own.
 
     >>> items = [(torch.zeros(1, 4, 4, dtype=torch.uint8), i % 3) for i in range(20)]
     >>> from_torch("mine", items).num_classes
@@ -645,6 +647,11 @@ def from_torch(
         raise ValueError(
             f"parts must be one data set, or three (training, validation, test), not {len(splits)}"
         )
+    kinds = [
+        f"{x.dtype} {tuple(x.shape[1:])} with{'out' * (y is None)} labels" for x, y, _ in splits
+    ]
+    if len(set(kinds)) > 1:
+        raise ValueError(f"parts must be of one dtype and shape, not {', '.join(kinds)}")
     return _dataset(name, splits)
 
 

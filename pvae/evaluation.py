@@ -65,16 +65,22 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     cli.option(g, "--seed", "seed of the noise", cli.COUNT, 0, "S")
     cli.choice(g, "--device", ["auto", "cpu", "cuda", "mps"], "auto", "device")
     g.add_argument("--quiet", action="store_true", help="no progress, only the results")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, least in (("simulated_images", evaluate.CALIBRATED), ("nuts_samples", 2)):
+        if 0 < getattr(args, name) < least:
+            flag = f"--{name.replace('_', '-')}"
+            parser.error(f"{flag} must be 0 or at least {least}, not {getattr(args, name)}")
+    return args
 
 
 def opened(args: argparse.Namespace) -> tuple[Subject, str]:
     """The run's best model with its data, and the data's name.
 
     Raises:
-        ValueError: the folder is not that of a run, or the data found is not the run's.
+        ValueError: the folder is not that of one run, or the data found is not the run's.
     """
     config = run.read_config(args.run)
+    run.check_alone(args.run)
     device = find_device(args.device)
     named = config["arguments"].get("dataset") or config["dataset"]["name"]
     root = args.data_root or config["arguments"].get("data_root")
@@ -156,7 +162,7 @@ def annealed_rows(subject: Subject, args: argparse.Namespace) -> list[Row]:
 def has_one_latent(subject: Subject) -> bool:
     """Whether the pair has the single latent `z`."""
     recipe = subject.vae.recipe
-    return recipe is None or not recipe.two_layers
+    return recipe is None or not recipe.layered
 
 
 def _by_factors(
@@ -234,7 +240,8 @@ def latent_rows(subject: Subject) -> list[Row]:
     does not say how much each of them tells.
     I(x; z): the information about which of these images x is. It cannot exceed log N: near that,
     it is a lower bound, and the KL of q(z) an upper one.
-    probe: accuracies of two classifiers of the posterior means; no measure of the density.
+    probe: accuracies of two classifiers of the posterior means; no measure of the density. It
+    needs validation data of two classes or more.
     """
     vae, test, held_out = subject.vae, subject.data.test, subject.data.validation
     n, means = len(test.images), codes(subject, test, "codes")
@@ -248,11 +255,10 @@ def latent_rows(subject: Subject) -> list[Row]:
             Row("mutual_information", f"I(x; z), at most {math.log(n):.2f}", known.mutual, n),
             Row("aggregate_kl", "KL(q(z) || p(z))", known.aggregate, n),
         ]
-    if held_out.labels is not None and test.labels is not None:
+    y, test_y = held_out.labels, test.labels
+    if y is not None and test_y is not None and evaluate.can_probe(y):
         # fitted to validation images: the pair was not trained on them, as on the test's
-        found = evaluate.probe(
-            codes(subject, held_out, "probe"), held_out.labels, means, test.labels
-        )
+        found = evaluate.probe(codes(subject, held_out, "probe"), y, means, test_y)
         rows += [
             Row("knn", "probe: 5 nearest neighbours", found.nearest_neighbours, n, 4),
             Row("logistic", "probe: logistic regression", found.logistic_regression, n, 4),
@@ -265,10 +271,6 @@ def picture(subject: Subject, args: argparse.Namespace) -> plots.Figure:
     that the posterior correlates most."""
     vae, which, draws, seed = subject.vae, args.image, args.nuts_samples, args.seed
     test = subject.shown(subject.data.test)
-    if which >= len(test.images):
-        raise ValueError(
-            f"--image must be below {len(test.images)}, the number of test images, not {which}"
-        )
     x = data.pixels(test.images[which : which + 1])
     y = None if test.y is None else test.y[which : which + 1]
     quiet = args.quiet or not sys.stderr.isatty()
@@ -288,26 +290,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     memory.keep_freed_memory()
     subject, name = opened(args)
     folder = Path(args.run)
+    if args.image >= (images := len(subject.data.test.images)):
+        raise ValueError(
+            f"--image must be below {images}, the number of test images, not {args.image}"
+        )
     if not has_one_latent(subject):
         print("several latent layers: what is of a single latent z is left out")
         args.gap_images = args.simulated_images = args.nuts_samples = 0
     compiler = captured.inductor if args.captured else None
-    sections: list[tuple[Callable[..., list[Row]], Any]] = [
-        (results.elbo_rows, (subject,)),
-        (results.importance_rows, (subject, args.images, args.num_samples, compiler)),
-        (annealed_rows, (subject, args)),
-        (gap_rows, (subject, args)),
-        (calibration_rows, (subject, args)),
-        (latent_rows, (subject,)),
+    sections: list[tuple[int, Callable[..., list[Row]], Any]] = [  # how many images, of what
+        (True, results.elbo_rows, ()),
+        (args.images, results.importance_rows, (args.images, args.num_samples, compiler)),
+        (args.annealed_images, annealed_rows, (args,)),
+        (args.gap_images, gap_rows, (args,)),
+        (args.simulated_images, calibration_rows, (args,)),
+        (True, latent_rows, ()),
     ]
-    asked = [
-        *(True, args.images, args.annealed_images, args.gap_images, args.simulated_images, True)
-    ]
-    sections = [section for section, how_many in zip(sections, asked, strict=True) if how_many]
-    rows = [row for section, arguments in sections for row in section(*arguments)]
+    asked = [(section, given) for how_many, section, given in sections if how_many]
+    rows = [row for section, given in asked for row in section(subject, *given)]
     print(results.table(rows, subject, name))
     print("what they are, and are not:")
-    for section, _ in sections:  # each says in its docstring what its numbers are
+    for section, _ in asked:  # each says in its docstring what its numbers are
         print(textwrap.indent(inspect.getdoc(section) or "", "  "))
     numbers = {"arguments": vars(args), "numbers": results.as_json(rows, subject.data.units)}
     run.write_json(folder / "evaluation.json", numbers)

@@ -29,6 +29,8 @@ def write_atomically(
     b'whole'
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
     # beside the target: a rename is atomic only within one file system
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:

@@ -223,7 +223,7 @@ class CouplingPrior(nn.Module):
         hidden: widths of the hidden layers of each transform's network, one or more.
 
     Raises:
-        ValueError: `latent_dim` is below 2.
+        ValueError: `latent_dim` is below 2, or there is no hidden layer.
 
     >>> CouplingPrior(3)().sample((5,)).shape
     torch.Size([5, 3])
@@ -236,6 +236,8 @@ class CouplingPrior(nn.Module):
     ) -> None:
         super().__init__()
         _check_dim(latent_dim)
+        if not hidden:
+            raise ValueError(f"hidden must be the width of one layer or more, not {tuple(hidden)}")
         self.noise, self._kept = _Noise(latent_dim), latent_dim // 2
         turn = torch.arange(latent_dim).roll(-self._kept)  # a reversal would leave the middle alone
         self.register_buffer("turn", turn, persistent=False)

@@ -219,6 +219,9 @@ class Normal(Head):
         link: from the raw scale to a positive number: `from_log_variance` or `from_log_scale`.
         min_scale: floor of the scale. Without one the density of noise-free pixels is unbounded.
 
+    Raises:
+        ValueError: `min_scale` is negative.
+
     >>> q = Normal((2,))(torch.zeros(5, 4))
     >>> q.mean.shape, q.stddev[0]
     (torch.Size([5, 2]), tensor([1., 1.]))
@@ -230,7 +233,7 @@ class Normal(Head):
         self, event_shape: Shape, *, link: Link = from_log_variance, min_scale: float = 0.0
     ) -> None:
         super().__init__(event_shape, 2)
-        if min_scale < 0:
+        if not min_scale >= 0:
             raise ValueError(f"min_scale must be at least 0, not {min_scale}")
         self.link = link
         self.min_scale = min_scale
@@ -248,6 +251,9 @@ class NormalFixedScale(Head):
     r"""Independent normals with the loc from the network and one fixed scale.
 
     Up to a constant its log density is the squared error over `2 scale^2`.
+
+    Raises:
+        ValueError: `scale` is not above 0.
 
     >>> NormalFixedScale((3,), scale=0.5)(torch.zeros(3)).stddev
     tensor([0.5000, 0.5000, 0.5000])
@@ -270,6 +276,9 @@ class NormalSharedScale(Head):
     r"""Independent normals with the loc from the network and one learned scale for all pixels.
 
     `scale = min_scale + exp(log_scale)`, `log_scale` a parameter of this module.
+
+    Raises:
+        ValueError: `min_scale` is not from 0 to below `scale`.
 
     >>> NormalSharedScale((3,), scale=0.5, min_scale=0.0)(torch.zeros(3)).stddev.detach()
     tensor([0.5000, 0.5000, 0.5000])
@@ -342,6 +351,9 @@ class NegativeBinomial(Head):
     Source: scVI, Deep generative modeling for single-cell transcriptomics (2018), Nature Methods
     15, 1053-1058.
 
+    Raises:
+        ValueError: `min_dispersion` is negative.
+
     >>> p = NegativeBinomial((2,), min_dispersion=0.0)(torch.zeros(5, 4))
     >>> p.mean[0], p.variance[0]
     (tensor([1., 1.]), tensor([2., 2.]))
@@ -349,7 +361,7 @@ class NegativeBinomial(Head):
 
     def __init__(self, event_shape: Shape, *, min_dispersion: float = 1e-3) -> None:
         super().__init__(event_shape, 2)
-        if min_dispersion < 0:
+        if not min_dispersion >= 0:
             raise ValueError(f"min_dispersion must be at least 0, not {min_dispersion}")
         self.min_dispersion = min_dispersion
 

@@ -409,7 +409,7 @@ WIDTHS = (32, 64, 128, 256, 512)
 
 def _check_widths(widths: Sequence[int]) -> None:
     if not widths or min(widths) < 1:
-        raise ValueError(f"widths must be channels of at least 1, one a layer, not {tuple(widths)}")
+        raise ValueError(f"widths must be channels of at least 1, not {tuple(widths)}")
 
 
 class DeepEncoder(_Encoder):
@@ -526,8 +526,7 @@ def _normed(width: int, groups: int | None, activation: Activation) -> list[nn.M
 
 
 def _check_residual(widths: Sequence[int], depths: Sequence[int]) -> None:
-    if not widths or min(widths) < 1:
-        raise ValueError(f"widths must be channels of at least 1, one a size, not {tuple(widths)}")
+    _check_widths(widths)
     if len(depths) != len(widths) or min(depths) < 0:
         raise ValueError(
             f"depths must be blocks of at least 0, one for each of {len(widths)} widths, not "

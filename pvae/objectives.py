@@ -369,10 +369,7 @@ class DReG(Renyi):
                     gradients[other] = gradients[other] + part
         return -(bound + surrogate - surrogate.detach())
 
-    def loss_and_grads(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> float:
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        loss.backward()
-        return loss.item()
+    loss_and_grads = _Differentiable.loss_and_grads
 
 
 class FreeBits(_Differentiable):

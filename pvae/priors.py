@@ -6,6 +6,7 @@ them. A prior `p(z | y)` written by hand sets `takes_y = True`.
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from pvae.kinds import Shape
@@ -40,6 +41,14 @@ class StandardNormal(nn.Module):
         return dist.Normal(self.loc, self.scale).to_event(1)
 
 
+class _Mixture(dist.MixtureSameFamily):
+    """A mixture over the support of its components: NUTS knows no way into torch's own support."""
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return self.component_distribution.support
+
+
 class MixtureOfNormals(nn.Module):
     r"""A learned mixture of `K` diagonal normals, `p(z) = sum_k w_k N(z; loc_k, scale_k)`; labels
     are ignored.
@@ -61,7 +70,7 @@ class MixtureOfNormals(nn.Module):
 
     def forward(self, y: Tensor | None = None) -> dist.Distribution:
         components = dist.Normal(self.loc, self.log_scale.exp()).to_event(1)
-        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), components)
+        return _Mixture(dist.Categorical(logits=self.logits), components)
 
 
 class VampPrior(nn.Module):
@@ -123,4 +132,4 @@ class VampPrior(nn.Module):
         given = () if y is None else (y.unsqueeze(-1 - self.label_dim),)
         components = self.posterior(u, *given)
         logits = self.logits.expand(components.batch_shape)
-        return dist.MixtureSameFamily(dist.Categorical(logits=logits), components)
+        return _Mixture(dist.Categorical(logits=logits), components)

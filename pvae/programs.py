@@ -159,6 +159,8 @@ def _batch_size(x: Tensor | None, y: Tensor | None, size: int) -> int:
     if x is not None:
         _check_images(x)
         return len(x)
+    if size < 1:
+        raise ValueError(f"size must be at least 1, not {size}")
     return size if y is None else len(y)
 
 
@@ -241,7 +243,8 @@ class Model(_Generative):
         likelihood: a module with `likelihood(z)` or `likelihood(z, y)`, a distribution over `x`.
 
     Call it with `x` of shape `(B, C, H, W)` to condition on data, or with `size` to generate.
-    Raises `ValueError` where `x` is not floating point, empty, or not of the likelihood's shape.
+    Raises `ValueError` where `x` is not floating point, empty, or not of the likelihood's shape, or
+    `size` is below 1.
     Source: Auto-Encoding Variational Bayes (2013), arXiv:1312.6114.
 
     >>> from pvae.heads import NormalFixedScale

@@ -154,22 +154,24 @@ def pictures(
 
     `history` is the trainer's and `objective` the name of its training column; `elbo` is the test
     set's, in nats per image; `class_names` say what the labels stand for. Of a pair that takes
-    labels the samples are by label, and interpolations stay within one.
+    labels the samples are by label, and interpolations stay within one; of one that takes side
+    vectors they have those of test data.
     """
     first, drawing = data.test.first(1000), Drawing.of(data)
     x, y = pixels(first.images), vae.given(first.y)
+    labels = first.labels if first.labels is not None and first.labels.dim() == 1 else None
     with evaluate.evaluating(vae), evaluate.fixed_noise(x.device, seed):
         means = evaluate.posterior_means(vae.guide, x, y)
         again = vae.reconstruct(x[:32], None if y is None else y[:32])
         title = f"Test {drawing.what}, ELBO {elbo:.2f} nats per {data.unit}"
         figures = {
             "reconstructions": drawing.reconstructions(x[:32], again, title),
-            "samples": _samples(vae, y, drawing),
-            "latents": _latents(means, first.labels, class_names, drawing.what),
+            "samples": _samples(vae, y, class_names, drawing),
+            "latents": _latents(means, labels, class_names, drawing.what),
             "curves": plots.curves(history, title="Training", objective=objective, unit=data.unit),
         }
         if len(x) > 1:
-            figures["interpolations"] = _interpolations(vae, x, first.labels, y, drawing)
+            figures["interpolations"] = _interpolations(vae, x, labels, y, drawing)
         if means.shape[1] == 2:
             figures["manifold"] = _manifold(vae, y, drawing)
         else:
@@ -179,16 +181,19 @@ def pictures(
     return [folder / f"{name}.png" for name in figures]
 
 
-def _samples(vae: VAE, y: Tensor | None, drawing: Drawing) -> plots.Figure:
+def _samples(
+    vae: VAE, y: Tensor | None, names: Sequence[str] | None, drawing: Drawing
+) -> plots.Figure:
     what = f"Mean {drawing.what} at draws from the prior"
-    if y is None:
-        return plots.samples(drawing(vae.sample(64)), title=what + drawing.note)
+    if y is None or y.dim() > 1:
+        images = vae.sample(64) if y is None else vae.sample(y=y[:64])
+        return plots.samples(drawing(images), title=what + drawing.note)
     classes = y.unique()
     return plots.grid(
         drawing(vae.sample(y=classes.repeat(8))),
         len(classes),
         title=f"{what}, a column a label{drawing.note}",
-        column_labels=[str(label) for label in classes.tolist()],
+        column_labels=[str(k) if names is None else names[k] for k in classes.tolist()],
     )
 
 
@@ -212,7 +217,7 @@ def _interpolations(
         ]
         ends.append(later[(i * 7) % len(later)] if later else i + 1)
     images = vae.interpolate(x[:pairs], x[ends], y=None if y is None else y[:pairs])
-    of = " of one label" if within else ""
+    of = " of one label" if within and labels is not None else ""
     images = drawing(images.flatten(0, 1)).unflatten(0, images.shape[:2])
     title = f"Between the posterior means of two test {drawing.what}{of}"
     return plots.interpolations(images, title=title)
@@ -241,13 +246,13 @@ def _latents(
 
 
 def _manifold(vae: VAE, y: Tensor | None, drawing: Drawing) -> plots.Figure:
-    """The plane of a conditional pair is that of the first label of `y`."""
+    """The plane of a conditional pair is that of the first of `y`."""
     label, size = None if y is None else y[0], 20 if drawing.pictures else 10
     axis = torch.linspace(-2.5, 2.5, size)
     z = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)  # [i, j] = axis[j], axis[i]
     images = vae.decode(z.reshape(-1, 2).to(_device(vae)), label).mean
     images = drawing(images).unflatten(0, (size, size))
-    given = "" if label is None else f", label {label}"
+    given = "" if label is None or label.dim() else f", label {label}"
     return plots.manifold(images, axis, title=f"Decoded latent plane{given}")
 
 

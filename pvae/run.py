@@ -56,8 +56,14 @@ def processor(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+# all that a run leaves which was refused before it trained
+_BEFORE_TRAINING = {".lock", "config.json"}
+
+
 def new_folder(out: str | os.PathLike[str] | None, name: str) -> Path:
     """A new, empty, writable folder: `out`, or the first free of `runs/name`, `runs/name-2`, ...
+
+    One of a run that was refused before it trained counts as empty.
 
     Raises:
         ValueError: `out` holds something already.
@@ -66,7 +72,7 @@ def new_folder(out: str | os.PathLike[str] | None, name: str) -> Path:
     if out is None:
         return _first_free(Path("runs") / name)
     folder = Path(out)
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and {path.name for path in folder.iterdir()} - _BEFORE_TRAINING:
         raise ValueError(
             f"--out {folder} holds files already, which a new run would overwrite: choose another "
             f"folder (examples that take --resume go on with a run of theirs by --resume {folder})"
@@ -105,8 +111,14 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{folder} is not the folder of a run: it has no config.json")
     config = read_json(path)
     arguments, dataset = (config.get(name) for name in ("arguments", "dataset"))
-    if not isinstance(arguments, dict) or not isinstance(dataset, dict):
-        raise ValueError(f"{path} is damaged: arguments and dataset must be objects in braces")
+    if not (
+        isinstance(arguments, dict)
+        and isinstance(dataset, dict)
+        and isinstance(config.get("versions", {}), dict)
+    ):
+        raise ValueError(
+            f"{path} is damaged: arguments, dataset and versions must be objects in braces"
+        )
     texts = {name: dataset.get(name) for name in ("name", "sha256", "observed")}
     texts |= {name: arguments.get(name) or "" for name in ("dataset", "data_root")}
     for name, value in texts.items():
@@ -114,6 +126,9 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
             raise ValueError(f"{path} is damaged: {name} must be a text, not {reprlib.repr(value)}")
     if not _are_texts(config.get("commands", [])):
         raise ValueError(f"{path} is damaged: commands must be a list of texts")
+    split = arguments.get("split") or []
+    if not isinstance(split, list) or not all(type(share) is float for share in split):
+        raise ValueError(f"{path} is damaged: split must be fractions, not {reprlib.repr(split)}")
     seeds = {
         "seed": config.get("seed"),
         "data_seed": config.get("data_seed", config.get("seed")),  # version 0.1 had one for all
@@ -126,6 +141,18 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
                 f"{reprlib.repr(seed)}"
             )
     return config
+
+
+def check_alone(folder: str | os.PathLike[str]) -> None:
+    """Refuses the folder of a study of several runs, each in a folder inside it.
+
+    Raises:
+        ValueError: it names one of them.
+
+    >>> check_alone(".")
+    """
+    if parts := sorted(Path(folder).glob("*/results.json")):
+        raise ValueError(f"{folder} holds several runs: name them, such as {parts[0].parent}")
 
 
 def _are_texts(value: Any) -> bool:

@@ -49,6 +49,10 @@ class Schedule(NamedTuple):
             raise ValueError(
                 f"kl_cycles must be from 1 to the {epochs} epochs, not {self.kl_cycles}"
             )
+        if self.kl_cycles > 1 and not any(self.warmups):
+            raise ValueError(
+                f"kl_cycles must be 1, not {self.kl_cycles}, where kl_warmup is 0: nothing rises"
+            )
 
     def kl_weight(self, step: int, total: int, layer: int = 0) -> float:
         """The weight of the KL at a step of `total`; of a layer, where each has its own warm-up.

@@ -8,11 +8,12 @@ it. Its images come from a source: a mapped file (`Mapped`), the items of a torc
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+import operator
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -137,11 +138,10 @@ def of_items(given: Any, name: str, workers: int | None) -> tuple[Streamed, Tens
     once; `workers` None means those of the loader."""
     if isinstance(given, DataLoader):
         workers, given = given.num_workers if workers is None else workers, _items_of(given, name)
-    items, workers = given, workers or 0
-    source = Items(items, name)
+    source, workers = Items(given, name), workers or 0
     if not source.labelled:
         return stream(source, workers), None
-    labels = _loaded(source.read_labels, consecutive(len(items), _AT_ONCE), workers)
+    labels = _loaded(source.read_labels, consecutive(len(given), _AT_ONCE), workers)
     return stream(source, workers), torch.cat(list(labels))
 
 
@@ -256,7 +256,7 @@ class Mapped:
         arrange: Callable[[np.ndarray], Tensor] = torch.from_numpy,
     ) -> None:
         self._made_of = file, offset, shape, dtype, arrange
-        with open(file, "rb") if isinstance(file, Path) else nullcontext(file) as opened:
+        with open(file, "rb") if isinstance(file, Path) else contextlib.nullcontext(file) as opened:
             self._map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         count = int(np.prod(shape))
         self._array = np.frombuffer(self._map, dtype, count, offset).reshape(shape)
@@ -282,7 +282,8 @@ class Items:
     uint8 or float, or a pair of one and a label; the same at each reading.
 
     Raises:
-        ValueError: an item of another kind, or of another shape than the first.
+        ValueError: an item of another kind, or of another shape than the first; a label that is no
+            whole number of at least 0.
 
     >>> Items([(torch.zeros(1, 2, 2), 3)]).read_labels(torch.tensor([0]))
     tensor([3])
@@ -311,9 +312,21 @@ class Items:
         return torch.stack(images)
 
     def read_labels(self, rows: Tensor) -> Tensor:
-        return torch.tensor([int(self.items[row][1]) for row in rows.tolist()])
+        return torch.tensor([self._label(row) for row in rows.tolist()])
+
+    def _label(self, row: int) -> int:
+        label = self.items[row][1]
+        with contextlib.suppress(TypeError):
+            if (number := operator.index(label)) >= 0:
+                return number
+        raise ValueError(
+            f"item {row} of {self.name} must have a label that is a whole number of at least 0, "
+            f"not {label!r:.99}"
+        )
 
     def _image(self, row: int, item: Any) -> Tensor:
+        if self.labelled and len(item) != 2:
+            raise ValueError(f"item {row} of {self.name} must be a pair, not {len(item)} things")
         image = item[0] if self.labelled else item
         if not isinstance(image, Tensor) or image.dtype not in (torch.uint8, torch.float32):
             kind = image.dtype if isinstance(image, Tensor) else type(image).__name__

@@ -91,8 +91,9 @@ def start(args: argparse.Namespace, name: str, observe: str | None = None) -> St
         observe: one of `pvae.data.OBSERVATIONS`; None where `args.observe` is it.
 
     Raises:
-        ValueError: a device that is not there, data that cannot be used, a folder that is in use,
-            or a resumed run that was started on other data.
+        ValueError: a device that is not there, data that cannot be used or has no labels to be
+            conditional on, a folder that is in use, or a resumed run that was started on other
+            data.
     """
     began = time.perf_counter()
     pyro.set_rng_seed(args.seed)
@@ -107,6 +108,8 @@ def start(args: argparse.Namespace, name: str, observe: str | None = None) -> St
         stream=args.stream,
         workers=args.workers,
     )
+    if getattr(args, "conditional", False) and dataset.num_classes is None:
+        raise ValueError(f"--conditional needs labels, and {dataset.name} has none: leave it out")
     if not dataset.pictures:
         _check_pixels_unasked(args, dataset.name)
         args.observe = "as_is"
@@ -373,7 +376,7 @@ def _typed() -> str:
 
 def _tell_changes(config: Mapping[str, Any], now: Mapping[str, str]) -> None:
     """A warning where what a run's numbers depend on is not what it was."""
-    before = {"processor": config.get("processor"), **config["versions"]}
+    before = {"processor": config.get("processor"), **config.get("versions", {})}
     changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
     if changed:
         print(f"warning: {', '.join(changed)}: the rest of this run may differ by rounding")

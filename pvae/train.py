@@ -5,6 +5,7 @@ import csv
 import io
 import itertools
 import math
+import os
 import signal
 import sys
 import time
@@ -26,7 +27,7 @@ from pvae.files import write_atomically
 from pvae.kinds import Fn
 from pvae.objectives import part_of_batch, temper
 from pvae.optim import NotFinite
-from pvae.programs import HierarchicalGuide, evaluating
+from pvae.programs import evaluating
 from pvae.results import Subject, collapse
 from pvae.schedule import Schedule
 from pvae.stopping import Asked, Stopped, asked_to_stop
@@ -85,7 +86,7 @@ class Trainer:
         precision: of a training step: "fp32", "tf32" (matrix products on a GPU) or "bf16" (the
             networks, by autocast). Numbers are always reported in float32.
         seed: of the shuffles and redrawn pixels; the guide's noise is the global random state's.
-        folder: where the run is kept.
+        folder: where the run is kept; it is there.
         checkpoint_minutes: minutes between checkpoints within an epoch.
         quiet: no progress bar, no line an epoch.
         accumulate: in how many parts, one after another, a process takes its part of a batch that
@@ -132,7 +133,7 @@ class Trainer:
         accumulate: int = 1,
         ema: float | None = None,
         patience: int | None = None,
-        folder: Path | None = None,
+        folder: str | os.PathLike[str] | None = None,
         checkpoint_minutes: float = 5.0,
         quiet: bool = False,
         on_epoch: Callable[["Trainer"], None] | None = None,
@@ -144,6 +145,8 @@ class Trainer:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if not checkpoint_minutes > 0:
             raise ValueError(f"checkpoint_minutes must be above 0, not {checkpoint_minutes}")
+        if folder is not None and not os.path.isdir(folder):
+            raise ValueError(f"folder must be a folder that is there, not {os.fspath(folder)!r}")
         schedule.check(epochs)
         compatible.check_layers(schedule, vae)
         if precision not in ("fp32", "tf32", "bf16"):
@@ -161,7 +164,8 @@ class Trainer:
         self.epochs, self.batch_size, self.seed = epochs, batch_size, seed
         self.schedule, self.precision, self.patience = schedule, precision, patience
         self.average = None if ema is None else Average(vae, ema)
-        self.folder, self.on_epoch, self.go_on = folder, on_epoch, go_on
+        self.folder = None if folder is None else Path(folder)
+        self.on_epoch, self.go_on = on_epoch, go_on
         self.quiet = quiet or not processes.is_first()
         self.steps_per_epoch = math.ceil(len(data.train.images) / batch_size)
         self.step = 0
@@ -264,7 +268,7 @@ class Trainer:
                 "beta": min(self._betas(self.step - 1)),
                 "train_objective": objective,
                 **self._validate(),
-                **self._active_units(),
+                "active_units": self._active_units(),
                 "skipped": self._skipped(),
             }
         check = self._cross_check(row["beta"])
@@ -460,10 +464,8 @@ class Trainer:
         means = subject.over(self.data.validation, bound, size)
         return {f"validation_{name}": t.mean().item() for name, t in means._asdict().items()}
 
-    def _active_units(self) -> dict[str, int]:
-        """How many units are active, of one layer of latents."""
-        if isinstance(self.vae.guide, HierarchicalGuide):
-            return {}
+    def _active_units(self) -> int:
+        """How many units of the (first) latent are active."""
 
         def means(x: Tensor, y: Tensor | None) -> Tensor:
             y = self.vae.given(y)
@@ -472,7 +474,7 @@ class Trainer:
         first = self.data.validation.first(_CODED)
         codes = evaluate.over(first, means, batch_size=500, seed=self.seed)
         self._units = codes.shape[1]
-        return {"active_units": evaluate.active_units(codes)}
+        return evaluate.active_units(codes)
 
     def _skipped(self) -> int:
         """Batches of this epoch that were left out."""
@@ -482,7 +484,7 @@ class Trainer:
     def _tell_collapse(self, row: Mapping[str, float]) -> None:
         """A warning, once, where hardly a unit is active after the warm-up."""
         early = max(*self.schedule.warmups, self.schedule.lr_warmup, 0.1) * self.epochs
-        if self.quiet or self._told_collapse or self.epoch <= early or "active_units" not in row:
+        if self.quiet or self._told_collapse or self.epoch <= early:
             return
         if text := collapse(row["active_units"], self._units):
             self._told_collapse = True
@@ -650,11 +652,12 @@ class Trainer:
         sys.stdout.flush()  # a pipe is to see each epoch as it ends
 
     def _not_finite(self, what: str) -> str:
+        batch = f"batch {self._batch + 1} of {self.steps_per_epoch}"
+        where = batch if self._batch < self.steps_per_epoch else "behind its last batch"
         return (
-            f"{what}, at step {self.step} (epoch {self.epoch + 1}, batch {self._batch + 1} of "
-            f"{self.steps_per_epoch}, learning rate {self.optimizer.param_groups[0]['lr']:.3g})."
-            f"{self._kept()} Try a smaller learning rate or --clip-norm; with a learned scale, a "
-            "larger floor or dequantised pixels"
+            f"{what}, at step {self.step} (epoch {self.epoch + 1}, {where}, learning rate "
+            f"{self.optimizer.param_groups[0]['lr']:.3g}).{self._kept()} Try a smaller learning "
+            "rate or --clip-norm; with a learned scale, a larger floor or dequantised pixels"
         )
 
     def _kept(self) -> str:
@@ -690,7 +693,7 @@ def _line(row: dict[str, float], check: Check) -> str:
     return (
         f"{row['epoch']:>5} {row['beta']:>5.2f} {row['train_objective']:>9.2f} "
         f"{row['validation_elbo']:>10.2f} {row['validation_reconstruction']:>10.2f} "
-        f"{row['validation_kl']:>7.2f} {row.get('active_units', '-'):>6} "
+        f"{row['validation_kl']:>7.2f} {row['active_units']:>6} "
         f"{row['seconds']:>6.1f}s  {check}"
         + (f"  {row['skipped']} batches left out" if row["skipped"] else "")
     )

@@ -142,10 +142,12 @@ class VAE(nn.Module):
         """Mean images at `n` draws from the prior (one for each label where `y` is given).
 
         Raises:
-            ValueError: `n` is below 1.
+            ValueError: `n` is below 1, or is another number than that of the labels.
         """
         if n < 1:
             raise ValueError(f"n must be at least 1, not {n}")
+        if y is not None and n not in (1, len(y)):
+            raise ValueError(f"n must be left out, or {len(y)}, the length of y, not {n}")
         with evaluating(self):
             return _mean_image(self.model, None, y, size=n)
 

@@ -114,11 +114,13 @@ def test_resume_takes_the_runs_arguments(tmp_path, capsys):
     assert args.latent_dims == [7]
     assert args.num_epochs == 9
     assert args.out == str(tmp_path)
+    message = error(capsys, "--resume", str(tmp_path), "--out", "elsewhere")
+    assert "--out elsewhere and --resume exclude each other" in message
     message = error(capsys, "--resume", str(tmp_path), "--latent-dims", "8")
     assert "--latent-dims [8]: the run in" in message
     assert "has [7]" in message
     run.write_json(tmp_path / "config.json", {**config, "arguments": {**saved, "top_dim": None}})
-    assert "made by another version of pvae (it has top_dim)" in error(
+    assert "by another program or version of pvae (it has top_dim)" in error(
         capsys, "--resume", str(tmp_path)
     )
     (tmp_path / "config.json").write_text("{")
@@ -134,6 +136,10 @@ def test_new_folders_never_overwrite(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"full holds files already.*--resume full"):
         run.new_folder("full", "a")
     assert json.loads((tmp_path / "full" / "results.json").read_text()) == {}
+    (tmp_path / "refused").mkdir()  # a run that never trained
+    for name in (".lock", "config.json"):
+        (tmp_path / "refused" / name).touch()
+    assert str(run.new_folder("refused", "a")) == "refused"
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"--out file.run cannot be written to"):
         run.new_folder("file/run", "a")

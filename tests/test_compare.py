@@ -52,6 +52,12 @@ def test_the_table_has_each_runs_numbers_and_what_differs(tmp_path, capsys):
     assert "warning" not in said
 
 
+def test_dollar_signs_of_names_are_no_formulas(tmp_path):
+    a, b = (made(tmp_path / name, dataset={"name": "$_{$"}) for name in ("a", "$b_{$"))
+    compared(tmp_path, a, b)
+    assert (tmp_path / "compare.png").exists()
+
+
 def test_each_number_is_drawn_where_it_is():
     numbers = {
         "a": {"elbo": Estimate(-100.0, 0.5), "rate": Estimate(20.0, float("nan"))},
@@ -71,8 +77,9 @@ def test_runs_with_the_same_arguments_say_so_and_other_data_seeds_warn(tmp_path,
     a, b = made(tmp_path / "a"), made(tmp_path / "b")
     compared(tmp_path, a, b)
     assert "their arguments, seeds and versions are the same" in capsys.readouterr().out
-    compared(tmp_path, a, made(tmp_path / "c", data_seed=1))
-    assert "warning: their data seeds differ" in capsys.readouterr().out
+    for name, seeds in (("c", {"data_seed": 1}), ("d", {"numpy_seed": 777})):
+        compared(tmp_path, a, made(tmp_path / name, **seeds))
+        assert "warning: their data seeds differ" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -80,6 +87,7 @@ def test_runs_with_the_same_arguments_say_so_and_other_data_seeds_warn(tmp_path,
     [
         ({"dataset": {"sha256": "1" * 64}}, r"the data must be the same .*a has digits \(0000"),
         ({"dataset": {"observed": "static"}}, "observed must be .*b has statically binarised"),
+        ({"standardize": True}, "observed must be .*b has .*, standardised"),
         ({"likelihood": "categorical"}, r"p\(x\|z\) must be .*a has binary, .*b has levels"),
         ({"likelihood": "grey_bernoulli"}, "b has continuous, not a likelihood"),
     ],
@@ -113,7 +121,7 @@ def test_what_is_no_finished_run_is_refused(tmp_path):
         compared(tmp_path, a, b)
 
 
-@pytest.mark.parametrize("runs", [["a"], ["a", "a"]])
+@pytest.mark.parametrize("runs", [["a"], ["a", "a"], ["a", "b/../a/"]])
 def test_two_runs_or_more_each_once(runs, capsys):
     with pytest.raises(SystemExit):
         compare.arguments(runs)

@@ -293,10 +293,23 @@ def test_a_conditional_pair_is_reported(tmp_path, latent_dim, monkeypatch):
 
     epoch = {"epoch": 1, "train_objective": -1.0, "validation_elbo": -1.0, "beta": 1.0}
     epoch |= {"validation_reconstruction": -1.0, "validation_kl": 0.0}
-    report.pictures(vae, observed(), [epoch], tmp_path, elbo=numbers["elbo"])
+    names = ("a", "b", "c", "d")
+    report.pictures(vae, observed(), [epoch], tmp_path, elbo=numbers["elbo"], class_names=names)
     assert ("manifold" in figures) == (latent_dim == 2)
     labels = [text.get_text() for text in figures["samples"].axes[0].get_xticklabels()]
-    assert labels == ["0", "1", "2", "3"]
+    assert labels == list(names)
+
+
+def test_a_pair_that_takes_side_vectors_is_drawn(tmp_path, monkeypatch):
+    vae = pvae.build((1, 8, 8), 3, "mlp", hidden=4, side_dim=2)
+    split = observed().train._replace(labels=torch.rand(40, 2))
+    figures, drawn = {}, Observed("dynamic", split, split, split, None)
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.update({path.stem: figure}))
+    epoch = {"epoch": 1, "train_objective": -1.0, "validation_elbo": -1.0, "beta": 1.0}
+    epoch |= {"validation_reconstruction": -1.0, "validation_kl": 0.0}
+    report.pictures(vae, drawn, [epoch], tmp_path, elbo=-1.0)
+    assert figures["samples"].axes[0].images[0].get_array().shape == (48, 56, 3)  # 40 of them
+    assert "label" not in figures["interpolations"].axes[0].get_title()
 
 
 def test_interpolations_keep_the_label(monkeypatch):

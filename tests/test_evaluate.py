@@ -9,6 +9,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import nn
 
 import pvae
 from pvae import Guide, Model, build, captured, cli, evaluate, evaluation, plots, results
+from pvae.builder import PRIORS
 from pvae.closed_form import LinearGaussian, collapsed
 from pvae.data import Split, load, observe, pixels
 from pvae.evaluate.annealed import _Chains, _Path
@@ -423,6 +425,15 @@ def test_nuts_takes_one_image():
         evaluate.nuts(linear()[0], images(2))
 
 
+@pytest.mark.parametrize("prior", PRIORS)
+def test_nuts_takes_every_prior(prior):
+    vae = build((1, 4, 4), 2, "mlp", prior=prior, hidden=4, num_classes=2)
+    x, y = torch.ones(1, 1, 4, 4), torch.tensor([1])
+    z = evaluate.nuts(vae.model, x, y, num_samples=2, warmup_steps=2)["z"]
+    assert z.shape == (2, 2)
+    assert z.isfinite().all()
+
+
 # ---- latents ----
 
 
@@ -777,6 +788,42 @@ def test_wrong_input_is_a_plain_error(capsys):
     with pytest.raises(SystemExit):
         command("nowhere", "--images", -1)
     assert "is not a whole number at least 0" in capsys.readouterr().err
+    for flag, least in (("--simulated-images", 20), ("--nuts-samples", 2)):
+        with pytest.raises(SystemExit):
+            command("nowhere", flag, 1)
+        assert f"{flag} must be 0 or at least {least}, not 1" in capsys.readouterr().err
+
+
+def test_a_study_of_several_runs_is_refused(digits_run):
+    study = digits_run.parent
+    shutil.copy(digits_run / "config.json", study)
+    with pytest.raises(ValueError, match=f"{study} holds several runs: .* such as {digits_run}"):
+        command(study)
+    (study / "config.json").unlink()
+
+
+def test_a_wrong_image_is_refused_before_the_numbers(digits_run, capsys):
+    with pytest.raises(ValueError, match=r"--image must be below 179, .*, not 179"):
+        command(digits_run, *NOTHING, "--image", 179)
+    assert "ELBO" not in capsys.readouterr().out
+
+
+def test_no_images_and_no_draws_are_refused():
+    vae = tiny()
+    with pytest.raises(ValueError, match="num_samples must be at least 1, not 0"):
+        evaluate.elbo(vae.model, vae.guide, torch.zeros(2, 1, 8, 8), num_samples=0)
+    with pytest.raises(ValueError, match="split must hold an image or more"):
+        evaluate.over(Split(torch.zeros(0, 1, 8, 8), None), print, batch_size=2, seed=0)
+
+
+def test_codes_of_one_class_are_not_probed(digits_run):
+    subject, _ = evaluation.opened(evaluation.arguments([str(digits_run), "--quiet"]))
+    assert {"knn", "logistic"} <= {row.key for row in evaluation.latent_rows(subject)}
+    held_out = subject.data.validation
+    one = replace(subject.data, validation=held_out._replace(labels=0 * held_out.labels))
+    keys = {row.key for row in evaluation.latent_rows(replace(subject, data=one))}
+    assert "active_units" in keys
+    assert not {"knn", "logistic"} & keys
 
 
 def test_a_run_on_other_data_is_refused(digits_run, tmp_path):

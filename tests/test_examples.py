@@ -168,9 +168,12 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path):
         (["--dataset", "digits", "--device", "mps"], "--device must be one that is here"),
         (["--net", "cnn"], "choose from"),
         (["--resume", "nowhere"], "nowhere is not the folder of a run"),
+        (["--dataset", "./x.npy", "--conditional"], "--conditional needs labels, and x.npy has"),
     ],
 )
-def test_wrong_input_is_a_plain_error(tmp_path, capsys, argv, message):
+def test_wrong_input_is_a_plain_error(tmp_path, capsys, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", np.zeros((20, 8, 8), np.uint8))
     said = refused(capsys, "--out", str(tmp_path / "r"), *argv)
     assert message in said
     assert said.startswith(("error: ", "2 "))

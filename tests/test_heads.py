@@ -130,6 +130,7 @@ def test_values_outside_the_support_are_refused(name):
         (lambda: heads.Bernoulli(()), r"event_shape must be sizes of at least 1, not \(\)"),
         (lambda: heads.Bernoulli((1, 0, 3)), r"event_shape .* not \(1, 0, 3\)"),
         (lambda: heads.Normal((2,), min_scale=-1.0), r"min_scale must be at least 0, not -1"),
+        (lambda: heads.Normal((2,), min_scale=math.nan), r"min_scale must be at least 0, not nan"),
         (lambda: heads.NormalFixedScale((2,), scale=0.0), r"scale must be above 0, not 0"),
         (
             lambda: heads.NormalSharedScale((2,), scale=0.1, min_scale=0.2),

@@ -95,7 +95,7 @@ def test_group_norm_leaves_an_image_alone():
 @pytest.mark.parametrize(
     ("widths", "depths", "message"),
     [
-        ((), (), r"widths must be channels of at least 1, one a size, not \(\)"),
+        ((), (), r"widths must be channels of at least 1, not \(\)"),
         ((4, 0), (1, 1), r"widths must be .*, not \(4, 0\)"),
         ((4, 4), (1,), r"depths must be .* one for each of 2 widths, not \(1,\)"),
         ((4,), (-1,), r"depths must be blocks of at least 0, .*, not \(-1,\)"),

@@ -428,8 +428,9 @@ def test_long_json_is_not_read(tmp_path, monkeypatch):
         *(("seed", value) for value in (-1, None, "0", 0.0, True)),
         *(("data_seed", value) for value in (-1, None, [])),
         *((("dataset", name), 3) for name in ("name", "sha256", "observed")),
-        *((("arguments", name), 3) for name in ("dataset", "data_root")),
-        *(("dataset", "digits"), ("arguments", None)),
+        *((("arguments", name), 3) for name in ("dataset", "data_root", "split")),
+        *((("arguments", "split"), value) for value in ("abc", [0.5, "a", 0.1])),
+        *(("dataset", "digits"), ("arguments", None), ("versions", [])),
     ],
 )
 def test_a_configuration_of_wrong_types_is_damaged(tmp_path, place, value):

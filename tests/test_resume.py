@@ -21,6 +21,8 @@ from test_train import new_trainer, small, tensors, without_time
 
 import pvae
 from pvae import SingleOptimizer, build, checkpoint, cli, files, keeping, run
+from pvae.data import pixels
+from pvae.evaluate import active_units, posterior_means
 from pvae.optim import NotFinite
 from pvae.schedule import Schedule
 from pvae.stopping import Stopped, asked_to_stop
@@ -230,6 +232,11 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, monk
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         assert after[name] == before[name]
     assert after.keys() == before.keys()
+
+
+def test_a_file_in_no_folder_is_refused_by_its_own_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.a cannot be written: there is no folder"):
+        files.write_atomically(tmp_path / "nowhere" / "a", lambda file: file.write(b"a"))
 
 
 def test_files_and_folders_reach_the_disk(tmp_path, monkeypatch):
@@ -467,10 +474,15 @@ def test_a_collapsed_pair_is_said_once(capsys):
     assert "free bits usually help (epoch 3)" in out  # after the warm-up
 
 
-def test_active_units_are_of_one_layer():
-    trainer = new_trainer(vae=build((1, 28, 28), (4, 2), "mlp", hidden=16), epochs=1)
+@pytest.mark.parametrize("guide", ["normal", "ladder"])
+def test_active_units_of_layers_are_those_of_the_first(guide):
+    vae = build((1, 28, 28), (4, 2), "mlp", guide=guide, hidden=16)
+    trainer = new_trainer(vae=vae, epochs=1)
+    trainer._base_rates = [0.0]
     trainer.fit()
-    assert "active_units" not in trainer.history[0]
+    means = posterior_means(vae.guide, pixels(trainer.data.validation.images))
+    assert means.shape[1] == 4
+    assert trainer.history[0]["active_units"] == active_units(means)
 
 
 def test_studies_that_train_several_pairs_take_resume():

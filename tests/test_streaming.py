@@ -358,6 +358,19 @@ def test_items_of_another_kind_are_named(items, message):
         data.from_torch("mine", items, items, items)
 
 
+@pytest.mark.parametrize(("label", "shown"), [(0.7, "0.7"), (-1, "-1"), (None, "None")])
+def test_labels_are_whole_numbers(label, shown):
+    items = [(torch.zeros(1, 2, 2), 0), (torch.zeros(1, 2, 2), label)]
+    with pytest.raises(ValueError, match=f"item 1 of mine must have a label .*, not {shown}"):
+        data.from_torch("mine", items * 10)
+
+
+@pytest.mark.parametrize("other", [torch.zeros(1, 3, 2), (torch.zeros(1, 2, 2), 0)])
+def test_parts_of_two_kinds_are_refused(other):
+    with pytest.raises(ValueError, match="parts must be of one dtype and shape, not"):
+        data.from_torch("mine", [torch.zeros(1, 2, 2)], [other], [torch.zeros(1, 2, 2)])
+
+
 def test_a_number_of_parts_is_refused():
     with pytest.raises(ValueError, match=r"one data set, or three .*, not 2"):
         data.from_torch("mine", *[[torch.zeros(1, 2, 2)]] * 2)

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import pvae
@@ -142,6 +143,16 @@ def test_several_seeds_go_on_with_what_is_missing(tmp_path, capsys):
     assert [a == b for a, b in zip(after, before, strict=True)] == [True, True, True, False]
     again = json.loads((folder / "results.json").read_text())
     assert again["beta=2"]["elbo"] == first["beta=2"]["elbo"]
+
+
+def test_data_that_are_no_images(tmp_path, capsys):
+    path = tmp_path / "counts.npz"
+    np.savez(path, x=np.random.default_rng(0).poisson(3, (40, 6)))
+    argv = ["--dataset", str(path), "-n", "1", "--hidden", "4", "--latent-dim", "2", "--quiet"]
+    argv += ["--combinations", "likelihood=poisson", "--out", str(tmp_path / "r")]
+    swap.main(argv)
+    said = capsys.readouterr().out
+    assert "nats per datum (IWAE-100: of 4 data)" in said
 
 
 def test_what_is_no_likelihood_is_said_to_be_none(tmp_path, capsys):

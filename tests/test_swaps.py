@@ -267,6 +267,8 @@ def test_flows_of_one_dimension_are_refused():
         build((1, 8, 8), 1, prior="flow")
     with pytest.raises(ValueError, match="at least 2 dimensions, not 1"):
         build((1, 8, 8), 1, prior="coupling")
+    with pytest.raises(ValueError, match=r"hidden must be .* one layer or more, not \(\)"):
+        CouplingPrior(3, hidden=())
 
 
 # ---- objectives ----
@@ -572,6 +574,11 @@ def test_a_side_vector_conditions_a_pair(prior, net):
     [
         ({"num_classes": 2, "side_dim": 3}, "two kinds of y"),
         ({"guide": "per_datum"}, "num_data must be the number of data, not None"),
+        ({"latent_dim": 2.5}, r"latent_dims must be .*, not \(2.5,\)"),
+        ({"image_shape": 64}, r"event_shape must be .*, not \(64,\)"),
+        ({"mean_image": torch.zeros(1, 9, 9)}, r"mean_image must be floats of shape \(1, 8, 8\)"),
+        ({"mean_image": torch.zeros(1, 8, 8).byte()}, r"floats of shape .*, not torch.uint8"),
+        ({"mean_image": torch.zeros(1, 8, 8) / 0}, "mean_image must be finite"),
         ({"num_data": 5}, "has no use for it"),
         ({"guide": "mixture", "latent_dim": 1}, "at least 2 dimensions"),
         ({"guide": "low_rank", "latent_dim": 1}, "rank must be from 1"),

@@ -13,8 +13,9 @@ from torch import nn
 
 from pvae import VAE, Conditional, Guide, Model, SingleOptimizer, build, checkpoint, evaluate, load
 from pvae.builder import LIKELIHOODS
+from pvae.compatible import check_data
 from pvae.crosscheck import DENSITIES, FORMULAS, NOTHING, Check, cross_check
-from pvae.data import Split, load as load_data, observe
+from pvae.data import Observed, Split, load as load_data, observe
 from pvae.heads import Bernoulli, Normal
 from pvae.nets import MLP
 from pvae.objectives import OBJECTIVES
@@ -279,6 +280,13 @@ def test_a_loss_that_is_not_finite_stops_with_what_to_do(tmp_path, broken):
     assert checkpoint.read(tmp_path / "checkpoint.pt")["model"]
 
 
+def test_what_is_not_finite_behind_the_last_batch_names_no_batch():
+    trainer = new_trainer(epochs=2, batch_size=128)
+    for step, where in ((1, "batch 2 of 2"), (2, "behind its last batch")):
+        trainer.step = step
+        assert trainer._not_finite("z").startswith(f"z, at step {step} (epoch 1, {where}, learning")
+
+
 class BrokenHead(Bernoulli):
     def forward(self, h):
         return super().forward(h * math.nan)
@@ -311,6 +319,8 @@ def test_a_huge_learning_rate_ends_in_a_plain_message(tmp_path):
         ({"schedule": Schedule(kl_warmup=(0.1, 0.2))}, "one for each of 1 latent .* not 2"),
         ({"schedule": Schedule(lr_warmup=-0.1)}, "lr_warmup must be a fraction .* not -0.1"),
         ({"schedule": Schedule(kl_cycles=5)}, "kl_cycles must be from 1 to the 4 epochs, not 5"),
+        ({"schedule": Schedule(kl_cycles=2)}, "kl_cycles must be 1, not 2, where kl_warmup is 0"),
+        ({"folder": "nowhere"}, "folder must be a folder that is there, not 'nowhere'"),
     ],
 )
 def test_bad_arguments(options, message):
@@ -323,7 +333,7 @@ def test_a_pair_that_takes_y_needs_it():
     vae = build((1, 28, 28), 2, "mlp", hidden=8, num_classes=10)
     adam = SingleOptimizer(torch.optim.Adam(vae.parameters()))
     svi = SVI(vae.model, vae.guide, adam, Trace_ELBO())
-    with pytest.raises(ValueError, match="the data has neither labels nor masks"):
+    with pytest.raises(ValueError, match=r"data\.train has neither labels nor masks"):
         Trainer(vae, svi, bare, epochs=1, batch_size=10)
 
 
@@ -344,10 +354,21 @@ def test_what_does_not_belong_together_is_refused():
         trainer(vae.model, vae.guide, [*vae.parameters(), *other.parameters()])
 
 
-def test_a_last_batch_of_one_image_is_refused_under_batchnorm():
+@pytest.mark.parametrize("name", ["train", "validation", "test"])
+def test_every_split_has_an_image_and_the_labels_that_the_pair_takes(name):
+    split = Split(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.arange(3))
+    vae, whole = build((1, 8, 8), 2, num_classes=3), Observed("grey", split, split, split, None)
+    unlabelled, empty = split._replace(labels=None), Split(split.images[:0], split.labels[:0])
+    for part, message in ((unlabelled, "has neither labels nor masks"), (empty, "must hold an im")):
+        with pytest.raises(ValueError, match=rf"data\.{name} {message}"):
+            check_data(replace(whole, **{name: part}), vae, 2)
+
+
+@pytest.mark.parametrize("batch_size", [83, 1])
+def test_a_batch_of_one_image_is_refused_under_batchnorm(batch_size):
     vae = build((1, 28, 28), 2, "deep")
-    with pytest.raises(ValueError, match=r"must not leave one image over.* 250 .* by 83"):
-        new_trainer(vae=vae, batch_size=83)
+    with pytest.raises(ValueError, match=rf"not leave one image over.* 250 .* by {batch_size} "):
+        new_trainer(vae=vae, batch_size=batch_size)
 
 
 class TiltedELBO(Trace_ELBO):

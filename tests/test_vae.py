@@ -81,6 +81,8 @@ def test_bad_names_and_sizes(arguments, message):
     ("call", "message"),
     [
         (lambda v: v.sample(0), "n must be at least 1, not 0"),
+        (lambda v: v.model(size=0), "size must be at least 1, not 0"),
+        (lambda v: v.sample(3, torch.zeros(2).long()), "n must be left out, or 2, the length of y"),
         (lambda v: v.interpolate(X, X, 1), "steps must be at least 2, not 1"),
         (lambda v: v.interpolate(X, X[:2]), r"\(6, 1, 8, 8\) and \(2, 1, 8, 8\)"),
         (lambda v: v.encode(X * float("nan")), "NaN"),

@@ -25,6 +25,7 @@ from pvae.evaluate.bounds import (
     over as over,
 )
 from pvae.evaluate.calibrating import (
+    CALIBRATED as CALIBRATED,
     Calibration as Calibration,
     calibration as calibration,
 )
@@ -51,5 +52,5 @@ from pvae.evaluate.importance import (
     pareto_k as pareto_k,
 )
 from pvae.evaluate.posterior import nuts as nuts
-from pvae.evaluate.probing import Probe as Probe, probe as probe
+from pvae.evaluate.probing import Probe as Probe, can_probe as can_probe, probe as probe
 from pvae.programs import evaluating as evaluating

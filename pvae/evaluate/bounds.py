@@ -121,12 +121,17 @@ def elbo(
     `log p(x) >= E_q[log p(x|z)] - KL(q(z|x) || p(z))`. The KL is analytic where there is a single
     latent with a known formula, else sampled.
 
+    Raises:
+        ValueError: `num_samples` is below 1, or a site lies outside the data plate.
+
     >>> import pvae
     >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
     >>> bound = elbo(vae.model, vae.guide, torch.ones(5, 1, 8, 8))
     >>> bound.elbo.shape
     torch.Size([5])
     """
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, not {num_samples}")
     shape = (num_samples, len(x))
     with evaluating(model, guide):
         model_trace, guide_trace = traces(model, guide, x, y, num_samples)
@@ -187,11 +192,16 @@ def over(
     """`function(x, y)` on a whole split in chunks, with fixed noise: `(N, ...)`, or a named tuple
     of such. With a title, a progress bar on a terminal.
 
+    Raises:
+        ValueError: the split is empty.
+
     >>> split = Split(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), None)
     >>> over(split, lambda x, y: x.sum((1, 2, 3)), batch_size=2, seed=0).shape
     torch.Size([5])
     """
     count, done = len(split.images), 0
+    if not count:
+        raise ValueError("split must hold an image or more, not none")
     total = math.ceil(count / batch_size)
     with fixed_noise(split.images.device, seed):
         # disable=None: no bar where the output is not a terminal

@@ -20,7 +20,7 @@ from pvae.objectives import latent_names
 from pvae.programs import evaluating
 
 _AT_ONCE = 100  # images: bounds the memory
-_LEAST = 20  # images, so that 5 or more are expected in each of at least 4 bins
+CALIBRATED = 20  # images at least, so that 5 or more are expected in each of at least 4 bins
 _BINS = 20  # of the ranks, at most
 
 
@@ -60,8 +60,8 @@ def calibration(
     >>> found.ranks.shape, int(found.ranks.max()) <= 9, found.p_values.shape
     (torch.Size([50, 2]), True, torch.Size([2]))
     """
-    if len(x) < _LEAST:
-        raise ValueError(f"x must hold at least {_LEAST} images, not {len(x)}")
+    if len(x) < CALIBRATED:
+        raise ValueError(f"x must hold at least {CALIBRATED} images, not {len(x)}")
     if num_draws < 4:
         raise ValueError(f"num_draws must be at least 4, not {num_draws}")
     labels = [None] * len(x) if y is None else y.split(_AT_ONCE)

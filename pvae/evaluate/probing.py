@@ -45,11 +45,10 @@ def probe(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    classes = len(train_labels.unique())
-    if classes < 2 or len(train_labels) < neighbours:
+    if not can_probe(train_labels, neighbours):
         raise ValueError(
             f"train_labels must be at least {neighbours} of at least two classes, not "
-            f"{len(train_labels)} of {classes}"
+            f"{len(train_labels)} of {len(train_labels.unique())}"
         )
     x, y = _numpy(train_means), _numpy(train_labels)
 
@@ -61,6 +60,17 @@ def probe(
     return Probe(
         accuracy(KNeighborsClassifier(neighbours)), accuracy(LogisticRegression(max_iter=1000))
     )
+
+
+def can_probe(labels: Tensor, neighbours: int = 5) -> bool:
+    """Whether both classifiers can be fitted to these labels: `neighbours` or more, of two classes
+    or more.
+
+    >>> import torch
+    >>> can_probe(torch.tensor([0, 0, 0, 0, 1])), can_probe(torch.zeros(5))
+    (True, False)
+    """
+    return len(labels) >= neighbours and len(labels.unique()) > 1
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
