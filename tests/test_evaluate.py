@@ -776,7 +776,7 @@ def test_wrong_input_is_a_plain_error(capsys):
     assert "nowhere is not the folder of a run" in str(stop.value)
     with pytest.raises(SystemExit):
         command("nowhere", "--images", -1)
-    assert "is not a whole number at least 0" in capsys.readouterr().err
+    assert "must be a whole number at least 0" in capsys.readouterr().err
 
 
 def test_a_run_on_other_data_is_refused(digits_run, tmp_path):
