@@ -49,7 +49,7 @@ def _number(kind: type, low: float, *, strict: bool = False, high: float = math.
             bound = f"{'above' if strict else 'at least'} {low:g}"
             bound += f" and below {high:,}" if high < math.inf else ""
             what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound}")
+            raise argparse.ArgumentTypeError(f"must be {what} {bound}, not {text!r}")
         return value
 
     return parse
@@ -98,8 +98,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     choice(g, "--binarize", _BINARIZE, None, how + "for a Bernoulli likelihood; else none)")
     for flag, what in (
         ("--dequantize", "add uniform noise of one grey level to pixels"),
-        ("--as-is", "take the numbers of a file as they are, never as pictures"),
-        ("--standardize", "the same, each element with mean 0 and sd 1 over the training data"),
+        ("--as-is", "read the numbers of a file as they are, never as pictures"),
+        ("--standardize", "as --as-is, each element scaled to mean 0 and sd 1 over training data"),
     ):
         g.add_argument(flag, action="store_true", help=what)
     _pair_arguments(p.add_argument_group("model and guide"))
@@ -108,14 +108,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     _resume_argument(p, g)
     how = (
         "how a step runs: eager is stock SVI, captured compiles it once, cuda-graph replays it on "
-        f"a GPU without the host, auto captures a run of at least {PAYS_BACK:,} steps"
+        f"a GPU, auto is captured for a run of at least {PAYS_BACK:,} steps, else eager"
     )
     choice(g, "--engine", ["auto", *ENGINES], "auto", how)
     how = "of the networks in training: tf32 for matrix products on a GPU, bf16 by autocast"
     choice(g, "--precision", ["fp32", "tf32", "bf16"], "fp32", how)
-    what = "parts in which a process takes its part of a batch, one after another"
+    what = "split a batch into K parts, one after another, for one step of the optimizer"
     option(g, "--accumulate", what, NATURAL, 1, "K")
-    what = "log each epoch and its pictures for TensorBoard too, in the run's folder"
+    what = "write a log for TensorBoard into the run's folder too: numbers and some pictures"
     g.add_argument("--tensorboard", action="store_true", help=what)
     return p
 
@@ -158,8 +158,8 @@ def _data_arguments(p: argparse.ArgumentParser, default: str = _DEFAULT_DATA) ->
     option(g, "--data-seed", what, COUNT, 0, "S")
     what = "draw fixed binary pixels by NumPy's generator; 777: those of the published tables"
     option(g, "--numpy-seed", what, _number(int, 0, high=2**32), metavar="S")
-    what = "read a .npy file of bytes or an image folder when it is needed, not into memory (what "
-    what += "would take more than a quarter of the memory is read so without being asked)"
+    what = "read images from a .npy file of bytes or a folder when they are needed, not all at the "
+    what += "start (the default if they would take more than a quarter of the memory)"
     g.add_argument("--stream", action="store_true", help=what)
     what = "processes that read streamed images ahead (default: 2 for a folder, none for a file)"
     option(g, "--workers", what, COUNT, metavar="N")
@@ -170,10 +170,10 @@ def _data_arguments(p: argparse.ArgumentParser, default: str = _DEFAULT_DATA) ->
 
 
 def _pair_arguments(g: Any) -> None:
-    what = "dimension of z; several make layers, ... -> z2 -> z1 -> x, the first that of z1"
+    what = "dimension of z; several make layers ... -> z2 -> z1 -> x, the first is that of z1"
     flags = ("--latent-dims", "--latent-dim")
     g.add_argument(*flags, type=NATURAL, nargs="+", default=[32], metavar="D", help=what)
-    choice(g, "--net", NETS, "conv", "networks")
+    choice(g, "--net", NETS, "conv", "networks of encoder and decoder")
     option(g, "--hidden", "hidden width (default: the net's own)", NATURAL, metavar="N")
     choice(g, "--activation", list(ACTIVATIONS), None, "activation (default: the net's own)")
     choice(g, "--likelihood", LIKELIHOODS, "bernoulli", "p(x|z)")
@@ -183,7 +183,7 @@ def _pair_arguments(g: Any) -> None:
     choice(g, "--prior", PRIORS, "standard_normal", "p(z)")
     what = "components of the priors mixture and vamp (default: 50)"
     option(g, "--components", what, NATURAL, metavar="K")
-    what = "share of the encoder's input left out in training, at random (default: none)"
+    what = "share of the encoder's input that training leaves out at random (default: none)"
     option(g, "--dropout", what, _FRACTION, metavar="P")
     what = "give labels y to the pair: p(x|z, y), q(z|x, y)"
     g.add_argument("--conditional", action="store_true", help=what)
@@ -201,14 +201,14 @@ def _training_arguments(p: argparse.ArgumentParser) -> Any:
 
 
 def _resume_argument(p: argparse.ArgumentParser, g: Any) -> None:
-    option(g, "--resume", "go on with the run in this folder", metavar="DIR")
+    option(g, "--resume", "continue the run in this folder", metavar="DIR")
     p.set_defaults(resumable=True)
 
 
 def _schedule_arguments(g: Any) -> None:
     what = "fraction of training in which the learning rate rises"
     option(g, "--lr-warmup", what, _FRACTION, 0.05, "F")
-    choice(g, "--schedule", ["cosine", "constant"], "cosine", "learning rate after it")
+    choice(g, "--schedule", ["cosine", "constant"], "cosine", "learning rate after its warm-up")
     choice(g, "--objective", OBJECTIVES, "trace_elbo", "what SVI optimizes")
     option(g, "--num-particles", "draws of z for each image", NATURAL, 1, "K")
     what = "weight of the KL; numbers are always reported at 1"
@@ -216,17 +216,17 @@ def _schedule_arguments(g: Any) -> None:
     what = "fraction of training in which beta rises from 0"
     what += "; of several latent layers also one for each, z1 first"
     g.add_argument("--kl-warmup", nargs="+", type=_FRACTION, default=[0.05], metavar="F", help=what)
-    what = "how often it does so, each time in its share of training"
+    what = "how often beta rises from 0, each time in its share of training"
     option(g, "--kl-cycles", what, NATURAL, 1, "N")
     what = "scale gradients down to this norm, over all parameters (default: as they are)"
     option(g, "--clip-norm", what, _POSITIVE, metavar="C")
     what = "at a loss or a gradient that is not finite: stop the run, or skip the batch"
     choice(g, "--on-nan", ["stop", "skip"], "stop", what)
-    what = "AdamW's decay of weights, a step, times the learning rate"
+    what = "AdamW's weight decay; a step multiplies it by the learning rate"
     option(g, "--weight-decay", what, _number(float, 0), 0.0, "W")
     what = "validate and keep a moving average of the weights (EMA) with this decay, such as 0.999"
     option(g, "--ema", what, _FRACTION, metavar="D")
-    what = "stop after so many epochs without a better validation ELBO (default: never)"
+    what = "stop after N epochs without a better validation ELBO (default: never)"
     option(g, "--patience", what, NATURAL, metavar="N")
 
 
@@ -326,7 +326,7 @@ def _observation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> s
                 f"--likelihood {args.likelihood}"
             )
     if args.standardize and kind != "continuous":
-        parser.error(f"--standardize makes real numbers; --likelihood {args.likelihood} has {kind}")
+        parser.error(f"--standardize gives real numbers; --likelihood {args.likelihood} has {kind}")
     if kind not in data.OBSERVATIONS[how].suits:
         parser.error(
             f"--likelihood {args.likelihood} must have {kind}{' pixels' * (kind != 'counts')}, not "

@@ -102,9 +102,9 @@ class Trainer:
         ValueError: an argument out of its range, an `svi` of another pair or without some of its
             parameters, data outside the likelihood's support or without the `y` that the pair
             takes, or a last batch of one image where the pair has BatchNorm. Of batches in parts
-            also: a `batch_size` that they do not divide, a loss that is not a sum over images (the
-            ELBO says so by `sums_over_images = False`), BatchNorm, an observed site outside the
-            data plate, a split with fewer images than processes.
+            also: a `batch_size` that they do not divide, a loss that is not a sum over images (an
+            ELBO of your own that is one sets `sums_over_images = True`), BatchNorm, an observed
+            site outside the data plate, a split with fewer images than processes.
 
     >>> import pyro, pvae
     >>> from pyro.infer import Trace_ELBO

@@ -787,7 +787,7 @@ def test_wrong_input_is_a_plain_error(capsys):
     assert "nowhere is not the folder of a run" in str(stop.value)
     with pytest.raises(SystemExit):
         command("nowhere", "--images", -1)
-    assert "is not a whole number at least 0" in capsys.readouterr().err
+    assert "must be a whole number at least 0" in capsys.readouterr().err
     for flag, least in (("--simulated-images", 20), ("--nuts-samples", 2)):
         with pytest.raises(SystemExit):
             command("nowhere", flag, 1)

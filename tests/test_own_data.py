@@ -319,7 +319,7 @@ def test_signals_standardised_keep_their_scaling(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--likelihood", "poisson", "--standardize"], "makes real numbers; .* poisson has counts"),
+        (["--likelihood", "poisson", "--standardize"], "gives real numbers; .* poisson has counts"),
         (["--as-is", "--binarize", "static"], "--as-is and --standardize exclude"),
         (["--as-is"], "of counts and real numbers, not for --likelihood bernoulli"),
         (
@@ -327,7 +327,7 @@ def test_signals_standardised_keep_their_scaling(tmp_path):
             "must have counts, not statically binarised ones",
         ),
         (["--split", "0.8", "0.2"], "expected 3 arguments"),
-        (["--split", "1", "0", "0"], "'1' is not a number above 0 and below 1"),
+        (["--split", "1", "0", "0"], "must be a number above 0 and below 1, not '1'"),
     ],
 )
 def test_arguments_that_do_not_fit(capsys, argv, message):
