@@ -24,7 +24,7 @@ _RESUMABLE = {
 _BINARIZE = ["none", "threshold", "static", "dynamic"]
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, but not those that are None: their help says what happens instead."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -92,7 +92,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     >>> parser("An example.").parse_args(["-b", "64"]).batch_size
     64
     """
-    p = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
+    p = argparse.ArgumentParser(description=description, formatter_class=Formatter)
     g = _data_arguments(p)
     how = "how grey pixels become binary ones (default: dynamic, redrawn for every training batch, "
     choice(g, "--binarize", _BINARIZE, None, how + "for a Bernoulli likelihood; else none)")
@@ -136,7 +136,7 @@ def study_parser(
     >>> study_parser("A study.").parse_args(["--seed", "3"]).seed
     3
     """
-    p = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
+    p = argparse.ArgumentParser(description=description, formatter_class=Formatter)
     if images:
         _data_arguments(p, default_data)
     if training:

@@ -28,7 +28,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m pvae.compare",
         description="Finished runs side by side: one table and one figure.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=cli.Formatter,
     )
     what = "folders of finished runs, two or more; the parts of a study are runs too"
     parser.add_argument("runs", metavar="RUN_DIR", nargs="+", help=what)

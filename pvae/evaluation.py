@@ -33,7 +33,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m pvae.evaluate",
         description="What a finished run is worth: one table, and evaluation.json in its folder.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=cli.Formatter,
     )
     parser.add_argument("run", metavar="RUN_DIR", help="folder of the run, such as runs/mnist_svi")
     parser.add_argument("--data-root", metavar="DIR", help="where its data is, if it has moved")
