@@ -36,6 +36,7 @@ from pvae.train import Trainer
 from pvae.untrusted import read_json
 
 CHECKED = 200  # test images whose log p(x) is estimated once more, by ten times the draws
+VALIDATED = 400  # validation images whose log p(x) is said after each stage: there recipes compete
 PART = 1000  # test images whose log p(x) is kept together, so that an evaluation can go on
 LATENT = 40  # dimensions of the one latent layer of rows 1 to 4
 CLIP = 1000.0  # norm of a batch's gradient, beyond what a run shows after its first steps
@@ -222,10 +223,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         study = with_stages_of(Path(args.start_from), row, study)
     vae = row.pair(study.dataset.mean_image)
     vae.to(study.device).to(memory_format=torch.channels_last)
-    trained = {
-        name: train(stage, vae, part(study, name, stage)).history
-        for name, stage in row.stages.items()
-    }
+    trained = {}
+    for name, stage in row.stages.items():
+        trained[name] = train(stage, vae, part(study, name, stage)).history
+        if row.number == "log_evidence":
+            validate(name, vae, study)
     began = time.perf_counter()
     found = {
         "row": name,
@@ -338,7 +340,14 @@ def evidence(subject: Subject, study: Study) -> list[results.Row]:
     """`log p(x)` of all test images by importance sampling, of some with ten times the draws, and
     of fewer by annealing and by a proposal of their own."""
     k = study.args.num_samples
-    found = weights(subject, study, k)
+    by, images = sampler(subject.vae, k), study.data.test.images
+    found = torch.cat(
+        [
+            weights(subject, by, part, study.folder / f"evidence-{number:02}.json", number)
+            for number, part in enumerate(images.split(PART))
+        ],
+        dim=1,
+    )
     rows = [
         results.Row("log_evidence", f"log p(x), k = {k:,}", estimate(found[0]), len(found[0])),
         *results.tail_rows(found[1], "pareto_k", "  "),
@@ -348,27 +357,32 @@ def evidence(subject: Subject, study: Study) -> list[results.Row]:
     return rows + evaluation.annealed_rows(subject, arguments)
 
 
-def weights(subject: Subject, study: Study, num_samples: int) -> Tensor:
-    """`log p(x)` and k-hat of each test image, `(2, N)`; each thousand is kept in the run's folder
-    as it is done."""
-    sampler = evaluate.ImportanceSampler(
-        subject.vae.model, subject.vae.guide, num_samples=num_samples, compiler=captured.inductor
+def validate(stage: str, vae: pvae.VAE, study: Study) -> None:
+    """Says `log p(x)` of some validation images after a stage."""
+    subject, k = Subject(vae, study.data, study.args.seed, study.args.quiet), study.args.num_samples
+    images = study.data.validation.images[:VALIDATED]
+    path = study.folder / stage / f"validation-{k}.json"
+    mean, se = estimate(weights(subject, sampler(vae, k), images, path)[0])
+    print(f"{stage}: log p(x) of {len(images)} validation images, k = {k:,}: {mean:.2f} ± {se:.2f}")
+
+
+def sampler(vae: pvae.VAE, num_samples: int) -> evaluate.ImportanceSampler:
+    return evaluate.ImportanceSampler(
+        vae.model, vae.guide, num_samples=num_samples, compiler=captured.inductor
     )
-    images = subject.shown(subject.data.test).images
-    parts = []
-    for number, part in enumerate(images.split(PART)):
-        path = study.folder / f"evidence-{number:02}.json"
-        if not path.is_file():
-            split = Split(part, None)
-            title = subject.title(f"log p(x), {number + 1} of {-(-len(images) // PART)}")
-            found = evaluate.over(
-                split, sampler, batch_size=20, seed=subject.seed + number, title=title
-            )
-            values = {"log_evidence": found.log_evidence, "pareto_k": found.pareto_k}
-            run.write_json(path, {name: t.tolist() for name, t in values.items()})
-        kept = read_json(path)
-        parts.append(torch.tensor([kept["log_evidence"], kept["pareto_k"]]))
-    return torch.cat(parts, dim=1)
+
+
+def weights(
+    subject: Subject, by: evaluate.ImportanceSampler, images: Tensor, path: Path, number: int = 0
+) -> Tensor:
+    """`log p(x)` and k-hat of each image, `(2, N)`; a file keeps them, and is read where it is."""
+    if not path.is_file():
+        title, seed = subject.title(f"log p(x), part {number + 1}"), subject.seed + number
+        found = evaluate.over(Split(images, None), by, batch_size=20, seed=seed, title=title)
+        values = {"log_evidence": found.log_evidence, "pareto_k": found.pareto_k}
+        run.write_json(path, {name: t.tolist() for name, t in values.items()})
+    kept = read_json(path)
+    return torch.tensor([kept["log_evidence"], kept["pareto_k"]])
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
