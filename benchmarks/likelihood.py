@@ -224,10 +224,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     vae = row.pair(study.dataset.mean_image)
     vae.to(study.device).to(memory_format=torch.channels_last)
     trained = {}
-    for name, stage in row.stages.items():
-        trained[name] = train(stage, vae, part(study, name, stage)).history
+    for which, stage in row.stages.items():
+        trained[which] = train(stage, vae, part(study, which, stage)).history
         if row.number == "log_evidence":
-            validate(name, vae, study)
+            validate(which, vae, study)
     began = time.perf_counter()
     found = {
         "row": name,
