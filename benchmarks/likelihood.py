@@ -36,7 +36,7 @@ from pvae.train import Trainer
 from pvae.untrusted import read_json
 
 CHECKED = 200  # test images whose log p(x) is estimated once more, by ten times the draws
-VALIDATED = 400  # validation images whose log p(x) is said after each stage: there recipes compete
+VALIDATED = 400  # validation images whose log p(x) is printed after each stage, to compare recipes
 PART = 1000  # test images whose log p(x) is kept together, so that an evaluation can go on
 LATENT = 40  # dimensions of the one latent layer of rows 1 to 4
 CLIP = 1000.0  # norm of a batch's gradient, beyond what a run shows after its first steps
@@ -120,10 +120,9 @@ def flow() -> nn.Module:
     return CouplingPrior(LATENT, transforms=8, hidden=(128,))
 
 
-# the pair goes on by an importance-weighted bound, for which its model need not suit so narrow a
-# guide
+# the whole pair trains on, by an importance-weighted bound, which lets its guide be wider
 _DREG = Stage(8, 5e-4, batch_size=64, objective="dreg", particles=8, chosen=False)
-# or its guide alone does: draws of a wider guide are worth more to importance sampling
+# or its guide alone: draws of a wider guide are worth more to importance sampling
 _GUIDE = _DREG._replace(epochs=2, guide_only=True, dropout=0.0)
 _FLOW = {"flow": Stage(8, 1e-3, prior=flow), "flow_guide": _GUIDE}
 _ONE = Row(
@@ -357,7 +356,7 @@ def evidence(subject: Subject, study: Study) -> list[results.Row]:
 
 
 def validate(stage: str, vae: pvae.VAE, study: Study) -> None:
-    """Says `log p(x)` of some validation images after a stage."""
+    """Prints `log p(x)` of some validation images after a stage."""
     subject, k = Subject(vae, study.data, study.args.seed, study.args.quiet), study.args.num_samples
     images = study.data.validation.images[:VALIDATED]
     path = study.folder / stage / f"validation-{k}.json"
@@ -374,7 +373,7 @@ def sampler(vae: pvae.VAE, num_samples: int) -> evaluate.ImportanceSampler:
 def weights(
     subject: Subject, by: evaluate.ImportanceSampler, images: Tensor, path: Path, number: int = 0
 ) -> Tensor:
-    """`log p(x)` and k-hat of each image, `(2, N)`; a file keeps them, and is read where it is."""
+    """`log p(x)` and k-hat of each image, `(2, N)`: read from `path`, or made and kept there."""
     if not path.is_file():
         title, seed = subject.title(f"log p(x), part {number + 1}"), subject.seed + number
         found = evaluate.over(Split(images, None), by, batch_size=20, seed=seed, title=title)

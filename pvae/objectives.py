@@ -28,8 +28,9 @@ class temper(Messenger):
 
     `with temper(beta): svi.step(x)` optimizes `E_q[log p(x|z)] - beta KL(q(z|x) || p(z))`: the
     beta-VAE's objective, and KL warm-up, from exactly 0 (`pyro.poutine.scale` refuses 0).
+    `temper(beta, "z2")` weighs one latent layer; a name that no latent has weighs nothing.
     Source: beta-VAE (2017), openreview Sy2fzU9gl; KL annealing: Generating Sentences from a
-    Continuous Space (2015), arXiv:1511.06349. `temper(beta, "z2")` is that of one latent layer.
+    Continuous Space (2015), arXiv:1511.06349.
 
     Raises:
         ValueError: `beta` is negative or not finite.

@@ -1,6 +1,7 @@
 """How the KL's weight and the learning rate change over training."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -10,7 +11,7 @@ class Schedule(NamedTuple):
     Args:
         beta: the weight of the KL after its warm-up; 1 is the ELBO.
         kl_warmup: the fraction of training (of each cycle) in which the weight rises; one for all
-            latent layers, or a tuple with one for each, that of `z1` first.
+            latent layers, or a sequence with one for each, that of `z1` first.
         kl_cycles: how often it does so. Source: Cyclical Annealing Schedule (2019),
             arXiv:1903.10145.
         lr_warmup: the fraction of training in which the learning rate rises.
@@ -18,7 +19,7 @@ class Schedule(NamedTuple):
     """
 
     beta: float = 1.0
-    kl_warmup: float | tuple[float, ...] = 0.0
+    kl_warmup: float | Sequence[float] = 0.0
     kl_cycles: int = 1
     lr_warmup: float = 0.0
     cosine: bool = True
@@ -30,7 +31,9 @@ class Schedule(NamedTuple):
         >>> Schedule(kl_warmup=0.1).warmups
         (0.1,)
         """
-        return self.kl_warmup if isinstance(self.kl_warmup, tuple) else (self.kl_warmup,)
+        if isinstance(self.kl_warmup, (int, float)):
+            return (self.kl_warmup,)
+        return tuple(self.kl_warmup)
 
     def check(self, epochs: int) -> None:
         """Raises `ValueError` where a field is out of its range for so many epochs.

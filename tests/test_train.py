@@ -204,7 +204,7 @@ def test_each_layer_has_its_warmup():
     vae = build((1, 28, 28), (3, 2), "mlp", hidden=16)
     adam = SingleOptimizer(torch.optim.Adam(vae.parameters(), lr=1e-2))
     svi = SVI(vae.model, vae.guide, adam, Watched())
-    schedule = Schedule(kl_warmup=(0.0, 0.5))
+    schedule = Schedule(kl_warmup=[0.0, 0.5])
     trainer = Trainer(vae, svi, small(), epochs=2, batch_size=50, schedule=schedule, quiet=True)
     trainer.fit()
     for step, scales in enumerate(seen):
