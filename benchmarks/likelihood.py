@@ -137,7 +137,11 @@ _ONE = Row(
 _FASHION = _ONE._replace(
     title="dynamic Fashion-MNIST, one layer of 40, N(0, I)",
     dataset="fashion-mnist",
-    stages={"pair": Stage(30, 2e-3, kl_warmup=0.05), "dreg": _DREG},
+    stages={
+        "pair": Stage(30, 2e-3, kl_warmup=0.05),
+        "dreg": _DREG,
+        "iwae": _DREG._replace(epochs=1, particles=50),
+    },
     published={"gated (arXiv:2004.04795)": -228.70},
     must=-228.0,
 )
@@ -155,7 +159,12 @@ ROWS: Mapping[str, Row] = {
     ),
     "3": _ONE._replace(
         title="row 1 with a flow as prior",
-        stages={"pair": _ONE.stages["pair"], **_FLOW},
+        stages={
+            "pair": _ONE.stages["pair"],
+            "flow": _FLOW["flow"],
+            "dreg": _DREG._replace(epochs=3),
+            "iwae": _DREG._replace(epochs=1, particles=50),
+        },
         published={"VampPrior (arXiv:1705.07120)": -82.43, "exemplar (arXiv:2004.04795)": -82.09},
         must=-81.4,
     ),
@@ -171,7 +180,7 @@ ROWS: Mapping[str, Row] = {
         dataset="mnist",
         observe="dynamic",
         pair=named(latent_dims=(40, 16), net="conv", guide="ladder", dropout=0.1),
-        stages={"pair": Stage(60, 2e-3, kl_warmup=0.1)},
+        stages={"pair": Stage(60, 2e-3, kl_warmup=0.1), "dreg": _DREG._replace(epochs=3)},
         published={"HVAE, VampPrior (arXiv:1705.07120)": -81.24, "exemplar, conv": -79.67},
         must=-80.5,
     ),
@@ -270,6 +279,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         args.dataset = args.dataset or row.dataset
         if row.observe == "dynamic" and args.numpy_seed is None:
             args.numpy_seed = 777
+        if args.start_from:
+            run.read_config(args.start_from)  # refused before this run has a folder
     return args
 
 
@@ -415,6 +426,7 @@ def line(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
         statistics.mean(r[f"{what}_minutes"] for r in runs) for what in ("training", "evaluation")
     ]
     seeds = f", {len(runs)} seeds" if len(runs) > 1 else ""
+    threads = f"{first['threads']} thread{'s' * (first['threads'] > 1)}"
     cells = [
         f"{name}: {first['title']}{seeds}",
         published,
@@ -424,7 +436,7 @@ def line(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
         shown("active_units", 0),
         shown("pareto_k_above"),
         f"{minutes[0]:.0f} + {minutes[1]:.0f}",
-        f"{first['processor']}, {first['threads']} threads",
+        f"{first['processor']}, {threads}",
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -13,8 +13,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from matplotlib import color_sequences
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
@@ -30,12 +32,9 @@ _CELL = 120  # small images are enlarged to this many pixels on their longer sid
 _SIDE = 1600  # the most pixels that a grid is wide or high
 _TOLERANCE = 1e-4  # how far outside [0, 1] an image may lie: rounding in a decoder's last layer
 
-# Petroff's ten colours (arXiv:2107.02270), made to be told apart with any colour vision. Not by
-# name: matplotlib has them only from 3.10 on. A second marker doubles them to twenty classes.
-_COLOURS = (
-    *("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"),
-    *("#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"),
-)
+# Petroff's ten colours (arXiv:2107.02270), made to be told apart with any colour vision. A second
+# marker doubles them to twenty classes.
+_COLOURS = [to_hex(colour) for colour in color_sequences["petroff10"]]
 _MARKERS = ("o", "^")
 
 _HISTORY = (

@@ -68,7 +68,7 @@ DATA = torch.linspace(-1, 2, 5)
 
 class Program(NamedTuple):
     run: Callable[[Callable[..., SVI]], Iterator[object]]
-    captured: bool
+    captured: bool | None  # None: it may be or not
     says: str  # of the warning, where it is not captured
 
 
@@ -3267,7 +3267,8 @@ def batches_in_a_queue(svi_of):
         yield svi.step(), waiting.qsize()
 
 
-@program()
+# torch 2.8 traces no net that torch.compile has wrapped
+@program(captured=None if torch.__version__.startswith("2.8.") else True)
 def a_net_by_torch_compile(svi_of):
     net = nn.Linear(1, 1)
     compiled = torch.compile(net, backend="eager")
