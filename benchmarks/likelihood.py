@@ -282,7 +282,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         if row.observe == "dynamic" and args.numpy_seed is None:
             args.numpy_seed = 777
         if args.start_from:
-            run.read_config(args.start_from)  # refused before this run has a folder
+            try:  # before this run has a folder
+                run.read_config(args.start_from)
+            except ValueError as error:
+                parser.error(f"--start-from {error}")
     return args
 
 
