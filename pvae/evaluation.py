@@ -238,23 +238,12 @@ def calibration_rows(subject: Subject, args: argparse.Namespace) -> list[Row]:
 def latent_rows(subject: Subject) -> list[Row]:
     """active units: those whose posterior mean varies over images by more than 0.01. The number
     does not say how much each of them tells.
-    I(x; z): the information about which of these images x is. It cannot exceed log N: near that,
-    it is a lower bound, and the KL of q(z) an upper one.
     probe: accuracies of two classifiers of the posterior means; no measure of the density. It
     needs validation data of two classes or more.
     """
-    vae, test, held_out = subject.vae, subject.data.test, subject.data.validation
+    test, held_out = subject.data.test, subject.data.validation
     n, means = len(test.images), codes(subject, test, "codes")
     rows = results.unit_rows(means)
-    if has_one_latent(subject):
-        with evaluate.fixed_noise(means.device, subject.seed):
-            known = evaluate.information(
-                vae.model, vae.guide, subject.shown(test), title=subject.title("information")
-            )
-        rows += [
-            Row("mutual_information", f"I(x; z), at most {math.log(n):.2f}", known.mutual, n),
-            Row("aggregate_kl", "KL(q(z) || p(z))", known.aggregate, n),
-        ]
     y, test_y = held_out.labels, test.labels
     if y is not None and test_y is not None and evaluate.can_probe(y):
         # fitted to validation images: the pair was not trained on them, as on the test's
@@ -264,6 +253,20 @@ def latent_rows(subject: Subject) -> list[Row]:
             Row("logistic", "probe: logistic regression", found.logistic_regression, n, 4),
         ]
     return rows
+
+
+def information_rows(subject: Subject) -> list[Row]:
+    """I(x; z): the information about which of these images x is. It cannot exceed log N: near that,
+    it is a lower bound, and the KL of q(z) an upper one.
+    """
+    vae, test = subject.vae, subject.shown(subject.data.test)
+    n, title = len(test.images), subject.title("information")
+    with evaluate.fixed_noise(test.images.device, subject.seed):
+        known = evaluate.information(vae.model, vae.guide, test, title=title)
+    return [
+        Row("mutual_information", f"I(x; z), at most {math.log(n):.2f}", known.mutual, n),
+        Row("aggregate_kl", "KL(q(z) || p(z))", known.aggregate, n),
+    ]
 
 
 def picture(subject: Subject, args: argparse.Namespace) -> plots.Figure:
@@ -294,7 +297,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(
             f"--image must be below {images}, the number of test images, not {args.image}"
         )
-    if not has_one_latent(subject):
+    one = has_one_latent(subject)
+    if not one:
         print("several latent layers: what is of a single latent z is left out")
         args.gap_images = args.simulated_images = args.nuts_samples = 0
     compiler = captured.inductor if args.captured else None
@@ -305,6 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         (args.gap_images, gap_rows, (args,)),
         (args.simulated_images, calibration_rows, (args,)),
         (True, latent_rows, ()),
+        (one, information_rows, ()),
     ]
     asked = [(section, given) for how_many, section, given in sections if how_many]
     rows = [row for section, given in asked for row in section(subject, *given)]

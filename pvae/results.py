@@ -21,6 +21,7 @@ from pvae.evaluate import Estimate, estimate
 from pvae.untrusted import read_json
 from pvae.vae import VAE
 
+BATCH = 200  # images of one evaluated batch; larger ones do not fit the processor's cache
 _SUBSET = 1000  # test images of the importance-weighted bound at the end of a run
 _ELBO = "A lower bound on log p(x), the log probability or density of x; higher is better."
 _IWAE = "A tighter lower bound on log p(x), by {:,} draws for each x of a random subset."
@@ -121,7 +122,7 @@ def elbo_rows(subject: Subject) -> list[Row]:
     rate together; neither alone says how good a model is.
     """
     pair, test = (subject.vae.model, subject.vae.guide), subject.data.test
-    bound = subject.over(test, lambda x, y: evaluate.elbo(*pair, x, y), 500, "ELBO")
+    bound = subject.over(test, lambda x, y: evaluate.elbo(*pair, x, y), BATCH, "ELBO")
     n = len(test.images)
     rows = [
         Row("elbo", "ELBO", estimate(bound.elbo), n, meaning=_ELBO),
@@ -178,7 +179,7 @@ def importance_rows(
     pair = subject.vae.model, subject.vae.guide
     sampler = evaluate.ImportanceSampler(*pair, num_samples=k, compiler=compiler)
     found = subject.over(split, sampler, 20, f"IWAE-{k:,}")
-    elbo = subject.over(split, lambda x, y: evaluate.elbo(*pair, x, y).elbo, 500)
+    elbo = subject.over(split, lambda x, y: evaluate.elbo(*pair, x, y).elbo, BATCH)
     n = len(split.images)
     return [
         Row(f"iwae_{k}", f"IWAE-{k:,}", estimate(found.log_evidence), n, meaning=_IWAE.format(k)),
@@ -203,7 +204,7 @@ def tail_rows(pareto_k: Tensor, key: str, indent: str) -> list[Row]:
 def codes(subject: Subject, split: Split, title: str = "") -> Tensor:
     """The posterior means of a split, `(N, D)`: of the first latent."""
     guide = subject.vae.guide
-    return subject.over(split, lambda x, y: evaluate.posterior_means(guide, x, y), 500, title)
+    return subject.over(split, lambda x, y: evaluate.posterior_means(guide, x, y), BATCH, title)
 
 
 def unit_rows(means: Tensor) -> list[Row]:

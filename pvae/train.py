@@ -28,7 +28,7 @@ from pvae.kinds import Fn
 from pvae.objectives import part_of_batch, temper
 from pvae.optim import NotFinite
 from pvae.programs import evaluating
-from pvae.results import Subject, collapse
+from pvae.results import BATCH, Subject, collapse
 from pvae.schedule import Schedule
 from pvae.stopping import Asked, Stopped, asked_to_stop
 from pvae.vae import VAE
@@ -460,7 +460,7 @@ class Trainer:
                 return evaluate.elbo(*self._at_one_draw(x, y), x, y)
 
         subject = Subject(self.vae, self.data, self.seed, quiet=True)
-        size = min(500, len(self.data.train.images))  # no larger than a plate of all of them
+        size = min(BATCH, len(self.data.train.images))  # no larger than a plate of all of them
         means = subject.over(self.data.validation, bound, size)
         return {f"validation_{name}": t.mean().item() for name, t in means._asdict().items()}
 
@@ -472,7 +472,7 @@ class Trainer:
             return evaluate.posterior_means(self._at_one_draw(x, y)[1], x, y)
 
         first = self.data.validation.first(_CODED)
-        codes = evaluate.over(first, means, batch_size=500, seed=self.seed)
+        codes = evaluate.over(first, means, batch_size=BATCH, seed=self.seed)
         self._units = codes.shape[1]
         return evaluate.active_units(codes)
 
