@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
 from tqdm import tqdm
 
 from pvae import captured, checkpoint, cli, data, evaluate, memory, plots, results, run
 from pvae.evaluate import Estimate, estimate
+from pvae.objectives import latent_names
 from pvae.results import Row, Subject, codes, tail_rows
 from pvae.study import find_device
 
@@ -160,9 +162,11 @@ def annealed_rows(subject: Subject, args: argparse.Namespace) -> list[Row]:
 
 
 def has_one_latent(subject: Subject) -> bool:
-    """Whether the pair has the single latent `z`."""
-    recipe = subject.vae.recipe
-    return recipe is None or not recipe.layered
+    """Whether the guide draws a single latent."""
+    guide = subject.vae.guide
+    x, y = next(data.chunks(subject.shown(subject.data.test), 1))
+    with evaluate.evaluating(guide), evaluate.fixed_noise(x.device, 0):
+        return len(latent_names(poutine.trace(guide).get_trace(x, y))) == 1
 
 
 def _by_factors(
