@@ -1,8 +1,8 @@
 """Rows of published tables, and the numbers that this package reaches: one command for each row.
 
-    python benchmarks/likelihood.py 1                # trains, evaluates, leaves results.json
-    python benchmarks/likelihood.py --resume RUN     # goes on where that was stopped
-    python benchmarks/likelihood.py table FILE ...   # the table of such files
+    python benchmarks/likelihood.py 1                # trains, evaluates, writes results.json
+    python benchmarks/likelihood.py --resume RUN     # continues a stopped run
+    python benchmarks/likelihood.py table FILE ...   # prints the table of such results.json
 
 The protocol is that of the papers. 50,000 images train, binarised anew for every batch; 10,000
 validate; the model is the one of the best validation ELBO. The binary test images are those of

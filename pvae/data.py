@@ -235,7 +235,7 @@ def _in_three(
 
 
 def pixels(images: Tensor) -> Tensor:
-    """Turn uint8 images into float32 in [0, 1] by a division by 255; floats pass as they are.
+    """Turn uint8 images into float32 in [0, 1] by a division by 255; floats stay unchanged.
 
     Streamed images are read into memory. Raises ValueError for any other dtype.
 

@@ -302,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     one = has_one_latent(subject)
     if not one:
-        print("several latent layers: what is of a single latent z is left out")
+        print("several latent layers: numbers that need a single latent z are left out")
         args.gap_images = args.simulated_images = args.nuts_samples = 0
     compiler = captured.inductor if args.captured else None
     sections: list[tuple[int, Callable[..., list[Row]], Any]] = [  # how much, section, arguments

@@ -1,7 +1,8 @@
 """Several processes that train one pair: each takes its part of a batch, and sums are over all.
 
 `torchrun` starts the processes and gives each its rank in the environment; `start` joins them into
-a group. In a program of one process there is no group, and these functions change nothing.
+a group. In a program of one process there is no group, and these functions change nothing. Those
+that communicate raise ConnectionError if another process has ended or does not answer.
 """
 
 import atexit
@@ -233,6 +234,6 @@ def _answered() -> Iterator[None]:
         yield
     except RuntimeError as error:  # gloo and NCCL raise it for a lost connection
         raise ConnectionError(
-            "another process of this run has ended, or does not answer: what it says, if "
-            f"anything, is the reason ({str(error).splitlines()[0]})"
+            "another process of this run has ended, or does not answer: its output, if any, gives "
+            f"the reason ({str(error).splitlines()[0]})"
         ) from error

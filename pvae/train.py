@@ -200,9 +200,9 @@ class Trainer:
         Raises:
             TrainingFailed: the loss or a gradient is not finite, Pyro and the hand-written loss
                 disagree, or a file of the run cannot be written.
-            pvae.stopping.Stopped: Ctrl-C or SIGTERM asked for it (a `KeyboardInterrupt`). The step
-                is finished and the state kept first; the message says how to continue. A second
-                signal stops at once.
+            pvae.stopping.Stopped: Ctrl-C or SIGTERM stopped the run (the error is also a
+                `KeyboardInterrupt`). The step is finished and the state kept first; the message
+                says how to continue. A second signal stops at once.
             ConnectionError: another process has ended or does not answer; the message says how to
                 continue.
         """
@@ -600,7 +600,11 @@ class Trainer:
         }
 
     def restore_best(self) -> None:
-        """Loads the model of the best validation ELBO into `vae`, if the run has a folder."""
+        """Loads the model of the best validation ELBO into `vae`, if the run has a folder.
+
+        Raises:
+            FileNotFoundError, ValueError: the folder has no `best.pt`, or the file is damaged.
+        """
         if self.folder is not None:
             path = self.folder / "best.pt"
             checkpoint.restore(self.vae, checkpoint.read(path)["model"], path)
