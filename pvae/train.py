@@ -632,6 +632,8 @@ class Trainer:
         for row in state["history"]:
             float(row["validation_elbo"])
         saved, paths = state["optimizer"], self._paths()
+        if self.average is not None and not state["average"]:
+            raise KeyError("average")
         checkpoint.restore(self.vae, state["model"], path)
         if unknown := saved.keys() - paths:
             raise KeyError(*unknown)

@@ -99,6 +99,15 @@ def test_preparing_leaves_buffers_and_gradients():
     assert svi.captures == 2
 
 
+def test_no_more_graphs_are_prepared_than_may_be_made():
+    svi = made(max_graphs=2)
+    svi.prepare(torch.ones(3))
+    svi.prepare(torch.ones(4))
+    with pytest.raises(NotCaptured, match="2 graphs were made for 2 signatures"):
+        svi.prepare(torch.ones(5))
+    assert svi.captures == 2
+
+
 def test_an_autoguide_is_prepared():
     auto = AutoNormal(model)
     svi = made(guide=auto)

@@ -448,11 +448,18 @@ def test_data_outside_the_support_is_refused_before_training():
         Trainer(vae, svi, small("grey"), epochs=1, batch_size=10)
 
 
-def test_a_checkpoint_of_another_architecture_changes_nothing(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"net": "conv"}, r"another architecture:\n  model\.likelihood"),
+        ({"ema": 0.9}, "not a checkpoint to go on from: .*average"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path, options, message):
     new_trainer(tmp_path, epochs=1).fit()
-    other = new_trainer(net="conv")
+    other = new_trainer(**options)
     before = tensors(other)
-    with pytest.raises(ValueError, match=r"another architecture:\n  model\.likelihood"):
+    with pytest.raises(ValueError, match=message):
         other.resume(tmp_path / "checkpoint.pt")
     assert all(torch.equal(t, before[name]) for name, t in tensors(other).items())
     assert other.epoch == 0

@@ -267,10 +267,7 @@ class Capturing:
     def _call(self, args: Any, kwargs: Any) -> Any:
         self.engine = "eager"
         try:
-            if self._distrusted:
-                raise NotCaptured(self._distrusted)
-            private.check()
-            signature = signature_of(args, kwargs)
+            signature = self._signature(args, kwargs)
         except NotCaptured as error:
             self._refuse(str(error))
             return self._eager(args, kwargs)
@@ -298,6 +295,12 @@ class Capturing:
                 self._refuse(self._distrusted)
             return result
         return self._capture(entry, signature, args, kwargs)
+
+    def _signature(self, args: Any, kwargs: Any) -> Signature:
+        if self._distrusted:
+            raise NotCaptured(self._distrusted)
+        private.check()
+        return signature_of(args, kwargs)
 
     def _count(self, entries: list[Entry], signature: Signature) -> None:
         """Counts an eager call after it has run, when all modules that it calls are known."""

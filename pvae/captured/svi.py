@@ -24,7 +24,7 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 
 from pvae.captured import private
-from pvae.captured.capturing import Capturing, Entry, called, leaves_of, signature_of, submodules
+from pvae.captured.capturing import Capturing, Entry, called, leaves_of, submodules
 from pvae.captured.compiling import Compiler, NotCaptured, Run, inductor
 from pvae.captured.moment import keeping_random_state, resolution
 from pvae.captured.reasons import in_words
@@ -229,13 +229,14 @@ class SVI(Capturing, StockSVI):
             NotCaptured: with `strict`, if the step cannot be captured.
         """
         try:
-            private.check()
-            signature = signature_of(args, kwargs)
+            signature = self._signature(args, kwargs)
         except NotCaptured as error:
             return self._refuse(str(error))
         entries = self._entries.setdefault(signature.key, [])
         if any(e.fits(signature) for e in entries if e.graph is not None or e.refused):
             return None
+        if self.captures >= self.max_graphs:
+            return self._refuse(self._too_many(entries))
         seen = self._look()
         start = self._moment([*signature.tensors, *seen.tensors])
         try:
@@ -249,6 +250,7 @@ class SVI(Capturing, StockSVI):
             start.put_back()
         entry.refused = bool(reason)
         entries.insert(0, entry)
+        self._signatures += 1
         if reason:
             self._refuse(reason)
         return None
