@@ -2,6 +2,7 @@
 
 import math
 import signal
+from functools import partial
 from pathlib import Path
 
 import likelihood
@@ -14,7 +15,7 @@ from test_train import DIGITS, new_trainer, tensors
 from torch import nn
 
 import pvae
-from pvae import build, checkpoint, evaluate
+from pvae import build, captured, checkpoint, evaluate
 from pvae.averaging import Average
 from pvae.data import observe
 from pvae.optim import decay_groups
@@ -262,6 +263,10 @@ def test_a_row_goes_from_data_to_its_line(tmp_path, row, capsys, monkeypatch):
     few = {"annealed_images": 2, "temperatures": 3}
     monkeypatch.setattr(likelihood, "ANNEALED", likelihood.ANNEALED | few)
     monkeypatch.setattr(likelihood, "PROPOSALS", {"num_samples": 5, "proposal_steps": 2})
+    if row != "2":  # to compile every stage of every row would take minutes
+        traced = partial(captured.SVI, compiler=captured.as_traced)
+        monkeypatch.setattr(likelihood, "engine", lambda study: traced)
+        monkeypatch.setattr(captured, "inductor", captured.as_traced)
     made = likelihood.ROWS[row]
     stages = {  # 50 particles would take minutes
         name: stage._replace(particles=min(stage.particles, 2))
