@@ -319,7 +319,7 @@ def test_a_run_of_amortization_is_one_of_its_pair(tmp_path, capsys):
     left = {path.name for path in folder.iterdir()}
     assert {"amortization.png", "largest_gaps.png", "best.pt", "metrics.csv"} <= left
     vae, x = pvae.load(folder), pixels(observe(load("digits"), "dynamic").test.first(20).images)
-    elbo = amortization.elbos(vae, vae.guide, x, seed=0).mean().item()  # the loaded pair must be the measured one
+    elbo = amortization.elbos(vae, vae.guide, x, seed=0).mean().item()  # it is the measured pair
     assert elbo == pytest.approx(numbers["ELBO, encoder"]["mean"], rel=1e-6)
     evaluation.main([str(folder), *LITTLE])
     assert (folder / "evaluation.json").exists()

@@ -303,7 +303,7 @@ def test_an_epoch_holds_every_image_once_with_its_own_label(batch_size):
 def test_same_seed_and_epoch_give_the_same_batches(how):
     observed = observe(load("digits"), how)
     straight = [epoch(observed, epoch=i) for i in range(3)]
-    assert torch.equal(epoch(observe(load("digits"), how), epoch=2), straight[2])  # as in a resumed run
+    assert torch.equal(epoch(observe(load("digits"), how), epoch=2), straight[2])  # a resumed run
     assert not torch.equal(straight[0], straight[1])
     assert not torch.equal(epoch(observed, seed=1), straight[0])
     # (seed, epoch) are two numbers, not their sum
@@ -562,7 +562,7 @@ def test_classes_have_the_names_that_torchvision_gives_them(tmp_path, name):
 def test_folders_are_searched_in_order(tmp_path, monkeypatch, name):
     monkeypatch.setenv("PVAE_DATA", str(tmp_path / "env"))
     order = [tmp_path / "root", tmp_path / "env", Path("data"), tmp_path / "cache" / "pvae"]
-    for mark, folder in reversed(list(enumerate(order))):  # each new folder comes before those that exist
+    for mark, folder in reversed(list(enumerate(order))):  # each is before those that exist
         write_idx(folder, mark=mark)
         found = load(name, tmp_path / "root", download=False)
         assert found.name == "mnist"
@@ -652,7 +652,7 @@ def test_a_server_that_refuses_the_question_is_there(tmp_path, monkeypatch):
         raise urllib.error.HTTPError(url, 403, "Forbidden", {}, io.BytesIO())
 
     monkeypatch.setattr("urllib.request.urlopen", forbidden)
-    with pytest.raises(FileNotFoundError, match="no network in tests"):  # raised by torchvision's download
+    with pytest.raises(FileNotFoundError, match="no network in tests"):  # by torchvision
         load("mnist")
 
 
@@ -713,10 +713,10 @@ def test_a_download_that_is_cut_off_leaves_nothing_behind(tmp_path, monkeypatch,
 def test_damaged_idx_files_are_named(tmp_path, file, content, message):
     raw = write_idx(tmp_path)
     (raw / file).write_bytes(content)
-    if len(content) == len(idx(images_of(5, 6, 5))):  # the file has five images, so write five labels
+    if len(content) == len(idx(images_of(5, 6, 5))):  # write five labels for five images
         (raw / "train-labels-idx1-ubyte").write_bytes(idx(images_of(5)))
     with pytest.raises(ValueError, match=message) as caught:
-        load(None, tmp_path, download=False)  # damaged files are an error, digits do not replace them
+        load(None, tmp_path, download=False)  # found, so digits do not replace it
     assert str(tmp_path) in str(caught.value)
 
 

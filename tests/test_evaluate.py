@@ -299,7 +299,7 @@ def test_moves_leave_the_posterior_invariant():
             chains.move(1.0)
         log_q0, log_joint = path(chains.z)
     assert 0.3 < chains.accepted.mean() / 30 < 0.97  # some moves are rejected
-    torch.testing.assert_close(chains.log_q0, log_q0)  # the kept densities are those of the present z
+    torch.testing.assert_close(chains.log_q0, log_q0)  # the kept densities belong to the new z
     torch.testing.assert_close(chains.log_joint, log_joint)
     assert (chains.z[0] != draws).any(1).double().mean() > 0.9  # yet most chains have moved
     agree(chains.z[0, :, 0], EXACT.posterior_loc(x)[0, 0])
@@ -322,7 +322,7 @@ def test_annealing_packs_latents_of_any_shapes():
         "z2": (300, 2),
     }
     path = _Path(hierarchical, None, made.x, None, 3)
-    again = path.unpack(path.pack(made.latents))  # (3, 300, *event), equal in all chains
+    again = path.unpack(path.pack(made.latents))  # (3, 300, *event), equal by chain
     for name, z in made.latents.items():
         assert torch.equal(again[name], z.expand(3, *z.shape))
     p = torch.distributions.MultivariateNormal(
