@@ -1,4 +1,4 @@
-"""A page in headless Chromium, driven by its DevTools protocol over two pipes."""
+"""A page in headless Chromium, which tests drive by the DevTools protocol over two pipes."""
 
 import base64
 import contextlib
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 FOUND = shutil.which("chromium") or shutil.which("google-chrome")
-_SECONDS = 60  # to answer; a machine may be busy
+_SECONDS = 60  # the longest wait for an answer: the machine may be busy
 
 # Chromium reads commands from descriptor 3 and answers on 4
 _START = """
@@ -26,7 +26,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 class Page:
-    """A tab, and what its console said that is wrong."""
+    """A browser tab, and the errors that its console reported."""
 
     def __init__(self, commands: int, answers: int) -> None:
         self._commands, self._answers, self._left, self._number = commands, answers, b"", 0
@@ -78,21 +78,21 @@ class Page:
             pass
 
     def get(self, expression: str) -> Any:
-        """The value of a JavaScript expression."""
+        """Returns the value of a JavaScript expression."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         if "exceptionDetails" in found:
             raise RuntimeError(found["exceptionDetails"])
         return found["result"].get("value")
 
     def look(self, width: int, height: int = 900, *, dark: bool = False) -> None:
-        """A window of that many pixels, in light or dark."""
+        """Sets the size of the window in pixels, and the light or dark colour scheme."""
         sizes = {"width": width, "height": height, "deviceScaleFactor": 1}
         self.call("Emulation.setDeviceMetricsOverride", **sizes, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def screenshot(self, path: Path) -> None:
-        """The whole page as a PNG."""
+        """Writes a picture of the whole page to a PNG file."""
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shot["data"]))
 
@@ -102,7 +102,7 @@ class Page:
             self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code)
 
     def point(self, selector: str, across: float, down: float, kind: str = "mouseMoved") -> None:
-        """Moves the mouse to a place in an element, in shares of its size."""
+        """Sends a mouse event at a point of an element; the point is in fractions of its size."""
         element = f"document.querySelector({json.dumps(selector)})"
         self.get(f"{element}.scrollIntoView({{block: 'center'}})")
         box = self.get(f"{element}.getBoundingClientRect().toJSON()")
@@ -116,7 +116,7 @@ class Page:
 
 @contextlib.contextmanager
 def browsing(folder: Path) -> Iterator[Page]:
-    """A tab of a browser of its own, which keeps what it has to in a folder."""
+    """Starts a browser with one tab; the browser keeps its profile in `folder`."""
     commands, answers = os.pipe(), os.pipe()
     process = subprocess.Popen(
         [

@@ -1,4 +1,4 @@
-"""What the tests share."""
+"""Functions, fixtures and tables that the tests share."""
 
 import importlib.util
 import sys
@@ -12,10 +12,10 @@ from pvae.builder import GUIDES, LIKELIHOODS, NETS, build
 from pvae.objectives import OBJECTIVES
 from pvae.vae import VAE
 
-# the pairs are tiny: threads would only wait for one another
+# the pairs are tiny, so several threads would only wait for one another
 torch.set_num_threads(1)
 
-SHAPES = [(1, 8, 8), (3, 9, 6)]  # square and grey; odd, not square and in colour
+SHAPES = [(1, 8, 8), (3, 9, 6)]  # a square grey image; a colour image with an odd side
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ sys.path += [str(EXAMPLES), str(BENCHMARKS)]
 
 
 def example(name: str) -> ModuleType:
-    """An example as a module, whose `main` a test calls in its own process."""
+    """Loads an example as a module, so that a test can call its `main` in the test's process."""
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -39,12 +39,12 @@ def example(name: str) -> ModuleType:
 
 
 def images(likelihood: str, shape: tuple[int, ...], n: int = 6) -> torch.Tensor:
-    """Images in the support of a named likelihood, float64."""
+    """Returns random images in the support of a named likelihood, float64."""
     return in_support(likelihood, torch.rand(n, *shape, dtype=torch.float64))
 
 
 def in_support(likelihood: str, x: torch.Tensor) -> torch.Tensor:
-    """Numbers in [0, 1] brought to the support of a named likelihood; counts are 0 to 9."""
+    """Maps numbers in [0, 1] to the support of a named likelihood; counts are 0 to 9."""
     kind = LIKELIHOODS[likelihood].data
     if kind == "continuous":
         return x
@@ -63,9 +63,9 @@ def tiny(
     return build(shape, latent_dim, net, likelihood, guide, hidden=hidden)
 
 
-# the guides of which there is a closed form with reparameterized draws
+# the guides that have a closed form and reparameterized draws
 CLOSED = [name for name, g in GUIDES.items() if g.split and not name.startswith("score_function")]
 PAIRS = [(likelihood, guide) for likelihood in LIKELIHOODS for guide in CLOSED]
 
-# the objectives whose gradient is that of their loss by hand at the same noise
+# the objectives whose gradient equals the gradient of their loss by hand at the same noise
 BY_HAND = [name for name in OBJECTIVES if name not in ("dreg", "info_vae")]

@@ -17,7 +17,7 @@ S = 0.7
 
 
 class ConjugatePosterior(nn.Module):
-    """q(z|x) for z ~ N(0, 1), x|z ~ N(z, s^2): exact where `widen` is 1."""
+    """q(z|x) for z ~ N(0, 1), x|z ~ N(z, s^2); it is the exact posterior if `widen` is 1."""
 
     def __init__(self, widen: float = 1.0) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def test_with_the_exact_posterior_every_sample_of_the_elbo_is_the_evidence(elbo)
 @pytest.mark.parametrize("particles", [1, 5])
 def test_evaluate_gives_the_evidence_image_by_image(particles):
     bound = evaluate.elbo(*conjugate(), X, num_samples=2000)
-    # the KL is analytic and the reconstruction sampled: 5 standard errors of the latter
+    # only the reconstruction is sampled (the KL is analytic): 5 of its standard errors
     error = 5 * bound.reconstruction.std() / 2000**0.5
     assert (bound.elbo - LOG_EVIDENCE).abs().max() < max(error, 0.2)
     iwae = evaluate.importance_weighted(*conjugate(), X, num_samples=particles)
@@ -56,8 +56,10 @@ def test_evaluate_gives_the_evidence_image_by_image(particles):
 
 
 def test_bounds_with_a_wide_guide_rise_with_k_and_reach_the_evidence():
-    """ELBO gap = KL(q || posterior), in closed form; averages over copies of each datum, of which
-    one draw each (k = 1) needs the most."""
+    """The gap of the ELBO is KL(q || posterior), in closed form.
+
+    The test averages over copies of each datum; k = 1 is noisiest and needs the most copies.
+    """
     widen = 1.6
     gap = (widen**2 - 1) / 2 - math.log(widen)
     values = []
@@ -70,7 +72,7 @@ def test_bounds_with_a_wide_guide_rise_with_k_and_reach_the_evidence():
 
 
 def test_streaming_equals_all_at_once(monkeypatch):
-    """The same 12 weights of each image, summed in pieces of 5."""
+    """Twelve weights of an image give the same sum in pieces of 5 as all at once."""
     monkeypatch.setattr(evaluate.importance, "DECODES", 5)
     x = X[:1]
     with evaluate.fixed_noise("cpu", 3):
@@ -98,7 +100,7 @@ def by_hand(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 
 def exact(x: float, logit: float) -> tuple[float, float]:
-    """log p(x) and its derivative by the logit, to 50 digits."""
+    """Returns log p(x) and its derivative by the logit, computed with 50 digits."""
     with mpmath.workdps(50):
         l = mpmath.mpf(logit)  # noqa: E741
         value = x * l - mpmath.log(mpmath.expm1(l) / l)
@@ -146,7 +148,7 @@ def test_the_published_mean():
 
 @pytest.mark.parametrize("logit", [-30.0, -1.0, -0.005, 0.0, 0.005, 0.3, 5.0, 30.0])
 def test_continuous_bernoulli_draws_have_its_mean(logit):
-    """100,000 draws: within 4 standard errors of mean and second moment; gradients are finite."""
+    """Mean, second moment and gradient of 100,000 draws are exact within 4 standard errors."""
     logits = torch.full((100_000,), logit, dtype=torch.float64, requires_grad=True)
     p = ContinuousBernoulli((100_000,))(logits).base_dist
     draws = p.rsample()
@@ -155,6 +157,6 @@ def test_continuous_bernoulli_draws_have_its_mean(logit):
     for k, truth in ((1, p.mean[0]), (2, p.variance[0] + p.mean[0] ** 2)):
         power = draws.detach() ** k
         assert (power.mean() - truth).abs() < 4 * power.std() / len(power) ** 0.5
-    # d mean / d logit is the variance: the pathwise gradient estimates it
+    # d mean / d logit is the variance, and the pathwise gradient is an estimate of it
     (slope,) = torch.autograd.grad(draws.sum(), logits)
     assert (slope.mean() - p.variance[0]).abs() < 4 * slope.std() / len(slope) ** 0.5

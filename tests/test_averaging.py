@@ -1,4 +1,4 @@
-"""What helps a long run: averaged weights, weight decay, patience; and the published test draw."""
+"""Averaged weights, weight decay, dropout and patience; the published tables and their pixels."""
 
 import math
 import signal
@@ -26,7 +26,7 @@ from pvae.untrusted import read_json
 
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.9])
 def test_an_average_is_the_sum_over_its_weights(decay):
-    """`a_T = sum_t (1 - d_t) prod_{s > t} d_s w_t` of random weights w, and w_0 before them."""
+    """The average is `a_T = sum_t (1 - d_t) prod_{s > t} d_s w_t`, `d_0 = 0`, w_0 at the start."""
     net = nn.Linear(3, 2)
     average = Average(net, decay)
     weights = [net.weight.detach().clone()]
@@ -43,7 +43,7 @@ def test_an_average_is_the_sum_over_its_weights(decay):
 
 @pytest.mark.parametrize("prior", ["standard_normal", "vamp", "coupling"])
 def test_weights_are_exchanged_and_come_back_bit_for_bit(prior):
-    """Of the VampPrior the encoder is in the guide and in the prior."""
+    """The VampPrior is a case of its own: its encoder is in the guide and in the prior."""
     vae = build((1, 8, 8), 2, net="mlp", hidden=4, prior=prior)
     before = {name: t.clone() for name, t in vae.state_dict().items()}
     average = Average(vae, 0.9)
@@ -132,7 +132,7 @@ def test_bad_arguments(options, message):
 
 
 def test_weights_decay_and_biases_do_not():
-    """AdamW without a gradient: `w <- w - rate decay w`."""
+    """If the gradient is 0, a step of AdamW is `w <- w - rate decay w`."""
     vae = tiny()
     before = {name: p.detach().clone() for name, p in vae.named_parameters()}
     for p in vae.parameters():
@@ -143,7 +143,7 @@ def test_weights_decay_and_biases_do_not():
 
 
 def test_dropout_is_of_what_the_encoder_takes(tmp_path):
-    """In training other pixels are left out at each call; in eval mode it is the pair without."""
+    """Each call in train mode leaves out other pixels; eval mode equals a pair without dropout."""
     x, pairs = torch.rand(5, 1, 8, 8), []
     for dropout in (None, 0.5):
         torch.manual_seed(0)
@@ -195,7 +195,7 @@ def test_every_row_of_the_tables_builds_its_pair():
 def test_stages_follow_one_another_and_are_taken_over(tmp_path, monkeypatch, capsys):
     def pair(mean_image):
         made = pvae.build(tuple(mean_image.shape), likelihood.LATENT, "mlp", hidden=8)
-        return pvae.VAE(made.model, made.guide)  # no names: its prior is not to stay
+        return pvae.VAE(made.model, made.guide)  # no recipe: a stage replaces the prior
 
     first = likelihood.Stage(1, 1e-3)
     row = likelihood.ROWS["1"]._replace(
@@ -230,7 +230,7 @@ def test_stages_follow_one_another_and_are_taken_over(tmp_path, monkeypatch, cap
     again = trained(tmp_path / "b", "--start-from", str(tmp_path / "a"))
     assert all(torch.equal(t, guide[name]) for name, t in again[-1].items())
     metrics = [(tmp_path / run / "guide" / "metrics.csv").read_text() for run in "ab"]
-    assert metrics[0] == metrics[1]  # its time, too: no epoch was trained again
+    assert metrics[0] == metrics[1]  # also the column of time: no epoch ran again
     with pytest.raises(SystemExit):
         trained(tmp_path / "c", "--start-from", str(tmp_path / "nowhere"))
     assert "--start-from" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Terms of one's own: each against its sum written by hand, the MMD against its closed form."""
+"""The pairs of `examples/beyond_elbo.py`: their losses by hand; the MMD and its closed form."""
 
 import argparse
 import importlib.util
@@ -31,20 +31,22 @@ beyond_elbo = example("beyond_elbo")
 
 
 def rbf(scale):
-    """A kernel whose expectations are known: `exp(-d^2 / (2 scale^2))` of squared distances."""
+    """The kernel `exp(-d^2 / (2 scale^2))` of squared distances; its expectations are known."""
     return lambda squared: (-squared / (2 * scale**2)).exp()
 
 
 def expected_rbf(shift, variance, scale, dim):
-    """E exp(-|u|^2 / (2 h^2)), u ~ N(shift, variance I): a Gaussian integral in each dimension."""
+    """Returns E exp(-|u|^2 / (2 scale^2)) for u ~ N(shift, variance I), a Gaussian integral."""
     total = scale**2 + variance
     return (scale**2 / total) ** (dim / 2) * math.exp(-dim * shift**2 / (2 * total))
 
 
 @pytest.mark.parametrize(("shift", "std"), [(0.0, 1.0), (0.5, 1.0), (0.0, 2.0)])
 def test_the_mmd_is_unbiased(shift, std):
-    """Of N(0, I) and N(shift, std^2 I): its mean over 4,000 estimates is the closed form within 4
-    standard errors, 0 where the two are one and far above 0 where not."""
+    """The mean of 4,000 estimates of the MMD of N(0, I) and N(shift, std^2 I) is the closed form.
+
+    The tolerance is 4 standard errors. The MMD is 0 if the two are equal, else far above 0.
+    """
     dim, scale = 3, 1.5
     estimates = torch.stack(
         [
@@ -98,7 +100,7 @@ def made(shape):
 
 
 def loss_and_gradients(pair, loss):
-    """At one noise: the loss and its gradient in every parameter of model and guide."""
+    """Returns the loss, at fixed noise, and its gradient by each parameter of model and guide."""
     parameters = [*pair.model.parameters(), *pair.guide.parameters()]
     torch.manual_seed(1)
     value = loss()
@@ -112,7 +114,7 @@ def by_svi(pair, x):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_aggregate_is_regularized_once_for_the_batch(shape):
-    """SVI's loss is -sum log N(x; loc, 0.1^2) + lambda B MMD^2, with all its gradients."""
+    """SVI's loss is -sum log N(x; loc, 0.1^2) + lambda B MMD^2; all gradients agree too."""
     pairs, x = made(shape)
     pair = pairs["MMD"]
 

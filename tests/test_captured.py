@@ -1,4 +1,4 @@
-"""The captured step against stock SVI's: the same loss and gradients at the same noise."""
+"""A captured step has the loss and gradients of a step of stock SVI at the same noise."""
 
 import copy
 import itertools
@@ -36,7 +36,7 @@ from pvae.train import Trainer
 
 
 class Still(pyro.optim.PyroOptim):
-    """Keeps the gradients and steps nowhere."""
+    """An optimizer that keeps the gradients and changes no parameter."""
 
     def __init__(self):
         super().__init__(torch.optim.SGD, {})
@@ -52,7 +52,7 @@ def _clear():
 
 
 def pair(model, guide, elbo, **options):
-    """Stock SVI and a strict captured one over the same pair."""
+    """Returns stock SVI and a strict captured SVI over the same pair."""
     options = {"strict": True, "compiler": as_traced, **options}
     return (
         SVI(model, guide, Still(), elbo),
@@ -67,14 +67,14 @@ def step(svi, args, seed=3):
 
 
 def assert_same(stock, ours, args, tolerance=1e-5):
-    """Three steps capture; the fourth is held against stock SVI at the same seed."""
+    """Steps until a step is captured; the next one must equal stock SVI's at the same seed."""
     while ours.engine != "captured":
         ours.step(*args)
         assert ours.captures < 2
     loss, gradients, after = step(ours, args)
     assert ours.engine == "captured"
     expected, stock_gradients, stock_after = step(stock, args)
-    # a loss near 0 is the difference of sums of some hundred nats
+    # abs: a loss near 0 may be the difference of sums of some hundred nats
     assert loss == pytest.approx(expected, rel=tolerance, abs=1e-4)
     assert set(gradients) == set(stock_gradients)
     for name, g in stock_gradients.items():
@@ -89,7 +89,7 @@ def assert_same(stock, ours, args, tolerance=1e-5):
 # ---- pairs of this package ----
 
 
-# each likelihood once, with one guide after another
+# the fast cases: each likelihood once, the guides in turn
 SHARED_OUT = [
     pytest.param(
         likelihood, guide, marks=[] if CLOSED[i % len(CLOSED)] == guide else [pytest.mark.slow]
@@ -129,7 +129,7 @@ NOT_CAPTURED = ("spline",)
 
 
 def check_combination(number, likelihood, guide, prior, conditional):
-    """The pair of the laws' product by this number, captured against stock SVI."""
+    """Compares captured with stock SVI on the combination of `test_laws` with this number."""
     torch.manual_seed(number)
     vae = laws.make(likelihood, guide, prior, conditional, number)
     args = laws.data(vae, likelihood, conditional)
@@ -141,7 +141,7 @@ def check_combination(number, likelihood, guide, prior, conditional):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(2))
 def test_a_sample_of_the_laws_product(part):
-    """Every 11th of the combinations that the laws train, so that each member meets many others."""
+    """Takes every 11th combination of `test_laws`, so that each part meets many others."""
     combinations = [
         (number, *c)
         for number, c in enumerate(laws.PRODUCT)
@@ -153,7 +153,7 @@ def test_a_sample_of_the_laws_product(part):
 
 
 def test_a_spline_flow_is_not_captured(x):
-    """It picks out the elements within its bounds, by a mask of their values."""
+    """A spline selects the elements within its bounds, so values decide a shape."""
     vae = tiny(guide="spline", net="mlp")
     svi = captured.SVI(vae.model, vae.guide, Still(), Trace_ELBO(), compiler=as_traced)
     svi.step(x)
@@ -189,7 +189,7 @@ def test_labels_are_arguments():
 
 
 def test_a_module_that_model_and_guide_share_is_trained_once():
-    """Two names in the store, one tensor: one of Pyro's optimizers, and one step of it."""
+    """A parameter with two names in the store has one Pyro optimizer, which makes one step."""
     net = pvae.Conditional(nn.Linear(3, 6), Normal((3,)), event_dim=1)
     model = pvae.Model(pvae.priors.StandardNormal(3), net)
     data, twin = torch.rand(5, 3), copy.deepcopy(net)
@@ -241,15 +241,17 @@ def test_compiled(net, elbo, dtype, tolerance):
     "net", ["conv", *(pytest.param(net, marks=pytest.mark.slow) for net in ("deep", "mlp"))]
 )
 def test_the_main_examples_layout(net):
-    """At its size, in channels_last: what lies behind a convolution has the layout of the run."""
+    """At 28x28 in channels_last, a graph gives a convolution's output the layout of a real run."""
     vae = pvae.build((1, 28, 28), 3, net).to(memory_format=torch.channels_last)
     x = (torch.rand(8, 1, 28, 28) > 0.5).float()
     assert_same(*pair(vae.model, vae.guide, Trace_ELBO()), (x,))
 
 
 def meaningful(vae):
-    """The state without what only rounding moves: BatchNorm takes the bias before it away again,
-    whose gradient is then rounding alone, and Adam makes whole steps of it."""
+    """Returns the state without the biases before a BatchNorm and its running means.
+
+    BatchNorm subtracts such a bias again, so its gradient is rounding, of which Adam makes steps.
+    """
     left_out = set()
     for path, module in vae.named_modules():
         layers = list(module.children()) if isinstance(module, nn.Sequential) else []
@@ -260,7 +262,7 @@ def meaningful(vae):
 
 
 def test_training_is_that_of_stock_svi():
-    """Adam, a beta that rises, BatchNorm's statistics: the same state after ten steps."""
+    """Ten steps with Adam, a rising beta and BatchNorm end in the same state in both."""
     vae, x = tiny(net="deep", shape=(1, 16, 16)), images("bernoulli", (1, 16, 16)).float()
     other = copy.deepcopy(vae)
     for v, svi in ((vae, SVI), (other, captured.SVI)):
@@ -284,7 +286,7 @@ def test_training_is_that_of_stock_svi():
 
 
 def regression(x, y):
-    """Hierarchical: slopes of four groups around a common one."""
+    """A hierarchical regression: the slopes of four groups vary around a common slope."""
     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
     scale = pyro.sample("scale", dist.HalfNormal(1.0))
     with pyro.plate("groups", 4):
@@ -305,7 +307,7 @@ def test_hierarchical_regression(autoguide, particles):
 
 
 def test_subsampling():
-    """The rows are drawn by the plate, and so inside the graph."""
+    """The plate draws the rows, so the graph must draw them too."""
 
     def model(y):
         mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
@@ -354,7 +356,7 @@ def test_implicit_reparameterization():
 
 
 def test_several_losses():
-    """A loss that returns a tuple comes back as one."""
+    """If the loss returns a tuple, a captured step returns a tuple too."""
 
     def loss(model, guide, *args):
         elbo = Trace_ELBO().differentiable_loss(model, guide, *args)
@@ -378,7 +380,7 @@ def test_several_losses():
 
 
 def ready(vae, x, optimizer=None, **options):
-    """A captured SVI over a VAE that has captured batches like x."""
+    """Returns a captured SVI over a VAE that has already captured the shape of the batch x."""
     options = {"strict": True, "compiler": as_traced, **options}
     optim = optimizer or pvae.SingleOptimizer(torch.optim.Adam(vae.parameters(), lr=1e-2))
     svi = captured.SVI(vae.model, vae.guide, optim, Trace_ELBO(), **options)
@@ -465,7 +467,7 @@ class CoinGuide(nn.Module):
 
 
 def test_a_modules_parameter_that_is_replaced_in_the_store_is_seen():
-    """`pyro.module` hands the store's tensor to the module: the programs have to run."""
+    """`pyro.module` gives the store's tensor to the module, so the programs have to run again."""
     guide = CoinGuide()
     _, ours = pair(coin, guide, Trace_ELBO())
     for _ in range(3):
@@ -528,7 +530,7 @@ def test_modes_shapes_dtypes_and_frozen_layers_make_graphs_of_their_own(x):
 
 
 def test_a_number_that_a_module_holds_is_no_constant():
-    """A temperature that is annealed by hand."""
+    """A graph reads the temperature that the module holds, here annealed by hand."""
 
     guide = CoinGuide()
     stock, ours = pair(coin, guide, Trace_ELBO(), max_graphs=2)
@@ -538,8 +540,8 @@ def test_a_number_that_a_module_holds_is_no_constant():
             (loss, *_), (expected, *_) = step(ours, (FLIPS,)), step(stock, (FLIPS,))
             assert loss == pytest.approx(expected, rel=1e-5)
         assert ours.engine == "captured"
-    assert ours.captures == 2  # the second takes any number
-    for temperature in (2, 3):  # whole numbers make graphs of their own
+    assert ours.captures == 2  # the second graph takes the number as an input
+    for temperature in (2, 3):  # each integer needs a graph of its own
         guide.temperature = temperature
         with pytest.raises(NotCaptured, match=r"2 graphs .* such as `guide\.temperature`"):
             ours.step(FLIPS)
@@ -661,7 +663,7 @@ def test_without_a_compiler_it_runs_eager(x):
 
 
 def test_tracing_leaves_no_trace(x):
-    """Not in the store, not in the random state, not in the buffers, not in global settings."""
+    """Tracing changes neither the store, nor the random state, the buffers or global settings."""
     vae = tiny(net="deep", shape=(1, 16, 16))
     other = copy.deepcopy(vae)
     x = images("bernoulli", (1, 16, 16)).float()
@@ -706,7 +708,7 @@ def test_pyro_validates_the_first_step_and_nan_is_warned_of(x):
 
 
 def test_bfloat16_is_of_the_networks_alone(x):
-    """The same noise: the loss to the 8 bits of a bfloat16, the captured one as the eager one's."""
+    """The captured bfloat16 loss is the eager one, and near the float32 loss at the same noise."""
     vae = tiny()
     stock, ours = pair(vae.model, vae.guide, Trace_ELBO())
     exact = step(stock, (x,))[0]
@@ -724,8 +726,11 @@ def test_bfloat16_is_of_the_networks_alone(x):
 
 
 class Recordings:
-    """What a CUDA graph does, without a GPU: to record is not to run, and a replay is the step of
-    then, with the learning rates at their places of then. `tensors` are what the step writes."""
+    """Imitates a CUDA graph without a GPU; `tensors` are the tensors that the step writes.
+
+    To record a step does not change them. A replay is the recorded step; it reads the learning
+    rates from the tensors that held them when it was recorded.
+    """
 
     def __init__(self, tensors):
         self.tensors, self.made = tensors, 0
@@ -761,11 +766,13 @@ class Recordings:
         return record
 
 
-# deep: buffers that a step writes
+# the net "deep" has buffers that a step writes
 @pytest.mark.parametrize("net", ["mlp", pytest.param("deep", marks=pytest.mark.slow)])
 def test_a_recorded_step_trains_as_stock_svi(net):
-    """Data, noise, beta and learning rate change from step to step; then the optimizer's state
-    is replaced, and its settings: each makes one new recording."""
+    """Data, noise, beta and learning rate change from step to step without a new recording.
+
+    Then the optimizer's state is replaced, and then its settings: each makes one new recording.
+    """
     vae = tiny(net=net, shape=(1, 16, 16)).double()
     other = copy.deepcopy(vae)
     adams = [torch.optim.Adam(v.parameters(), lr=1e-2, fused=True) for v in (vae, other)]
@@ -808,7 +815,7 @@ def test_a_recorded_step_trains_as_stock_svi(net):
 
 
 def test_launched_losses_are_the_steps_own(x):
-    """Tensors that a later step does not write over."""
+    """`launch` returns loss tensors that later steps do not overwrite."""
     vae = tiny()
     adam = torch.optim.Adam(vae.parameters(), lr=0.0, fused=True)
     record, optim = Recordings(list(vae.parameters())), pvae.SingleOptimizer(adam)
@@ -825,7 +832,7 @@ def test_launched_losses_are_the_steps_own(x):
 
 
 def test_what_a_recording_no_longer_fits_is_seen(x):
-    """Another optimizer, and a parameter that is another tensor: each is what is trained then."""
+    """A new optimizer, and a parameter with new memory, are seen, and are used from then on."""
     vae = tiny()
     adam = torch.optim.Adam(vae.parameters(), lr=1e-2, fused=True)
     optim = pvae.SingleOptimizer(adam)
@@ -840,10 +847,10 @@ def test_what_a_recording_no_longer_fits_is_seen(x):
     for _ in range(2):
         svi.step(x)
     assert len(other.state) == len(list(vae.parameters()))
-    assert svi.recordings == 3  # before and after its state was made
+    assert svi.recordings == 3  # one before the new optimizer has a state, one after
     first = next(vae.parameters())
     moved = first.detach().clone()
-    first.data = moved  # at another place
+    first.data = moved  # at another address
     svi.step(x)
     assert svi.recordings == 4
     assert first.data_ptr() == moved.data_ptr()
@@ -866,7 +873,7 @@ def test_a_setting_that_always_changes_ends_recording(x):
     assert record.made == 4
     assert svi.engine == "captured"
     assert not any(isinstance(g["lr"], torch.Tensor) for g in adam.param_groups)
-    assert not any(p.grad.any() for p in vae.parameters())  # as stock SVI leaves them
+    assert not any(p.grad.any() for p in vae.parameters())  # gradients are zero, as after stock SVI
 
 
 def test_a_cuda_graph_of_a_pair_on_the_cpu_is_captured_without_it(x):
@@ -893,7 +900,7 @@ def test_what_cannot_be_recorded_is_refused():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("net", ["mlp", "conv"])
 def test_a_cuda_graph_trains_as_stock_svi(net):
-    """From the same parameters; the noise differs, so the losses agree to a few percent."""
+    """From the same parameters, losses agree to 3 %: the noise of the two runs differs."""
     last = []
     for kind in (SVI, lambda *a: captured.SVI(*a, strict=True, record=captured.cuda_graph)):
         torch.manual_seed(0)
@@ -907,7 +914,7 @@ def test_a_cuda_graph_trains_as_stock_svi(net):
             with temper(min(1.0, (i + 1) / 100)):
                 losses.append(svi.step(x.cuda()))
         last.append(sum(losses[-20:]) / 20)
-        assert len(set(losses)) > 190  # another noise each time
+        assert len(set(losses)) > 190  # each step draws new noise
     assert last[0] == pytest.approx(last[1], rel=0.03)
 
 
@@ -915,7 +922,7 @@ def test_a_cuda_graph_trains_as_stock_svi(net):
 
 
 def test_a_function_with_noise_gradients_and_a_module():
-    """Values and gradients at the same noise, over calls with other arguments."""
+    """Values and gradients equal the eager ones at the same noise, for changing arguments."""
     net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.SiLU(), nn.Flatten(), nn.Linear(3 * 4 * 4, 1))
 
     def energy(x, scale):
@@ -934,7 +941,7 @@ def test_a_function_with_noise_gradients_and_a_module():
         for name, expected in energy(x, scale).items():
             torch.testing.assert_close(found[name], expected.detach())
             assert not found[name].requires_grad
-        with torch.no_grad():  # is seen by the next call
+        with torch.no_grad():  # the next call must see this
             next(net.parameters()).add_(0.1)
     assert ours.engine == "captured"
     assert ours.captures == 1
@@ -943,7 +950,7 @@ def test_a_function_with_noise_gradients_and_a_module():
     found = ours(x, scale)
     torch.manual_seed(0)
     assert torch.equal(found["value"], energy(x, scale)["value"])
-    assert ours.engine == "eager"  # another tensor, another graph
+    assert ours.engine == "eager"  # another weight tensor needs a new graph
 
 
 @pytest.mark.parametrize(
@@ -1008,7 +1015,7 @@ def without_time(history):
 
 
 def test_a_captured_run_is_resumed(tmp_path):
-    """As if uninterrupted, to the last bit: none of its steps runs eager."""
+    """A resumed run ends with the same bits as an uninterrupted one; no step of it is eager."""
     whole = trainer(tmp_path)
     whole.fit()
     assert whole.svi.engine == "captured"
@@ -1018,7 +1025,7 @@ def test_a_captured_run_is_resumed(tmp_path):
     first.fit(until=2)
     second = trainer(tmp_path)
     second.resume(tmp_path / "checkpoint.pt")
-    second.svi._eager = None  # nobody calls it
+    second.svi._eager = None  # to show that no step calls it
     second.fit()
     assert without_time(second.history) == without_time(whole.history)
     assert all(torch.equal(t, final[name]) for name, t in second.vae.state_dict().items())
@@ -1078,7 +1085,7 @@ def test_the_benchmark(tmp_path):
 
 @pytest.mark.slow
 def test_the_growth_of_cost(tmp_path):
-    """Batches of which the timed ones are more than an epoch has."""
+    """The benchmark may time more batches than an epoch has."""
     short = ["--axes", "images", "--images", "50000", "--batch", "100", "--timed", "98"]
     out = ["--engines", "eager", "--json", "g.json", "--figure", "g.png"]
     said = run([ROOT / "benchmarks" / "growth.py", *short, *out], tmp_path)

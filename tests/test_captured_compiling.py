@@ -1,4 +1,4 @@
-"""Inductor's folder of compiled graphs, and what is said where there is no compiler."""
+"""Inductor's folder of compiled graphs; the error without a compiler; oneDNN's products."""
 
 import json
 import logging
@@ -45,15 +45,15 @@ print(json.dumps({
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A folder of inductor's own for this test, with nothing in it."""
+    """An empty folder in which inductor keeps its code during this test."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     counters.clear()
     return tmp_path
 
 
 def process(folder: Path, net: str) -> tuple[dict, str]:
-    """What a process that trains four steps reports, and what it says on stderr."""
-    # a CUDA without a GPU, of which torch says a line
+    """Trains four steps in a new process; returns its report and its stderr."""
+    # CUDA_HOME without a GPU: torch would print a line about it
     settings = {"TORCHINDUCTOR_CACHE_DIR": folder, "CUDA_HOME": folder, "CUDA_VISIBLE_DEVICES": ""}
     ran = subprocess.run(
         [sys.executable, "-c", PROCESS, net],
@@ -73,8 +73,8 @@ def test_a_second_process_compiles_nothing(net, tmp_path):
     second, said_again = process(tmp_path, net)
     assert (second["engine"], second["misses"], second["hits"]) == ("captured", 0, 1)
     assert second["losses"] == first["losses"]
-    assert said == said_again == ""  # not which CUDA it would use
-    assert first["children"] == second["children"] == ""  # no pool of compilers waits
+    assert said == said_again == ""  # torch's line about CUDA is not printed
+    assert first["children"] == second["children"] == ""  # no pool of compiler processes is left
 
 
 def times(number):
@@ -85,7 +85,7 @@ def plus(*numbers):
     return lambda x: (x.exp() + torch.tensor(numbers).squeeze(),)
 
 
-# each differs from the first in one thing
+# each graph differs from the first in one property
 GRAPHS = {
     "first": (times(2.0), (4, 6), torch.float32, False),
     "number": (times(3.0), (4, 6), torch.float32, False),
@@ -94,7 +94,7 @@ GRAPHS = {
     "dtype": (times(2.0), (4, 6), torch.float64, False),
     "stride": (times(2.0), (4, 6), torch.float32, True),
     "constant": (plus(1.0, 2.0), (4, 2), torch.float32, False),
-    "other constant": (plus(1.0, 3.0), (4, 2), torch.float32, False),  # the same code
+    "other constant": (plus(1.0, 3.0), (4, 2), torch.float32, False),  # same code as "constant"
     "single constant": (plus(2.0), (4, 6), torch.float32, False),
     "other single constant": (plus(3.0), (4, 6), torch.float32, False),
 }
@@ -137,7 +137,7 @@ def test_what_a_graph_writes_in_place_is_written_by_one_that_is_loaded(folder):
 
 
 def test_without_a_cpp_compiler_the_reason_is_plain(folder):
-    # the one that the variable CXX names is looked up when inductor is imported
+    # patched, because inductor reads the variable CXX only when it is imported
     function = captured.Function(lambda x: x.exp() * 2)
     x = torch.rand(3)
     with torch._inductor.config.patch("cpp.cxx", ("no-such-compiler",)):
@@ -192,7 +192,7 @@ def test_a_weighted_density_keeps_log1p():
 
 
 def layer(x, w, b, g):
-    """A linear layer, the gradient of its input, that of its weight, and a small product."""
+    """Returns a linear layer, the gradients of its input and weight, and a small product."""
     return torch.addmm(b, x, w.t()), torch.mm(g, w), torch.mm(g.t(), x), torch.mm(x[:4], w.t())
 
 
@@ -203,7 +203,7 @@ def of_layer(dtype=torch.float32):
 
 
 def taken(graph):
-    """Which of its products are oneDNN's."""
+    """Returns, for each matrix product of the graph, whether it is oneDNN's."""
     products = [n.target for n in graph.graph.nodes if n.name.startswith(("mm", "addmm"))]
     return [target is torch.ops.pvae.product.default for target in products]
 

@@ -1,4 +1,4 @@
-"""The captured SVI besides its steps: prepared, copied, checked, and refused with a reason."""
+"""Captured SVI outside of its steps: preparing, copying, comparing with Pyro, refusals."""
 
 import copy
 import gc
@@ -138,7 +138,7 @@ def double(x):
 
 
 def test_what_is_pickled_and_copied_captures_anew():
-    """Stock SVI can be pickled before its first step, not after it."""
+    """A copy captures again. An SVI is copied before its first step: later it cannot be pickled."""
     for copied in (lambda v: pickle.loads(pickle.dumps(v)), copy.deepcopy):
         svi = copied(made())
         trained(svi, 3)
@@ -164,7 +164,7 @@ def test_it_takes_the_place_of_stock_svi(monkeypatch):
     assert isinstance(svi, SVI)
 
 
-# ---- held against Pyro ----
+# ---- compared with Pyro ----
 
 HIDDEN = 1.0
 
@@ -249,7 +249,7 @@ def test_a_door_that_is_missing(monkeypatch):
 
 
 def test_arguments_that_cannot_be_told_apart(monkeypatch):
-    """The structure of arguments could not be hashed in torch 2.7 and before."""
+    """Without a hash of their structure (torch up to 2.7), arguments are refused with a reason."""
     unhashable = types.SimpleNamespace(tree_flatten=lambda tree: ([], []))
     monkeypatch.setattr("pvae.captured.capturing.pytree", unhashable)
     svi = made(strict=False)
@@ -259,7 +259,7 @@ def test_arguments_that_cannot_be_told_apart(monkeypatch):
 
 @pytest.mark.slow
 def test_a_tensor_at_the_place_of_another_that_is_gone():
-    """An `id` that is used again is not the same tensor."""
+    """A new tensor may get the `id` of one that was freed; it is not the same tensor."""
     layers = nn.ModuleList([nn.Linear(1, 1)])
 
     def model(data):
@@ -302,7 +302,7 @@ def test_no_tensor_without_data_is_left():
 
 
 def test_what_is_seen_is_put_back():
-    """Of an object, a list, a dictionary, a cell: what tracing would leave there."""
+    """What a program writes to an object, a list, a dictionary and a cell can be undone."""
 
     class Holder:
         def __init__(self):
@@ -329,7 +329,7 @@ def test_what_is_seen_is_put_back():
 
 @pytest.mark.slow
 def test_compiled_code_draws_as_stock_svi():
-    """A draw that nothing depends on is left in by a compiler as well."""
+    """Compiled code keeps a draw that no result depends on: later draws must be the same."""
 
     def idle(data):
         torch.randn(3)
@@ -349,7 +349,7 @@ def test_compiled_code_draws_as_stock_svi():
 
 @pytest.mark.parametrize("prepared", [True, False])
 def test_a_kink_that_rounding_crosses_is_no_difference(prepared):
-    """A graph that rounds otherwise may lie on the other side of a ReLU's kink."""
+    """Other rounding may put an input on the other side of a ReLU's kink; this is accepted."""
 
     def kinked(x):
         w = pyro.param("w", torch.ones(3))
@@ -370,7 +370,7 @@ def test_a_kink_that_rounding_crosses_is_no_difference(prepared):
 
 
 def test_a_sum_of_which_only_rounding_is_left_is_no_difference():
-    """At an optimum a gradient is the small rest of large terms, and depends on their order."""
+    """At an optimum, large terms cancel in a gradient: what is left depends on their order."""
     x = 1e4 + 1e3 * torch.randn(10_000, generator=torch.Generator().manual_seed(0))
 
     def shifted(x):
@@ -392,7 +392,7 @@ def test_a_sum_of_which_only_rounding_is_left_is_no_difference():
 
 
 def test_a_bias_of_many_images_is_held_against_more_than_onednn():
-    """oneDNN's gradient of a bias loses digits; the compiler's is a sum by torch."""
+    """oneDNN's gradient of a bias loses digits, so the compiled code takes torch's sum."""
     x = (torch.rand(500, 1, 28, 28, generator=torch.Generator().manual_seed(0)) < 0.1).float()
     conv = torch.nn.Conv2d(1, 1, 3, padding=1)
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""Small programs, each run by stock SVI and by the captured one, step by step, from one seed.
+"""Small programs that stock SVI and captured SVI run step by step from the same seed.
 
-Loss, parameters, optimizer and random numbers are equal after every step; a program is captured,
-or it runs eager and one warning says so.
+Loss, parameters, optimizer and random numbers are equal after every step. A program is captured,
+or it runs eager and one warning says why.
 """
 
 import array
@@ -69,8 +69,8 @@ OLDEST_TORCH = torch.__version__.startswith("2.8.")
 
 class Program(NamedTuple):
     run: Callable[[Callable[..., SVI]], Iterator[object]]
-    captured: bool | None  # None: it may be or not
-    says: str  # of the warning, where it is not captured
+    captured: bool | None  # None: both are allowed
+    says: str  # a pattern of the warning if the program is not captured
 
 
 PROGRAMS: dict[str, Program] = {}
@@ -98,7 +98,7 @@ def copied(value):
 
 
 def world(svi):
-    """All that a step may change, and that others can see."""
+    """Returns all state that a step may change and that other code can see."""
     return {
         "parameters": copied(dict(pyro.get_param_store().named_parameters())),
         "gradients": {n: copied(p.grad) for n, p in pyro.get_param_store().named_parameters()},
@@ -152,7 +152,7 @@ captured_svi = partial(captured.SVI, compiler=as_traced)
 
 
 def held_against_stock(steps):
-    """The captured SVI after the program, and what it warned of."""
+    """Runs a program by both SVIs and compares them; returns captured SVI and its warnings."""
     expected, _ = run(steps, SVI)
     with warnings.catch_warnings(record=True) as noted:
         warnings.simplefilter("always")
@@ -457,7 +457,7 @@ def an_attribute_of_an_object(svi_of):
     svi = svi_of(with_config, guide)
     for i in range(STEPS):
         config.scale = 1.0 + 0.1 * i
-        config.unused = i  # nobody asks for it
+        config.unused = i  # no program reads it
         yield svi.step(DATA)
 
 
@@ -851,7 +851,7 @@ class Net(nn.Module):
 
 
 def of_net(by_name):
-    """A model that decodes by a module, and its guide."""
+    """Returns a module, a model that decodes by it, and the guide."""
 
     def model(net, data):
         pyro.module("net", net)
@@ -1046,7 +1046,7 @@ def weight_norm(svi_of):
         yield svi.step(DATA)
 
 
-# ---- gradients: none, zero, of others, of before ----
+# ---- gradients: None, zero, of other parameters, of an earlier step ----
 
 USED = True
 
@@ -1364,7 +1364,7 @@ def another_default_dtype(svi_of):
         torch.set_default_dtype(torch.float32)
 
 
-# ---- marks of tracing ----
+# ---- what programs could notice of tracing ----
 
 
 @program(captured=False, says="`calls`|change `n`")
@@ -1473,7 +1473,7 @@ def a_shape_by_a_value(svi_of):
         yield svi.step(DATA)
 
 
-# ---- what cannot be looked up: found by a check ----
+# ---- changes that cannot be looked up, but that a check finds ----
 
 HIDDEN_A = 1.0
 
@@ -1655,7 +1655,7 @@ def mean_field(svi_of):
 
 
 def of_law(law, whole=False):
-    """The data, or whole numbers, are observed under a law with a latent place."""
+    """Returns a program that observes data, or whole numbers, under `law(z)` of a latent z."""
 
     def run(svi_of):
         def model(data):
@@ -1686,7 +1686,7 @@ for _name, _law in {
 
 
 def of_latent(law, by):
-    """A latent under a law, and under one of the same kind in the guide."""
+    """Returns a program whose latent has the prior `law(1)` and the guide `by(p)`."""
 
     def run(svi_of):
         def model(data):
@@ -2634,7 +2634,7 @@ def a_trace_inside(svi_of):
 
 
 class Wide(dist.Normal):
-    """A law of one's own: Pyro calls its methods."""
+    """A user's own distribution, whose methods Pyro calls."""
 
     def log_prob(self, value):
         return super().log_prob(value) * NUMBER
@@ -2882,7 +2882,7 @@ def attributes_that_are_inherited(svi_of):
     for i in range(18):
         whole.by = 0.0 if i < 6 else 1.0
         if i == 12:
-            whole.scale = 2.0  # in place of that of the class
+            whole.scale = 2.0  # hides the attribute of the class
         yield svi.step(DATA)
 
 
@@ -2969,7 +2969,7 @@ def arguments_of_a_partial(svi_of):
 
 
 class Shy:
-    """Does not want to be looked at."""
+    """An object whose attribute only `model` can read; any other reader gets an error."""
 
     __slots__ = ("scale",)
 
@@ -3037,7 +3037,7 @@ def a_mask_that_is_a_flag(svi_of):
 
 @program()
 def an_assertion_of_a_test(svi_of):
-    """pytest puts itself among the globals that such code names."""
+    """pytest rewrites an assertion, so the code also names a global of pytest."""
 
     def model(data):
         assert data.shape == (5,)
@@ -3051,7 +3051,7 @@ def an_assertion_of_a_test(svi_of):
 @program(captured=False, says=r"run code of torch\.jit.*: take the ELBO without Jit")
 def an_elbo_by_torch_jit(svi_of):
     with warnings.catch_warnings():
-        for kind in (FutureWarning, DeprecationWarning):  # torch.jit is to be retired
+        for kind in (FutureWarning, DeprecationWarning):  # torch.jit is deprecated
             warnings.simplefilter("ignore", kind)
         svi = svi_of(model, guide, JitTrace_ELBO(ignore_jit_warnings=True))
         for i in range(STEPS):
@@ -3134,7 +3134,7 @@ class New:
 
 
 def written(holder, key=0):
-    """Writes the number to a place of a holder."""
+    """Returns a function that writes a number to `holder[key]`."""
     return functools.partial(operator.setitem, holder, key)
 
 
@@ -3146,7 +3146,7 @@ def hidden(read, write):
         write(1.0)
         svi = svi_of(model, guide)
         for i in range(STEPS):
-            if i == 5:  # not held against stock SVI
+            if i == 5:  # a step that is not compared with stock SVI
                 write(2.0)
             yield svi.step(batch(i))
         write(1.0)
@@ -3213,7 +3213,7 @@ class Side(enum.Enum):
 
 
 class AttrsBatch:
-    """As attrs makes it."""
+    """A class as attrs would make it."""
 
     __attrs_attrs__ = (types.SimpleNamespace(name="data"), types.SimpleNamespace(name="scale"))
     __slots__ = ("data", "scale")
@@ -3268,7 +3268,7 @@ def batches_in_a_queue(svi_of):
         yield svi.step(), waiting.qsize()
 
 
-@program(captured=not OLDEST_TORCH, says="dynamo-optimized" * OLDEST_TORCH)  # it traces no such net
+@program(captured=not OLDEST_TORCH, says="dynamo-optimized" * OLDEST_TORCH)  # cannot be traced
 def a_net_by_torch_compile(svi_of):
     net = nn.Linear(1, 1)
     compiled = torch.compile(net, backend="eager")
@@ -3288,7 +3288,7 @@ def a_net_by_torch_compile(svi_of):
 
 
 def shared_out(names):
-    """All but every eighth one are slow: the rows beside it are mostly kin."""
+    """Marks all but every eighth program as slow: programs next to each other are similar."""
     return [pytest.param(n, marks=pytest.mark.slow if i % 8 else ()) for i, n in enumerate(names)]
 
 

@@ -136,7 +136,7 @@ def test_new_folders_never_overwrite(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"full holds files already.*--resume full"):
         run.new_folder("full", "a")
     assert json.loads((tmp_path / "full" / "results.json").read_text()) == {}
-    (tmp_path / "refused").mkdir()  # a run that never trained
+    (tmp_path / "refused").mkdir()  # the folder of a run that was refused before it trained
     for name in (".lock", "config.json"):
         (tmp_path / "refused" / name).touch()
     assert str(run.new_folder("refused", "a")) == "refused"
@@ -195,7 +195,7 @@ def test_help_gives_the_default_that_an_example_sets(capsys):
 
 
 def started(*argv, device="cpu", images=100):
-    """A study of so many training images, without its folder."""
+    """Returns a study of `images` training images that has no folder."""
     split = Split(torch.zeros(images, 1, 8, 8, dtype=torch.uint8), None)
     dataset = Dataset("zeros", split, split, split, "")
     args = parse("--quiet", "-n", "1", "-b", "1", *argv)

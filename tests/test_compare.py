@@ -1,4 +1,4 @@
-"""Runs side by side: what is told, and what is refused because its numbers do not compare."""
+"""Runs side by side: what `compare` prints, and which runs it refuses to compare."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from pvae.evaluate import Estimate
 
 
 def made(folder, elbo=-100.0, *, dataset=(), numbers=None, **arguments):
-    """A finished run, as its two files tell it."""
+    """Writes the two files of a finished run into a new folder, and returns its path."""
     folder.mkdir()
     config = {
         "arguments": {"likelihood": "bernoulli", "seed": 0, "out": str(folder), **arguments},
@@ -45,7 +45,7 @@ def test_the_table_has_each_runs_numbers_and_what_differs(tmp_path, capsys):
         [a, "-100.12", "±", "0.25", "3"]
     ]
     rows = [line.split() for line in differing.splitlines() if line.strip()]
-    # not where it is kept, nor how quiet it was, nor what is the same
+    # the arguments --out and --quiet, and equal arguments, are not listed
     assert rows[:3] == [["guide", "hidden"], [a, "normal", "-"], [b, "iaf", "400"]]
     height, width, _ = imread(tmp_path / "compare.png").shape
     assert min(height, width) > 200
@@ -67,7 +67,7 @@ def test_each_number_is_drawn_where_it_is():
     drawn = [(line.get_xdata()[0], line.get_ydata()[0]) for line in elbo.lines[:2]]
     assert drawn == [(-100, 0), (-90, 1)]
     bars = [bar.get_segments()[0][:, 0].tolist() for bar in elbo.collections]
-    assert bars == [[-101, -99], [-90.5, -89.5]]  # two standard errors
+    assert bars == [[-101, -99], [-90.5, -89.5]]  # two standard errors to each side
     assert [text.get_text() for text in elbo.get_yticklabels()] == ["a", "b"]
     assert rate.lines[0].get_xdata()[0] == 20
     assert not rate.collections

@@ -1,4 +1,4 @@
-"""The variational-inference course: each example's law against an oracle, then each one briefly."""
+"""The examples of the variational-inference course: their laws by an oracle, and short runs."""
 
 import json
 import math
@@ -31,8 +31,12 @@ latent_class = example("latent_class")
 
 
 def linear_pair():
-    """p(z) N(x; W z, s^2 I), s = 1/2, with orthogonal columns w_d in W: the posterior is
-    mean-field, N(w_d'x / (|w_d|^2 + s^2), s^2 / (|w_d|^2 + s^2)), and x ~ N(0, W W' + s^2 I)."""
+    """Returns a linear pair, data x, the exact posterior of x and log p(x).
+
+    The model is p(z) N(x; W z, s^2 I) with s = 1/2 and orthogonal columns w_d in W. So the
+    posterior is mean-field, N(w_d'x / (|w_d|^2 + s^2), s^2 / (|w_d|^2 + s^2)), and
+    x ~ N(0, W W' + s^2 I).
+    """
     q, _ = torch.linalg.qr(torch.randn(5, 2))
     w = q * torch.tensor([2.0, 0.7])
     net = nn.Linear(2, 5, bias=False)
@@ -62,10 +66,10 @@ def test_the_factors_start_as_the_encoder():
 
 
 def test_optimized_factors_are_the_exact_posteriors():
-    """Where the family holds the posterior, the amortization gap is all that there is.
+    """If the family contains the posterior, optimized factors reach it: only amortization costs.
 
-    ELBO(q) = log p(x) - KL(q || p(z|x)): the KL is below 0.02 nats, and the mean ELBO of the
-    images within 5 standard errors of their evidence.
+    ELBO(q) = log p(x) - KL(q || p(z|x)). The KL must be below 0.02 nats, and the mean ELBO of the
+    images within 0.02 nats and 5 standard errors of the mean evidence.
     """
     vae, x, exact, evidence = linear_pair()
     decoder = [p.clone() for p in vae.model.parameters()]
@@ -82,7 +86,7 @@ def test_optimized_factors_are_the_exact_posteriors():
 
 
 def test_the_factors_of_a_decoder_are_no_worse_than_its_encoder():
-    """Every image gains, at the same noise; the error is that of 64 draws."""
+    """No image loses at the same noise, except by the error of an estimate from 64 draws."""
     vae = tiny(net="mlp")
     svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
     for _ in range(100):
@@ -108,12 +112,12 @@ def styled():
     pair = latent_class.styled(torch.randn(CLASSES, 1, 8, 8), 3)
     model, guide = (program.double() for program in pair)
     for parameter in model.likelihood.net.change.out.parameters():
-        nn.init.normal_(parameter, std=0.3)  # it starts at zero, where style would not matter
+        nn.init.normal_(parameter, std=0.3)  # the start is zero, at which the style has no effect
     return model, guide
 
 
 def log_joint(likelihood, x, *z):
-    """log p(y) + log p(x | ..., y), `(B, K)`, one class after the other."""
+    """Returns log p(y) + log p(x | ..., y) of each class y, `(B, K)`, in a loop over classes."""
     each = [
         likelihood(*z, torch.full((len(x),), y)).log_prob(x) - math.log(CLASSES)
         for y in range(CLASSES)
@@ -170,7 +174,7 @@ def test_a_mixture_finds_the_classes_that_there_are():
     labels = torch.arange(80) % CLASSES
     x = templates[labels]
     model = latent_class.mixture(CLASSES, torch.zeros(1, 8, 8))
-    with torch.no_grad():  # as far as their pixels tell, each template is nearest to one class
+    with torch.no_grad():  # each class starts near one template
         model.likelihood.net[0].weight.add_(templates.flatten(1) - 0.5)
     batches = iter(lambda: x, None)
     latent_class.fit(model, latent_class.nothing, batches, steps=50, rate=0.1, quiet=True)
@@ -203,7 +207,7 @@ def bayesian_pair(images):
 
 
 def loss_at(draws, index, elbo, model, guide, x):
-    """The loss of the batch `x[index]`, the weights and each image's z as in the trace `draws`."""
+    """Returns the loss of the batch `x[index]` with the weights and z of the trace `draws`."""
     part = draws.copy()
     part.nodes.pop("data")
     part.nodes["z"] = {**draws.nodes["z"], "value": draws.nodes["z"]["value"][index]}
@@ -212,8 +216,11 @@ def loss_at(draws, index, elbo, model, guide, x):
 
 @pytest.mark.parametrize("elbo", [Trace_ELBO(), TraceMeanField_ELBO()])
 def test_the_weights_are_counted_once_for_each_data_set(elbo):
-    """The mean of the losses of two half-batches is that of the whole, at the same draws: so it is
-    if each half's images count twofold and its weights once, and their KL is far from 0."""
+    """At the same draws, the mean of the losses of two half-batches is the loss of the whole.
+
+    This holds if each half counts its images twice and the weights once; the KL of the weights is
+    far from 0, so a wrong count would be seen.
+    """
     x = X.double()
     _, model, guide = bayesian_pair(len(x))
     draws = pyro.poutine.trace(guide).get_trace(x)
@@ -227,7 +234,7 @@ def test_the_weights_are_counted_once_for_each_data_set(elbo):
 
 
 def test_the_loss_of_a_batch_by_hand():
-    """(N / B) sum_n [KL(q(z_n) || p(z_n)) - log p(x_n | z_n, w)] + KL(q(w) || p(w)), N = 30."""
+    """It is N / B sum_n [KL(q(z_n) || p(z_n)) - log p(x_n | z_n, w)] + KL(q(w) || p(w)), N = 30."""
     x = X.double()
     vae, model, guide = bayesian_pair(30)
     draws = pyro.poutine.trace(guide).get_trace(x)
@@ -263,7 +270,7 @@ def test_all_that_is_the_guides_is_trained_and_nothing_else():
 
 
 def test_a_drawn_decoder_is_a_draw_of_the_posterior():
-    """Within 5 standard errors over 400 draws: the mean of each weight, and its spread."""
+    """Over 400 draws, mean and spread of the weights are right within 5 standard errors."""
     vae, _, guide = bayesian_pair(30)
     draws = []
     for _ in range(400):
@@ -280,7 +287,7 @@ def test_a_drawn_decoder_is_a_draw_of_the_posterior():
 
 
 def test_the_rings_density_is_that_of_g():
-    """Against the change of variables, log N(z) - log |det dg/dz|, the Jacobian by autograd."""
+    """It equals log N(z) - log |det dg/dz|, with the Jacobian by autograd."""
     z = torch.randn(20, 2, dtype=torch.float64)
     jacobians = torch.stack([torch.autograd.functional.jacobian(gaussian_prior.g, v) for v in z])
     by_hand = StandardNormal(2).double()().log_prob(z) - jacobians.det().abs().log()
@@ -296,7 +303,7 @@ LITTLE += ["--gap-images", "0", "--nuts-samples", "0"]
 
 
 def run(module, folder, capsys, *argv):
-    """What a run says, and its numbers; its config is there."""
+    """Runs an example briefly; returns its output and the numbers of `results.json`."""
     module.main(["--out", str(folder), "-n", "1", "--quiet", *argv])
     assert json.loads((folder / "config.json").read_text())["seed"] == 0
     said = capsys.readouterr()
@@ -312,7 +319,7 @@ def test_a_run_of_amortization_is_one_of_its_pair(tmp_path, capsys):
     left = {path.name for path in folder.iterdir()}
     assert {"amortization.png", "largest_gaps.png", "best.pt", "metrics.csv"} <= left
     vae, x = pvae.load(folder), pixels(observe(load("digits"), "dynamic").test.first(20).images)
-    elbo = amortization.elbos(vae, vae.guide, x, seed=0).mean().item()  # of the pair measured
+    elbo = amortization.elbos(vae, vae.guide, x, seed=0).mean().item()  # it is the measured pair
     assert elbo == pytest.approx(numbers["ELBO, encoder"]["mean"], rel=1e-6)
     evaluation.main([str(folder), *LITTLE])
     assert (folder / "evaluation.json").exists()
@@ -326,7 +333,7 @@ def test_a_run_of_bayesian_decoder(tmp_path, capsys):
     assert list(numbers) == ["100", "1000"]
     left = {"config.json", "results.json", "uncertainty.png", "point_100", "point_1000"}
     assert {path.name for path in folder.iterdir()} == {".lock", *left}
-    for size in ("100", "1000"):  # the very pair that was measured: one noise, one ELBO
+    for size in ("100", "1000"):  # the loaded pair is the measured one: same noise, same ELBO
         point = pvae.load(folder / f"point_{size}")
         x = pixels(observe(load("digits"), "dynamic").test.images)
         with evaluate.fixed_noise("cpu", 0):

@@ -1,4 +1,4 @@
-"""What the ELBO is and how its gradient is estimated: the examples' laws, and one run of each."""
+"""The examples on the ELBO and on estimators of its gradient: their laws, and one run of each."""
 
 import importlib
 import json
@@ -30,13 +30,13 @@ def exact_model(latent_dim: int = 2) -> LinearGaussian:
 
 
 def marginal(exact):
-    """p(x) as torch knows it: a dense multivariate normal."""
+    """Returns p(x) as torch's dense multivariate normal."""
     noise = exact.scale**2 * torch.eye(len(exact.mean), dtype=torch.float64)
     return dist.MultivariateNormal(exact.mean, exact.weight @ exact.weight.T + noise)
 
 
 def posterior(exact, x):
-    """p(z|x) by conditioning the joint normal of (z, x), without the precision of z."""
+    """Returns p(z|x) by conditioning the joint normal of (z, x), not by the precision of z."""
     gain = exact.weight.T @ torch.linalg.inv(marginal(exact).covariance_matrix)  # (D, E)
     eye = torch.eye(len(gain), dtype=torch.float64)
     loc = (x.flatten(1) - exact.mean) @ gain.T
@@ -68,7 +68,7 @@ def test_evidence_and_posterior_are_those_of_the_joint_normal(latent_dim):
 @pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize("latent_dim", [1, 2, 5])
 def test_elbo_and_gap_are_those_of_torch_and_sum_to_the_evidence(latent_dim, full):
-    """log p(x, z) is quadratic in z: E_q = its value at the loc + tr(Hessian S) / 2, exactly."""
+    """log p(x, z) is quadratic in z, so its mean is its value at the loc + tr(Hessian S) / 2."""
     exact, x = exact_model(latent_dim), images(20)
     loc, scale_tril = random_q(20, latent_dim, full)
     q = dist.MultivariateNormal(loc, scale_tril=scale_tril)
@@ -109,7 +109,7 @@ def test_the_mean_field_gap_is_the_least():
 
 
 def test_fit_is_the_maximum_of_the_likelihood():
-    """The gradient of the mean log evidence, by autograd of torch's own density, is 0 there."""
+    """At the fit, the gradient of the mean log evidence is 0, by autograd of torch's density."""
     x = images(50) * torch.linspace(0.5, 2, 3, dtype=torch.float64)
     exact = LinearGaussian.fit(x, 2)
     weight, mean = exact.weight.clone().requires_grad_(), exact.mean.clone().requires_grad_()
@@ -136,11 +136,11 @@ def test_turning_the_latent_axes_leaves_the_evidence_but_not_the_mean_field_boun
     assert turned.mean_field_gap() > 0.01
 
 
-# ---- the Pyro pair of it ----
+# ---- the Pyro pair of that model ----
 
 
 def test_pyros_elbo_is_the_closed_form_one():
-    """Of each image, at a random guide: means of 4,000 draws within 4 standard errors."""
+    """For a random guide, means of 4,000 draws are within 4 standard errors, for each image."""
     exact, x = exact_model(), images(5)
     model = elbo.linear_model(exact, SHAPE).double()
     guide = elbo.linear_guide(heads.Normal((2,)), SHAPE).double()
@@ -153,7 +153,7 @@ def test_pyros_elbo_is_the_closed_form_one():
 
 
 def test_with_the_posterior_as_the_guide_every_draw_is_the_evidence():
-    """The linear guide with `SharedCovariance` holds p(z|x), and there it has no variance."""
+    """The linear guide with `SharedCovariance` can be p(z|x); then the ELBO has no variance."""
     exact, x = exact_model(), images(5)
     model = elbo.linear_model(exact, SHAPE).double()
     guide = elbo.linear_guide(elbo.SharedCovariance(torch.ones(2, 2)), SHAPE).double()
@@ -189,12 +189,12 @@ NAMES = ["none", "decaying", "neural", "reparameterized"]
 def found():
     """The exact gradient, and 100 estimates of it by each estimator for L = 1 and 10."""
     pyro.set_rng_seed(0)
-    # most of the cost of an image does not depend on z, as in a VAE: what a baseline is for
+    # as in a VAE, most of an image's cost does not depend on z; a baseline removes this part
     exact, x = exact_model(), 2 * images(6)
     exact = LinearGaussian(0.3 * exact.weight, exact.mean, exact.scale)
     model = elbo.linear_model(exact, SHAPE).double()
     guide = elbo.linear_guide(heads.Normal((2,)), SHAPE).double()
-    with torch.no_grad():  # scales near 1: without heavy tails the standard errors can be trusted
+    with torch.no_grad():  # scales near 1 avoid heavy tails, so standard errors can be trusted
         for parameter in guide.parameters():
             parameter.mul_(0.2)
     score = elbo.linear_guide(heads.ScoreFunctionNormal((2,)), SHAPE).double()
@@ -216,7 +216,7 @@ def found():
 
 
 def variance(estimates):
-    """The total variance over replicates, and its standard error."""
+    """Returns the variance over replicates, summed over parameters, and its standard error."""
     squares = (estimates - estimates.mean(0)).square().sum(1)
     return squares.mean().item(), squares.std().item() / len(squares) ** 0.5
 
@@ -224,17 +224,17 @@ def variance(estimates):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("particles", [1, 10])
 def test_every_estimator_is_unbiased(found, name, particles):
-    """20 random projections of the gradient, each within 4 of its standard errors."""
+    """Each of 20 random projections of the gradient is right within 4 standard errors."""
     truth, estimates = found
     assert estimators.projections(estimates[name, particles], truth).abs().max() < 4
-    # and the test has the power to see a gradient that is wrong by a third
+    # the test is sharp enough to find a gradient that is wrong by a third
     if name == "reparameterized":
         assert estimators.projections(estimates[name, particles], truth / 1.5).abs().max() > 4
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_variance_falls_as_one_over_the_draws(found, name):
-    """10 times the variance at L = 10 is that at L = 1, within 4 standard errors."""
+    """The variance at L = 1 is 10 times that at L = 10, within 4 standard errors."""
     _, estimates = found
     (one, one_se), (ten, ten_se) = (variance(estimates[name, n]) for n in (1, 10))
     assert abs(one - 10 * ten) < 4 * math.hypot(one_se, 10 * ten_se)
@@ -242,7 +242,7 @@ def test_the_variance_falls_as_one_over_the_draws(found, name):
 
 
 def test_baselines_and_reparameterization_reduce_the_variance(found):
-    """By more than 4 standard errors each, at L = 10."""
+    """Each reduces the variance at L = 10 by more than 4 standard errors."""
     _, estimates = found
     value, error = zip(*(variance(estimates[name, 10]) for name in NAMES), strict=True)
     for worse, better in ((0, 1), (0, 2), (1, 3), (2, 3)):

@@ -1,4 +1,4 @@
-"""Label joins, pairs conditional on labels, and the examples that draw what they learn."""
+"""Label joins, pairs conditional on labels, and the examples `cvae.py` and `autoencoder.py`."""
 
 import importlib.util
 import itertools
@@ -40,22 +40,22 @@ def conditional(likelihood="bernoulli", guide="normal", shape=(1, 8, 8), net="co
 
 # ---- the join ----
 
-LEADS = [  # leading dimensions of v, and the shape of y
+LEADS = [  # the leading dimensions of v and the shape of y
     ((), ()),
     ((3,), (3,)),
     ((2, 3), (3,)),  # particles
     ((2, 3), (2, 3)),
-    ((3,), (K, 1)),  # a label enumerated to the left of the batch
-    ((2, 3), (K, 1, 1)),  # the same with particles
+    ((3,), (K, 1)),  # the label is enumerated, to the left of the batch
+    ((2, 3), (K, 1, 1)),  # enumerated, with particles
     ((2, 1, 3), (K, 1)),
-    ((5, 1), (K,)),  # one style a row, one label a column
+    ((5, 1), (K,)),  # a style for each row, a label for each column
     ((1,), (3,)),
-    ((2, 3), ()),  # one label for all
+    ((2, 3), ()),  # one label for all images
 ]
 
 
 def at(t, index, lead):
-    """`t[index]` where the leading dimensions `lead` of `t` broadcast against `index`."""
+    """Returns `t[index]` if the leading dimensions `lead` of `t` broadcast against `index`."""
     own = index[len(index) - len(lead) :]
     return t[tuple(0 if size == 1 else i for i, size in zip(own, lead, strict=True))]
 
@@ -96,7 +96,7 @@ def test_a_conditional_is_a_loop_over_every_v_and_y(lead, y_shape, net):
 
 
 def test_a_joined_label_is_a_bias_of_its_own_in_the_first_layer():
-    """W [v, one_hot(y)] + b = W_v v + (W_y[:, y] + b)."""
+    """The first layer computes W [v, one_hot(y)] + b = W_v v + (W_y[:, y] + b)."""
     vae, x = conditional(net="mlp").double(), images("bernoulli", (1, 8, 8))
     first = vae.guide.posterior.net.hidden[0]
     w_v, w_y = first.weight.split([64, K], dim=1)
@@ -139,7 +139,7 @@ def test_a_conditional_pair_needs_its_labels():
 
 
 def loss_and_noise(vae, x, y, elbo):
-    """Pyro's loss, its gradients (left in .grad), and the standard noise of the guide's draws."""
+    """Returns Pyro's loss and the standard noise of the guide's draws; sets the gradients."""
     vae.zero_grad(set_to_none=True)
     with _Draws() as draws:
         loss = elbo.loss_and_grads(vae.model, vae.guide, x, y)
@@ -169,8 +169,10 @@ def test_named_objectives_with_particles(name):
 
 
 def linear_pair(latent_dim=2, size=5, scale=0.3):
-    """A linear normal p(x|z, y) whose columns are orthogonal, its exact posterior, and the exact
-    log p(x|y) = log N(x; V_y + b, W W' + scale^2 I)."""
+    """Returns a linear normal pair whose guide is exact, and log p(x|y) as a function.
+
+    The columns of W are orthogonal, and log p(x|y) = log N(x; V_y + b, W W' + scale^2 I).
+    """
     w = torch.linalg.qr(torch.randn(size, latent_dim, dtype=torch.float64)).Q * 1.7
     v, b = torch.randn(size, K, dtype=torch.float64), torch.randn(size, dtype=torch.float64)
     decoder = nn.Linear(latent_dim + K, size).double()
@@ -206,7 +208,7 @@ def test_at_the_exact_posterior_every_bound_is_log_p_of_x_given_y():
     assert loss == pytest.approx(-exact.sum().item(), rel=1e-10)
     tight = evaluate.importance_weighted(vae.model, vae.guide, x, Y, num_samples=3)
     torch.testing.assert_close(tight, exact, rtol=1e-10, atol=1e-10)
-    # told a wrong label, the same image has another marginal
+    # with a wrong label, the same image has another log p(x|y)
     wrong = (Y + 1) % K
     told = evaluate.importance_weighted(vae.model, vae.guide, x, wrong, num_samples=3)
     torch.testing.assert_close(told, log_marginal(x, wrong), rtol=1e-10, atol=1e-10)
@@ -215,7 +217,7 @@ def test_at_the_exact_posterior_every_bound_is_log_p_of_x_given_y():
 
 @pytest.mark.parametrize("net", ["conv", "mlp"])
 def test_an_enumerated_label_is_the_sum_over_labels(net):
-    """log sum_y p(y) p(x|z, y) by TraceEnum_ELBO, against each label given in turn."""
+    """TraceEnum_ELBO gives log sum_y p(y) p(x|z, y), the sum by hand over labels."""
     vae, x = conditional(net=net).double(), images("bernoulli", (1, 8, 8))
     z = torch.randn(6, 3, dtype=torch.float64)
     p_y = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
@@ -234,9 +236,9 @@ def test_an_enumerated_label_is_the_sum_over_labels(net):
 @pytest.mark.parametrize("net", ["conv", "mlp"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_tensor_moves_and_the_label_is_learned(net, shape):
-    """Images that are all their label's: of all of them, a drawn image is nearest to its own.
+    """If an image depends on its label alone, a draw for a label is nearest to that label's image.
 
-    The KL's weight of 10 makes z dear, so that only the label can tell them.
+    The KL has weight 10, so z costs too much and the decoder must use the label.
     """
     vae = conditional(shape=shape, net=net).to(memory_format=torch.channels_last)
     patterns = (torch.rand(K, *shape) > 0.5).float()
@@ -263,7 +265,7 @@ def test_saved_and_loaded_it_gives_the_same_numbers(tmp_path, net):
 
 
 def test_the_classic_sizes():
-    """784-400-20: one bias and one weight for each pair of units that are joined."""
+    """The net 784-400-20 has the usual number of parameters; labels add weights to two layers."""
     layers = [(784, 400), (400, 40), (20, 400), (400, 784)]
     classic = sum((i + 1) * o for i, o in layers)
     for num_classes, expected in ((None, classic), (10, classic + 2 * 10 * 400)):
@@ -308,12 +310,12 @@ def test_a_pair_that_takes_side_vectors_is_drawn(tmp_path, monkeypatch):
     epoch = {"epoch": 1, "train_objective": -1.0, "validation_elbo": -1.0, "beta": 1.0}
     epoch |= {"validation_reconstruction": -1.0, "validation_kl": 0.0}
     report.pictures(vae, drawn, [epoch], tmp_path, elbo=-1.0)
-    assert figures["samples"].axes[0].images[0].get_array().shape == (48, 56, 3)  # 40 of them
+    assert figures["samples"].axes[0].images[0].get_array().shape == (48, 56, 3)  # 40 samples
     assert "label" not in figures["interpolations"].axes[0].get_title()
 
 
 def test_interpolations_keep_the_label(monkeypatch):
-    """Both ends of each row are of the label that is given."""
+    """Both images at the ends of a row have the label that the pair is given."""
     vae, seen = conditional(net="mlp", latent_dim=2), []
     monkeypatch.setattr(
         vae,
@@ -343,8 +345,10 @@ def example(name):
     ("likelihood", "constant"), [("bernoulli", 0.0), ("gaussian", 64 * math.log(2 * math.pi) / 2)]
 )
 def test_the_autoencoder_is_the_vae_without_noise_and_kl(likelihood, constant):
-    """Its loss and gradient are those of the oracle's reconstruction term at noise 0; and of
-    SVI's loss at beta 0 as the posterior's scale goes to 0."""
+    """Its loss and gradient are those of the oracle's reconstruction term at noise 0.
+
+    They are also the limit of SVI's loss at beta 0 as the posterior's scale goes to 0.
+    """
     autoencoder_loss = example("autoencoder").autoencoder_loss
     vae = pvae.build((1, 8, 8), 3, "mlp", likelihood, hidden=16).double()
     x = images(likelihood, (1, 8, 8))
@@ -363,7 +367,7 @@ def test_the_autoencoder_is_the_vae_without_noise_and_kl(likelihood, constant):
 
 
 def test_the_autoencoder_of_the_tutorials():
-    """With the networks as plain Sequentials, so that nothing of ours takes part."""
+    """The networks are plain Sequentials, so no code of pvae but the loss takes part."""
     encoder, decoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 6)), nn.Linear(3, 64)
     x = images("bernoulli", (1, 8, 8)).float().flatten(1)
     loss = example("autoencoder").autoencoder_loss(x, encoder, decoder, "bernoulli")
@@ -374,7 +378,7 @@ def test_the_autoencoder_of_the_tutorials():
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """200 digits as they are, 8x8: small enough that a run is mostly start-up."""
+    """Writes 200 digits of 8x8 pixels, so few that a run takes hardly longer than its start."""
     digits = load_digits()
     path = tmp_path_factory.mktemp("data") / "small.npz"
     np.savez(path, images=np.uint8(digits.images[:200] * 15), labels=digits.target[:200])
@@ -405,7 +409,7 @@ def test_cvae(tmp_path, small, capsys):
 
 
 def test_each_pair_of_cvae_is_a_run(tmp_path, small):
-    """It is loaded, and the evaluation finds the numbers that the run printed."""
+    """Each pair can be loaded, and the evaluation repeats the ELBO of the run."""
     numbers = run_example("cvae", tmp_path, small, "--latent-dim", "2", "--conditional")["numbers"]
     run = tmp_path / "r" / "cvae"
     assert pvae.load(run).sample(y=torch.arange(10)).shape == (10, 1, 8, 8)
@@ -419,9 +423,9 @@ def test_each_pair_of_cvae_is_a_run(tmp_path, small):
     "likelihood", ["grey_bernoulli", "gaussian_pixelwise", "discretized_logistic"]
 )
 def test_cvae_of_grey_pixels(tmp_path, small, capsys, likelihood, monkeypatch):
-    """What is no likelihood bounds nothing, and says so."""
+    """The output says that a head which is not a likelihood gives no bound."""
     monkeypatch.setattr(plots, "save", lambda figure, path: None)
-    monkeypatch.setattr(report, "pictures", lambda *args, **options: [])  # nor its page's
+    monkeypatch.setattr(report, "pictures", lambda *args, **options: [])  # also none for the page
     run_example("cvae", tmp_path, small, "--latent-dim", "2", "--likelihood", likelihood)
     said = capsys.readouterr().out
     kept = json.loads((tmp_path / "r" / "vae" / "config.json").read_text())
@@ -449,7 +453,7 @@ def test_without_labels_there_is_no_cvae(tmp_path):
 def test_autoencoder(tmp_path, small, capsys):
     numbers = run_example("autoencoder", tmp_path, small, "--latent-dim", "2")
     assert "elbo" not in numbers["autoencoder"]
-    assert numbers["autoencoder"]["distortion_at_code"] > 0  # of Bernoulli pixels
+    assert numbers["autoencoder"]["distortion_at_code"] > 0  # Bernoulli pixels, so a probability
     vae = numbers["VAE"]
     assert vae["elbo"] == pytest.approx(-(vae["distortion"] + vae["rate"]), abs=1e-3)
     names = {"reconstructions", "samples", "codes_autoencoder", "codes_VAE"}
@@ -459,9 +463,9 @@ def test_autoencoder(tmp_path, small, capsys):
 
 
 def test_each_pair_of_autoencoder_is_loaded(tmp_path, small, monkeypatch):
-    """What is loaded has the distortion at the codes that the run found."""
+    """A loaded pair has the same distortion at the codes as the run reported."""
     monkeypatch.setattr(plots, "save", lambda figure, path: None)
-    monkeypatch.setattr(report, "pictures", lambda *args, **options: [])  # nor its page's
+    monkeypatch.setattr(report, "pictures", lambda *args, **options: [])  # also none for the page
     numbers = run_example("autoencoder", tmp_path, small, "--likelihood", "gaussian")
     module, data = example("autoencoder"), observe(load(str(small)), "grey")
     for name in ("autoencoder", "VAE"):

@@ -1,4 +1,4 @@
-"""Laws of `pvae.data`: nothing here needs a network or a published data set."""
+"""Laws of `pvae.data`; these tests need no network and no published data set."""
 
 import hashlib
 import io
@@ -41,7 +41,7 @@ IDX_FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMN
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path, monkeypatch):
-    """No data folder but those a test makes, and no network."""
+    """Hides all data folders except those that a test makes, and the network."""
 
     def no_network(*args, **kwargs):
         raise urllib.error.URLError("no network in tests")
@@ -57,12 +57,12 @@ def alone(tmp_path, monkeypatch):
 
 @pytest.fixture
 def network(monkeypatch):
-    """A server that answers; what is downloaded from it is for the test to say."""
+    """Imitates a server that answers; the test itself decides what a download gives."""
     monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO())
 
 
 def images_of(count: int, *shape: int) -> np.ndarray:
-    """Different random images, of which the first pixel of number i is i."""
+    """Returns random images; the first pixel of image i is i."""
     array = np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8)
     array.reshape(count, math.prod(shape))[:, 0] = np.arange(count)
     return array
@@ -73,7 +73,7 @@ def idx(array: np.ndarray) -> bytes:
 
 
 def write_idx(root: Path, name: str = "mnist", train: int = 12, test: int = 4, mark: int = 0):
-    """MNIST's four files, whose images are 6x5 and whose labels are `mark`."""
+    """Writes MNIST's four files with images of 6x5 pixels; every label is `mark`."""
     raw = root / IDX_FOLDERS[name] / "raw"
     raw.mkdir(parents=True)
     for part, count in (("train", train), ("t10k", test)):
@@ -84,7 +84,7 @@ def write_idx(root: Path, name: str = "mnist", train: int = 12, test: int = 4, m
 
 
 def write_cifar(root: Path, monkeypatch) -> np.ndarray:
-    """CIFAR-10's batches of 4 images, their checksums told to torchvision."""
+    """Writes CIFAR-10's files with 4 images each, and gives torchvision their checksums."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
 
@@ -110,7 +110,7 @@ def in_memory(images: torch.Tensor, labels: torch.Tensor | None = None) -> Datas
 
 
 def ramp(copies: int = 1) -> Dataset:
-    """Every byte value as one pixel of a 16x16 image; labels number the images."""
+    """Returns copies of a 16x16 image with every byte value once; labels number the copies."""
     image = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
     return in_memory(image.repeat(copies, 1, 1, 1), torch.arange(copies))
 
@@ -132,7 +132,7 @@ def sizes(dataset: Dataset) -> tuple[int, ...]:
 
 
 def works(dataset: Dataset, how: str) -> None:
-    """Each image of the data set reaches the model once, and nothing else does."""
+    """Asserts that each image of the data set, and nothing else, reaches the model once."""
     observed = observe(dataset, how, seed=1)
     for part, size in zip(PARTS, sizes(dataset), strict=True):
         split = getattr(observed, part)
@@ -211,7 +211,7 @@ def test_binary_pixels_have_the_grey_value_as_mean(how, part):
     else:
         draws = pixels(getattr(observed, part).images)
     assert set(draws.unique().tolist()) == {0.0, 1.0}
-    # static draws are the same in every epoch, so that only `copies` of them are independent
+    # static draws are the same in every epoch, so only `copies` draws are independent
     independent = copies * epochs if (how, part) == ("dynamic", "train") else copies
     grey = pixels(ramp().train.images).double()
     error = (grey * (1 - grey) / independent).sqrt()  # exactly 0 for black and white
@@ -220,7 +220,7 @@ def test_binary_pixels_have_the_grey_value_as_mean(how, part):
 
 @pytest.mark.parametrize("part", ["train", "validation"])
 def test_dequantized_pixels_lie_strictly_inside_their_bin_and_fill_it(part):
-    copies = 2000  # 0.5 M pixels: a plain float32 255 + u leaves its bin about every 100,000th
+    copies = 2000  # 0.5 M pixels: a float32 sum 255 + u leaves its bin once in about 100,000
     observed = observe(ramp(copies), "dequantized")
     x = epoch(observed) if part == "train" else getattr(observed, part).images
     u = x.double() * 256 - torch.arange(256).reshape(1, 1, 16, 16)
@@ -282,7 +282,7 @@ def test_observe_leaves_its_data_set_as_it_was(how):
 
 
 def numbered(count: int) -> Dataset:
-    """Images whose pixels spell their label, for up to 65,536 of them."""
+    """Returns up to 65,536 images whose two pixels encode their label."""
     labels = torch.arange(count)
     high_low = torch.stack([labels // 256, labels % 256], dim=1).to(torch.uint8)
     return in_memory(high_low.reshape(count, 1, 1, 2), labels)
@@ -334,7 +334,7 @@ def test_chunks_keep_the_order():
 
 
 def masked(count: int, channels: int = 1) -> Dataset:
-    """`numbered`, with masks which spell the label too: True in pixel `label` of 1x`count`."""
+    """Returns `numbered` with masks that encode the label too: only pixel `label` is True."""
     data = numbered(count)
     mask = torch.eye(count, dtype=torch.bool)[:, None, None].expand(-1, channels, -1, -1)
     return replace(data, **{part: getattr(data, part)._replace(mask=mask) for part in PARTS})
@@ -388,7 +388,7 @@ def test_pixels_takes_bytes_and_floats_only():
 @pytest.mark.parametrize("how", OBSERVATIONS)
 def test_the_global_random_state_is_untouched(how):
     torch.manual_seed(7)
-    np.random.seed(7)  # noqa: NPY002 - it is the global state that is looked at
+    np.random.seed(7)  # noqa: NPY002 - the test reads the global state
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     epoch(observe(load("digits", seed=3), how, seed=4), seed=5)
     assert torch.equal(torch.get_rng_state(), before)
@@ -429,7 +429,7 @@ def test_digits_are_split_80_10_10_by_the_seed_and_none_is_lost():
     assert first.note == ""
     assert first.sha256 == again.sha256 != other.sha256
     for x, y in zip(everything(first), everything(other), strict=True):
-        # as sets of rows: the same images and labels in another order
+        # the same images and labels, in another order
         flat = [t.reshape(len(t), -1).double() for t in (x, y)]
         assert torch.equal(*(rows.sum(1).sort().values for rows in flat))
         assert not torch.equal(*flat)
@@ -454,13 +454,12 @@ def test_patches_are_rgb_and_the_same_every_time():
     assert first.num_classes == 2
     for split in (first.train, first.validation, first.test):
         assert torch.equal(split.labels.bincount(), torch.full((2,), len(split.images) // 2))
-    # in colour: the channels differ in every split
+    # the patches are in colour, so channels differ
     assert (first.test.images[:, 0] != first.test.images[:, 2]).float().mean() > 0.5
 
 
 def test_no_pixel_of_a_photograph_is_in_two_splits(monkeypatch):
-    """Photographs, less high than the real ones, whose pixels spell their own row, column and
-    number."""
+    """The photographs here are low, and a pixel encodes its row, its column and its photograph."""
     height, width = 104, 640
     row, column = np.mgrid[:height, :width]
     made = [np.stack([row, column % 256, number * 4 + column // 256], axis=-1) for number in (0, 1)]
@@ -471,13 +470,13 @@ def test_no_pixel_of_a_photograph_is_in_two_splits(monkeypatch):
     for i, split in enumerate((data.train, data.validation, data.test)):
         rows, low_column, rest = split.images.long().unbind(1)
         columns = low_column + rest % 4 * 256
-        # each is a patch: 64 rows and columns in their order, of the photograph of its label
+        # each image is a patch of 64 rows and columns of the photograph that its label names
         assert torch.equal(rows - rows[:, :1, :1], torch.arange(64)[:, None].expand(rows.shape))
         assert torch.equal(columns - columns[:, :1, :1], torch.arange(64).expand(rows.shape))
         assert torch.equal(rest[:, 0, 0] // 4, split.labels)
         held_by[((rest // 4 * height + rows) * width + columns).flatten(), i] = True
     assert held_by.sum(1).max() == 1
-    assert held_by.any(1).double().mean() > 0.97  # and hardly a pixel is left out
+    assert held_by.any(1).double().mean() > 0.97  # nearly all pixels are used
 
 
 # ----- published data sets ------------------------------------------------------------------------
@@ -514,7 +513,7 @@ def test_cifar_batches_are_read_whole_and_the_last_tenth_validates(tmp_path, mon
 
 
 def as_python_2_wrote_it(images: np.ndarray, labels: list[int]) -> bytes:
-    """A published batch: its bytes are what Python 2 called strings."""
+    """Returns a batch in the published format, a pickle with the byte strings of Python 2."""
     array = (
         b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR"
         + b"(K\x01"
@@ -530,7 +529,7 @@ def as_python_2_wrote_it(images: np.ndarray, labels: list[int]) -> bytes:
 
 
 def test_cifar_as_it_was_published_is_read(tmp_path, monkeypatch):
-    """Without a warning: NumPy warns of the way in which those pickles name a dtype."""
+    """It is read without a warning, although NumPy warns of the dtype in such pickles."""
     images = write_cifar(tmp_path, monkeypatch)
     sums = []
     for i in range(1, 6):
@@ -563,7 +562,7 @@ def test_classes_have_the_names_that_torchvision_gives_them(tmp_path, name):
 def test_folders_are_searched_in_order(tmp_path, monkeypatch, name):
     monkeypatch.setenv("PVAE_DATA", str(tmp_path / "env"))
     order = [tmp_path / "root", tmp_path / "env", Path("data"), tmp_path / "cache" / "pvae"]
-    for mark, folder in reversed(list(enumerate(order))):  # each goes before those already there
+    for mark, folder in reversed(list(enumerate(order))):  # each is before those that exist
         write_idx(folder, mark=mark)
         found = load(name, tmp_path / "root", download=False)
         assert found.name == "mnist"
@@ -647,13 +646,13 @@ def test_a_name_that_is_not_found_ends_the_download_at_once(monkeypatch, name):
 
 
 def test_a_server_that_refuses_the_question_is_there(tmp_path, monkeypatch):
-    """Amazon answers 403 for the folder, and gives the files in it."""
+    """A server that answers 403 for the folder, as Amazon does, may still give the files in it."""
 
     def forbidden(url, timeout):
         raise urllib.error.HTTPError(url, 403, "Forbidden", {}, io.BytesIO())
 
     monkeypatch.setattr("urllib.request.urlopen", forbidden)
-    with pytest.raises(FileNotFoundError, match="no network in tests"):  # of torchvision's own
+    with pytest.raises(FileNotFoundError, match="no network in tests"):  # by torchvision
         load("mnist")
 
 
@@ -714,10 +713,10 @@ def test_a_download_that_is_cut_off_leaves_nothing_behind(tmp_path, monkeypatch,
 def test_damaged_idx_files_are_named(tmp_path, file, content, message):
     raw = write_idx(tmp_path)
     (raw / file).write_bytes(content)
-    if len(content) == len(idx(images_of(5, 6, 5))):  # five images need five labels
+    if len(content) == len(idx(images_of(5, 6, 5))):  # write five labels for five images
         (raw / "train-labels-idx1-ubyte").write_bytes(idx(images_of(5)))
     with pytest.raises(ValueError, match=message) as caught:
-        load(None, tmp_path, download=False)  # found, so damage is no reason for the fallback
+        load(None, tmp_path, download=False)  # found, so digits do not replace it
     assert str(tmp_path) in str(caught.value)
 
 
@@ -760,7 +759,7 @@ def sorted_by_first_pixel(data: Dataset) -> torch.Tensor:
         ((3, 5, 4), (0, 1, 2, 3)),
         ((5, 4, 1), (0, 3, 1, 2)),
         ((5, 4, 3), (0, 3, 1, 2)),
-        ((3, 5, 3), (0, 1, 2, 3)),  # both readings are possible: axis 1
+        ((3, 5, 3), (0, 1, 2, 3)),  # ambiguous: axis 1 is taken as the channels
         ((1, 5, 3), (0, 1, 2, 3)),
     ],
 )
@@ -854,7 +853,7 @@ def test_other_data_is_refused_with_both_names(tmp_path):
 
 
 def test_the_hash_is_that_of_the_first_release():
-    """Runs of old are known by it."""
+    """Old runs keep this hash, so it must not change."""
     assert load("digits").sha256.startswith("041f8771457f")
 
 
@@ -974,7 +973,7 @@ def test_subfolders_are_labels_as_in_torchvision(tmp_path):
 
 
 def write_splits(folder: Path, names: tuple[str, ...], classes: tuple[str, ...] = ("",)) -> None:
-    """20 images of each class in each split, which differ in the first pixel, by 20s."""
+    """Writes 20 images for each class of each split; the first pixel numbers all images."""
     array = images_of(20 * len(names) * len(classes), 4, 4)
     parts = iter(np.split(array, len(names) * len(classes)))
     for name in names:
@@ -1009,9 +1008,9 @@ def test_without_validation_a_tenth_of_the_training_images_is_held_out(tmp_path)
     assert torch.equal(data.test.images, other.test.images)
     assert not torch.equal(data.validation.images, other.validation.images)
     kept = torch.cat([data.train.images, data.validation.images]).flatten(1)[:, 0].long()
-    assert torch.equal(kept.sort().values, torch.arange(60))  # and none of the test's, 60 to 119
+    assert torch.equal(kept.sort().values, torch.arange(60))  # no test images, which are 60 to 119
     assert torch.equal(torch.cat([data.train.labels, data.validation.labels]), kept // 20)
-    assert len(data.validation.labels.unique()) > 1  # shuffled, not the last class
+    assert len(data.validation.labels.unique()) > 1  # drawn at random, not the last class
 
 
 @pytest.mark.parametrize(
@@ -1071,7 +1070,7 @@ def test_every_mode_of_8_bits(tmp_path, mode, channels):
     (tmp_path / "mine").mkdir()
     for i in range(12):
         image = Image.new("L", (4, 5), 255).convert(mode)
-        # a palette half transparent, of which Pillow warns where it is dropped
+        # Pillow warns if the transparency of a palette is dropped
         extra = {"transparency": bytes([0, 128])} if mode == "P" else {}
         image.save(tmp_path / "mine" / f"{i}.png", **extra)
     (x,) = everything(load(tmp_path / "mine"))
@@ -1111,7 +1110,7 @@ def test_an_unreadable_image_is_named(tmp_path, suffix, keep):
 
 
 def png_of_16_bits(channels: int) -> bytes:
-    """4x4 pixels of 16 bits, grey or RGB, which Pillow can read but not write in colour."""
+    """Returns a PNG of 4x4 pixels of 16 bits, grey or RGB; Pillow cannot write the RGB one."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + crc(kind + content)

@@ -1,4 +1,4 @@
-"""The course's CNN and the deep BatchNorm net: sizes, statistics, published loss, example."""
+"""The nets `course` and `deep`: sizes, BatchNorm's statistics, the published loss, the example."""
 
 import copy
 import json
@@ -61,7 +61,7 @@ def test_the_course_net_goes_in_and_out_of_28x28_exactly():
 
 @pytest.mark.parametrize(("channels", "latent"), [(1, 20), (3, 50)])
 def test_parameters_of_the_course_net(channels, latent):
-    """The published arithmetic: weights and biases, layer by layer."""
+    """The numbers of weights and biases are the published ones, layer by layer."""
     encoder = (
         (channels * 4 * 4 * 32 + 32)
         + (32 * 4 * 4 * 64 + 64)
@@ -129,7 +129,7 @@ def test_the_deep_net_halves_and_mirrors():
 
 
 def test_parameters_of_the_deep_net():
-    """The published form at 64x64 RGB and 128 latents, weights and biases, layer by layer."""
+    """At 64x64 RGB and 128 latents, weights and biases are the published ones, layer by layer."""
 
     def layer(a, b):  # 3x3, with its BatchNorm
         return (a * 9 * b + b) + 2 * b
@@ -163,7 +163,7 @@ def test_the_output_bias_of_deep_and_course():
 
 
 def small(shape=(3, 12, 10), likelihood="gaussian"):
-    """A small deep pair by hand: images in [0, 1], logits or locs."""
+    """Returns a small deep pair composed by hand, for images in [0, 1]."""
     z_head, x_head = Normal((3,)), LIKELIHOODS[likelihood].head(shape)
     posterior = pvae.Conditional(DeepEncoder(shape, (6,), (4, 5)), z_head, event_dim=3)
     decoder = DeepDecoder((3,), x_head.param_shape, (4, 5))
@@ -174,7 +174,7 @@ def small(shape=(3, 12, 10), likelihood="gaussian"):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("particles", [1, 3])
 def test_a_step_of_svi_moves_each_statistic_once_and_rightly(objective, particles):
-    """After one step: momentum times the batch's own mean and variance, layer by layer."""
+    """A step updates each BatchNorm once, by its momentum, with the batch's mean and variance."""
     vae, x = small(), images("gaussian", (3, 12, 10)).float()
     if particles > 1 and not OBJECTIVES[objective].elbo(particles).vectorize_particles:
         pytest.skip("runs the pair once a particle")
@@ -188,7 +188,7 @@ def test_a_step_of_svi_moves_each_statistic_once_and_rightly(objective, particle
         assert m.num_batches_tracked == 1
         torch.testing.assert_close(m.running_mean, 0.1 * v.mean((0, 2, 3)))
         torch.testing.assert_close(m.running_var, 0.9 + 0.1 * v.var((0, 2, 3)))
-    # what is only looked at counts for nothing
+    # a copy that did not run has counted no batch
     assert all(m.num_batches_tracked == 0 for m in batch_norms(twin))
 
 
@@ -205,9 +205,9 @@ def test_images_are_shown_in_eval_mode_and_change_nothing():
     assert vae.training
     assert all(m.training for m in vae.modules())
     assert all(torch.equal(a, b) for a, b in zip(before, statistics(vae), strict=True))
-    # in eval mode an image's reconstruction does not hang on the images beside it
+    # in eval mode a reconstruction does not depend on the other images of the batch
     torch.testing.assert_close(vae.reconstruct(x[:1]), shown[:1])
-    # by hand: each layer normalizes by its running statistics
+    # by hand: a BatchNorm layer normalizes by its running statistics
     vae.eval()
     conv, norm = vae.guide.posterior.net.layers[:2]
     v = conv(x)
@@ -230,7 +230,7 @@ def test_statistics_go_through_save_and_load(tmp_path):
     assert all(torch.equal(a, b) for a, b in pairs)
     assert all(m.num_batches_tracked == 3 for m in batch_norms(again))
     assert torch.equal(vae.reconstruct(x), again.reconstruct(x))
-    # and a fresh pair, without the statistics, shows other images
+    # a new pair without the saved statistics gives other images
     fresh = compose(vae.recipe)
     fresh.load_state_dict(dict(vae.named_parameters()), strict=False)
     assert not torch.allclose(fresh.reconstruct(x), again.reconstruct(x), atol=1e-3)
@@ -240,7 +240,7 @@ def test_statistics_go_through_save_and_load(tmp_path):
 
 
 def published(x, t, mu, log_var, weight):
-    """As the published code computes it, on images x and t in [-1, 1]."""
+    """Returns the loss as the published code computes it, for images x and t in [-1, 1]."""
     kl = torch.mean(-0.5 * torch.sum(1 + log_var - mu**2 - log_var.exp(), dim=1), dim=0)
     return F.mse_loss(t, x) + weight * kl
 
@@ -251,7 +251,7 @@ UNTEMPERED = math.sqrt(WEIGHT * ELEMENTS / 2)
 
 
 def deep_pair(scale):
-    """In float64; the networks work in [-1, 1], the pair in [0, 1]."""
+    """Returns a float64 pair for images in [0, 1] whose networks work in [-1, 1]."""
     encoder = nn.Sequential(Affine(2, -1), DeepEncoder(SHAPE, (6,), (4, 5)))
     tanh = nn.Sequential(DeepDecoder((3,), SHAPE, (4, 5)), nn.Tanh())
     head = NormalFixedScale(SHAPE, scale=scale / 2)
@@ -267,7 +267,7 @@ def deep_pair(scale):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("scale", [0.3, 1.0, UNTEMPERED])
 def test_the_published_loss_is_a_tempered_elbo_and_so_are_its_gradients(scale, training):
-    """Equal up to the factor D / (2 s^2) and D log(s sqrt(2 pi) / 2) nats per image, to 1e-10."""
+    """SVI's loss is D / (2 s^2) times the published one, plus D log(s sqrt(2 pi) / 2) per image."""
     vae, encoder, tanh = deep_pair(scale)
     vae.train(training)
     x = images("gaussian", SHAPE)
@@ -288,14 +288,14 @@ def test_the_published_loss_is_a_tempered_elbo_and_so_are_its_gradients(scale, t
     total = sum(p.grad.norm() ** 2 for p in vae.parameters()) ** 0.5
     assert total > 0
     for name, p in vae.named_parameters():
-        # relative to the whole: the bias before a BatchNorm in train mode has none of its own
+        # relative to all gradients, for that of a bias before a BatchNorm in train mode is 0
         assert (ours[name] - factor * p.grad).norm() <= 1e-10 * factor * total, name
 
 
 def test_it_is_the_elbo_itself_at_one_scale_alone():
     assert deep_conv.untempered(WEIGHT, ELEMENTS) == pytest.approx(UNTEMPERED, rel=1e-15)
     assert deep_conv.tempered(WEIGHT, ELEMENTS, UNTEMPERED) == pytest.approx(1.0, rel=1e-15)
-    # by autograd: at any scale, the two gradients of the ELBO are in the ratio that w gives
+    # by autograd: at any scale, the gradient by the KL is w times the gradient by the error
     for scale in (0.3, 1.0, 7.0):
         error, kl = torch.tensor([2.0, 3.0], dtype=torch.float64, requires_grad=True)
         beta = deep_conv.tempered(WEIGHT, ELEMENTS, scale)
@@ -336,7 +336,7 @@ def test_the_example_briefly(tmp_path, capsys):
     numbers = json.loads((folder / "results.json").read_text())
     first, second, best = numbers["readings"]
     assert first["beta"] == pytest.approx(1.0)
-    for reading in (first, second, best):  # float32
+    for reading in (first, second, best):  # computed in float32
         assert reading["loss_from_elbo"] == pytest.approx(numbers["published_loss"], rel=1e-4)
     assert best["elbo"] > max(first["elbo"], second["elbo"])
     with pytest.raises(ValueError, match="holds no recipe: its VAE was composed by hand"):

@@ -1,4 +1,4 @@
-"""The site: its notebooks run, its pages are whole, and every public name is in its reference."""
+"""The site: notebooks run, pages need no network, and the reference has every public name."""
 
 import importlib
 import inspect
@@ -21,7 +21,7 @@ each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=[n.stem for n
 
 
 def cells(notebook: Path) -> list[str]:
-    """The code of a notebook, cell by cell."""
+    """Returns the code of each cell of a notebook."""
     cell = r"^```\{code-cell\} python\n(?::[^\n]*\n+)*(.*?)^```"
     return re.findall(cell, notebook.read_text(), flags=re.DOTALL | re.MULTILINE)
 
@@ -35,7 +35,7 @@ def test_notebooks_are_readable(notebook):
 @pytest.mark.slow
 @each_notebook
 def test_notebooks_run_in_a_minute(notebook, tmp_path, monkeypatch):
-    """Without Jupyter, so that the tests need none; of processor time, at one thread."""
+    """The cells run without Jupyter; the minute is processor time of one thread."""
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     start = time.process_time()
@@ -45,13 +45,13 @@ def test_notebooks_run_in_a_minute(notebook, tmp_path, monkeypatch):
 
 
 def test_every_example_is_in_the_gallery():
-    """`mnist_svi.py` and `swap.py` are told elsewhere, which its first lines say."""
+    """The gallery also names `mnist_svi.py` and `swap.py`, which other pages explain."""
     told = (ROOT / "examples" / "README.md").read_text()
     assert [p.name for p in ROOT.glob("examples/*.py") if f"`{p.name}`" not in told] == []
 
 
 def test_one_command_builds_the_site():
-    """The one that people find, which is the fixture's but for its folder."""
+    """The documented command is the one of the fixture `site`, except for the output folder."""
     command = "-m sphinx -W -b html docs docs/_build/html"
     assert command in (ROOT / "CONTRIBUTING.md").read_text()
     assert command in (DOCS / "conf.py").read_text()
@@ -59,7 +59,7 @@ def test_one_command_builds_the_site():
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The site, built from a copy, so that what is generated is left elsewhere."""
+    """Builds the site from a copy of docs/, so that no generated file is left in the repository."""
     pytest.importorskip("sphinx", reason="the site needs the extra [docs]")
     copy = tmp_path_factory.mktemp("site")
     shutil.copytree(DOCS, copy / "docs", ignore=shutil.ignore_patterns("_build", "_api"))
@@ -73,7 +73,7 @@ def site(tmp_path_factory):
 
 @pytest.mark.slow
 def test_every_page_is_there_and_needs_no_network(site):
-    """Links lead anywhere; what a page is made of lies in its folder."""
+    """Links may lead to other sites, but all that a page loads is part of the built site."""
     pages = {path.relative_to(DOCS).with_suffix(".html") for path in DOCS.glob("*.md")}
     pages |= {path.relative_to(DOCS).with_suffix(".html") for path in NOTEBOOKS}
     assert [page for page in pages if not (site / page).exists()] == []
@@ -95,7 +95,7 @@ def test_notebooks_have_pictures_and_no_errors(site):
 
 @pytest.mark.slow
 def test_every_public_name_is_in_the_reference(site):
-    """Functions and classes, by the module that defines them."""
+    """The names are functions and classes, each in the module that defines it."""
     from sphinx.util.inventory import InventoryFile
 
     inventory = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="").data

@@ -1,4 +1,4 @@
-"""Pyro's objectives against the hand-written ELBO, for every likelihood and guide."""
+"""Pyro's objectives equal the hand-written ELBO, for every likelihood and guide."""
 
 import pyro
 import pytest
@@ -13,7 +13,7 @@ from pvae.objectives import OBJECTIVES
 
 
 def pyro_loss_and_noise(vae, x, elbo, beta):
-    """Pyro's loss, its gradients (left in .grad), and the standard noise of the guide's draws."""
+    """Returns Pyro's loss and the standard noise of the guide's draws; sets the gradients."""
     vae.zero_grad(set_to_none=True)
     with temper(beta), _Draws() as draws:
         loss = elbo.loss_and_grads(vae.model, vae.guide, x)
@@ -71,9 +71,9 @@ def test_in_float32(likelihood, guide, elbo):
 
 @pytest.mark.parametrize("guide", CLOSED)
 def test_sampled_and_analytic_kl_agree_in_expectation(guide):
-    """Paired over 20,000 draws: the mean difference lies within 4 standard errors of 0.
+    """The mean difference of the KLs over 20,000 draws is 0 within 4 standard errors.
 
-    The reconstruction is one and the same, so that the two objectives agree in expectation.
+    The reconstruction is the same in both objectives, so they then agree in expectation.
     """
     vae, x = tiny(guide=guide, net="mlp").double(), images("bernoulli", (1, 8, 8))
     noise = torch.randn(20_000 // len(x), len(x), 3, dtype=torch.float64)
@@ -97,7 +97,7 @@ def test_named_objectives_with_particles_are_their_hand_written_form(name, beta)
 @pytest.mark.slow
 @pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO, RenyiELBO])
 def test_vectorized_particles_are_the_looped_ones_in_expectation(elbo):
-    """Means of 400 losses each; they agree within 4 standard errors."""
+    """The means of 400 losses of each kind agree within 4 standard errors."""
     vae, x = tiny(), images("bernoulli", (1, 8, 8)).float()
     losses = []
     for vectorized in (True, False):
@@ -109,8 +109,10 @@ def test_vectorized_particles_are_the_looped_ones_in_expectation(elbo):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_given_max_plate_nesting_spends_no_random_numbers(name):
-    """Guessing it would make a resumed run differ from an uninterrupted one: the first call of a
-    new objective spends what every later one spends."""
+    """The first call of a new objective draws as many random numbers as every later call.
+
+    If it had to guess, it would draw more, and a resumed run would differ from a whole one.
+    """
     x, vae, elbo = images("bernoulli", (1, 8, 8)).float(), tiny(), OBJECTIVES[name].elbo(2)
     losses = []
     for _ in range(2):

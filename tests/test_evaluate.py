@@ -1,4 +1,4 @@
-"""Evaluation against models whose evidence and posterior are known.
+"""Evaluation on models whose evidence and posterior are known.
 
 The linear Gaussian model of `pvae.closed_form` is the oracle: its evidence, its posterior and the
 gap of any Gaussian guide are exact.
@@ -37,11 +37,11 @@ EXACT = LinearGaussian(
     torch.tensor([0.1, -0.2, 0.0, 0.3], dtype=torch.float64),
     0.7,
 )
-COVARIANCE = torch.linalg.inv(EXACT.precision)  # of every posterior
+COVARIANCE = torch.linalg.inv(EXACT.precision)  # of the posterior, the same for each image
 
 
 class Decoder(nn.Module):
-    """p(x|z) of `EXACT`."""
+    """The likelihood p(x|z) of `EXACT`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Decoder(nn.Module):
 
 
 class Posterior(nn.Module):
-    """The posterior of `EXACT`, its standard deviations times `widen`."""
+    """The posterior of `EXACT` with its standard deviations multiplied by `widen`."""
 
     def __init__(self, widen: float) -> None:
         super().__init__()
@@ -67,13 +67,13 @@ def linear(widen: float = 1.0):
 
 
 def images(n: int) -> torch.Tensor:
-    """Draws of p(x), `(n, 4)`."""
+    """Returns draws of p(x), `(n, 4)`."""
     z, e = torch.randn(n, 2, dtype=torch.float64), torch.randn(n, 4, dtype=torch.float64)
     return z @ EXACT.weight.T + EXACT.mean + EXACT.scale * e
 
 
 def agree(values: torch.Tensor, truth: torch.Tensor | float, errors: float = 4.0) -> None:
-    """The mean of `values - truth` is 0 within so many standard errors."""
+    """Asserts that the mean of `values - truth` is 0 within `errors` standard errors."""
     mean, se = evaluate.estimate(values - truth)
     assert abs(mean) < errors * se, f"{mean} ± {se}"
 
@@ -90,8 +90,11 @@ def test_with_the_posterior_as_the_guide_all_weights_are_the_evidence():
 
 @pytest.mark.parametrize("widen", [0.6, 1.7])
 def test_the_bounds_start_at_the_elbo_do_not_fall_and_reach_the_evidence(widen, monkeypatch):
-    """4,000 images. The mean at k = 1 is the closed-form ELBO within 4 standard errors; each k
-    gains more than it costs in noise; with the wide guide k = 500 is the evidence to 0.01."""
+    """On 4,000 images, the mean bound at k = 1 is the closed-form ELBO within 4 standard errors.
+
+    From one k to the next it falls by no more than noise. At k = 500 it lacks at most 0.01 nats
+    with the wide guide.
+    """
     monkeypatch.setattr(evaluate.importance, "DECODES", 100_000)
     x = images(4000)
     exact, lacks = EXACT.log_evidence(x), []
@@ -108,7 +111,7 @@ def test_the_bounds_start_at_the_elbo_do_not_fall_and_reach_the_evidence(widen, 
 
 
 def test_streamed_diagnostics_are_pyros_own(monkeypatch):
-    """ESS and k-hat of the same draws, ours in pieces of 130 or 1,000, Pyro's all at once."""
+    """ESS and k-hat of draws in pieces of 1,000 and 130 equal Pyro's, of all draws at once."""
     model, guide = linear(0.6)
     x, k = images(1), 1000
     with evaluate.fixed_noise("cpu", 5):
@@ -125,7 +128,7 @@ def test_streamed_diagnostics_are_pyros_own(monkeypatch):
     assert found.ess.item() == pytest.approx(weights.get_ESS().item(), rel=1e-9)
     assert found.log_evidence.item() == pytest.approx(weights.get_log_normalizer().item())
 
-    # in pieces: the same draws, one piece after the other
+    # in pieces of 130: the draws of one piece after the other
     monkeypatch.setattr(evaluate.importance, "DECODES", 130)
     with evaluate.fixed_noise("cpu", 5):
         pieces = torch.cat(
@@ -140,9 +143,12 @@ def test_streamed_diagnostics_are_pyros_own(monkeypatch):
 
 
 def test_a_guide_that_is_too_narrow_is_exposed_by_k_hat():
-    """With the posterior's standard deviations times c < 1 the weights' tail index is 1 - c^2:
+    """If a guide has c < 1 times the posterior's scales, the weights' tail index is 1 - c^2.
+
     P(w > t) = P(|z|^2 > 2 log t / (1 / c^2 - 1)), and |z|^2 / c^2 has an exponential tail. With
-    c > 1 they are bounded. Means of 100 images; 0.1 for what 2,000 draws see of a tail."""
+    c > 1 the weights are bounded. The mean k-hat of 100 images may be off by 0.1, because 2,000
+    draws show only a part of the tail.
+    """
     x = images(100)
     for c in (0.4, 0.6, 0.8, 1.3):
         k_hat = evaluate.ImportanceSampler(*linear(c), num_samples=2000)(x).pareto_k
@@ -151,7 +157,7 @@ def test_a_guide_that_is_too_narrow_is_exposed_by_k_hat():
             assert abs(mean - (1 - c**2)) < 0.1, (c, mean)
         else:
             assert mean < 0.1
-    # and the guide that is exposed is worse than its bound shows: its ELBO at least is off
+    # most images of the narrow guide are above the threshold, and none of the wide guide
     narrow = evaluate.ImportanceSampler(*linear(0.4), num_samples=2000)(x).pareto_k
     wide = evaluate.ImportanceSampler(*linear(1.3), num_samples=2000)(x).pareto_k
     assert (narrow > evaluate.UNRELIABLE).double().mean() > 0.6
@@ -160,7 +166,7 @@ def test_a_guide_that_is_too_narrow_is_exposed_by_k_hat():
 
 @pytest.mark.parametrize("labels", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_captured_weights_are_the_eager_ones(labels):
-    """Same noise, same draws: 4,500 of them in pieces of 500, the last ones by a graph."""
+    """At the same noise, captured and eager weights agree: 4,500 draws in pieces of 500."""
     vae = pvae.build((1, 8, 8), 2, "conv", hidden=8, num_classes=3 if labels else None)
     x = (torch.rand(4, 1, 8, 8) > 0.5).float()
     y = torch.tensor([0, 1, 2, 0]) if labels else None
@@ -173,7 +179,7 @@ def test_captured_weights_are_the_eager_ones(labels):
     assert ours.log_weights.engine == "captured", ours.log_weights.reason
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    # another batch of that shape is the same graph's, and no parameter was left a gradient
+    # another batch of that shape uses the same graph, and no parameter has a gradient
     assert (ours(1 - x, y).log_evidence != found.log_evidence).all()
     assert ours.log_weights.captures == 1
     assert all(p.grad is None for p in vae.parameters())
@@ -187,8 +193,10 @@ def test_too_few_weights_have_no_k_hat():
 
 
 def test_one_covariance_each_finds_the_exact_posterior():
-    """Started three times too narrow and without correlations, after 400 steps the ELBO is the
-    evidence to 0.01 nats, and importance weights that were not to be believed are."""
+    """Factors that start three times too narrow, without correlations, reach the posterior.
+
+    After 400 steps the ELBO is the evidence to 0.01 nats, and k-hat is no longer too high.
+    """
     x = images(5)
     model, narrow = linear(0.33)
     factors = evaluate.full_covariance_factors(narrow, x)
@@ -214,8 +222,10 @@ def test_one_covariance_each_finds_the_exact_posterior():
 
 @pytest.mark.parametrize("initial", [pytest.param(None, marks=pytest.mark.slow), "guide"])
 def test_annealing_sandwiches_the_evidence(initial):
-    """200 simulated images. Both bounds hold within 4 standard errors, with 10 temperatures and
-    with 100, where each of them is the evidence to 0.1 nats and 4 standard errors."""
+    """On 200 simulated images both bounds hold within 4 standard errors, at 10 and 100 steps.
+
+    With 100 temperatures each bound is the evidence to 0.1 nats and 4 standard errors.
+    """
     model, guide = linear(0.6)
     start = guide if initial else None
     made = evaluate.simulate(model, torch.zeros(200, 4, dtype=torch.float64))
@@ -235,7 +245,7 @@ def test_annealing_sandwiches_the_evidence(initial):
 
 
 def test_step_sizes_are_adapted_to_the_acceptance():
-    """From one at which all is accepted and one at which nothing is, to 0.65, chain by chain."""
+    """Each chain adapts its step size to an acceptance of 0.65, from far too small or large."""
     model, _ = linear()
     x = images(200)
     with evaluate.evaluating(model):
@@ -252,8 +262,10 @@ def test_step_sizes_are_adapted_to_the_acceptance():
 
 
 def test_annealed_weights_are_unbiased():
-    """E w = p(x) at any number of temperatures, forward; E 1/w = 1/p(x) backward, from exact
-    draws: means of 4,000 chains within 4 standard errors (20 temperatures)."""
+    """At any number of temperatures, E w = p(x) forward; E 1/w = 1/p(x) back from exact draws.
+
+    The means of 4,000 chains (20 temperatures) must agree within 4 standard errors.
+    """
     model, _ = linear()
     made = evaluate.simulate(model, torch.zeros(4000, 4, dtype=torch.float64))
     exact = EXACT.log_evidence(made.x)
@@ -274,7 +286,7 @@ def test_simulated_images_and_their_latents_are_a_draw_of_the_joint():
 
 
 def test_moves_leave_the_posterior_invariant():
-    """30 moves from exact draws at a large step: rejections too must not disturb it."""
+    """Exact draws are still exact after 30 moves with a step so large that some are rejected."""
     model, _ = linear()
     x = images(1).expand(20_000, 4)
     draws = torch.randn(20_000, 2).double() @ torch.linalg.cholesky(COVARIANCE).T
@@ -286,17 +298,17 @@ def test_moves_leave_the_posterior_invariant():
             chains.step.fill_(0.75)
             chains.move(1.0)
         log_q0, log_joint = path(chains.z)
-    assert 0.3 < chains.accepted.mean() / 30 < 0.97  # some are rejected
-    torch.testing.assert_close(chains.log_q0, log_q0)  # what is kept is that of where they stayed
+    assert 0.3 < chains.accepted.mean() / 30 < 0.97  # some moves are rejected
+    torch.testing.assert_close(chains.log_q0, log_q0)  # the kept densities belong to the new z
     torch.testing.assert_close(chains.log_joint, log_joint)
-    assert (chains.z[0] != draws).any(1).double().mean() > 0.9  # and yet all have moved
+    assert (chains.z[0] != draws).any(1).double().mean() > 0.9  # yet most chains have moved
     agree(chains.z[0, :, 0], EXACT.posterior_loc(x)[0, 0])
     agree(chains.z[0, :, 1], EXACT.posterior_loc(x)[0, 1])
     torch.testing.assert_close(chains.z[0].T.cov(), COVARIANCE, rtol=0.06, atol=0.005)
 
 
 def hierarchical(x, y=None):
-    """z1 ~ N(0, 1), z2 | z1 ~ N(z1, 1) in two dimensions, x | z2 ~ N(z2, 1): x ~ N(0, 2 I + 11')"""
+    """z1 ~ N(0, 1), z2 | z1 ~ N(z1 1, I), x | z2 ~ N(z2, I), all in 2-D: x ~ N(0, 2 I + 11')."""
     with pyro.plate("data", len(x)):
         z1 = pyro.sample("z1", dist.Normal(x.new_zeros(()), 1.0))
         z2 = pyro.sample("z2", dist.Normal(z1[..., None].expand(*z1.shape, 2), 1.0).to_event(1))
@@ -310,7 +322,7 @@ def test_annealing_packs_latents_of_any_shapes():
         "z2": (300, 2),
     }
     path = _Path(hierarchical, None, made.x, None, 3)
-    again = path.unpack(path.pack(made.latents))  # (3, 300, *event), each chain the same
+    again = path.unpack(path.pack(made.latents))  # (3, 300, *event), equal by chain
     for name, z in made.latents.items():
         assert torch.equal(again[name], z.expand(3, *z.shape))
     p = torch.distributions.MultivariateNormal(
@@ -325,7 +337,7 @@ def test_annealing_packs_latents_of_any_shapes():
 
 
 def cubic(x, y=None):
-    """z ~ N(0, 1), x ~ N(z^3, 0.5): the gradient of log p grows as z^5, and leapfrogs explode."""
+    """z ~ N(0, 1), x ~ N(z^3, 0.5): the gradient of log p grows as z^5, so leapfrogs diverge."""
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
         return pyro.sample("x", dist.Normal(z**3, 0.5).to_event(1), obs=x)
@@ -333,7 +345,7 @@ def cubic(x, y=None):
 
 @pytest.mark.slow
 def test_chains_that_diverge_stay_and_are_counted():
-    """Both bounds of a model whose leapfrogs overflow, against its evidence by quadrature."""
+    """Although leapfrogs overflow, both bounds are near the evidence, known by quadrature."""
     made = evaluate.simulate(cubic, torch.zeros(200, 1, dtype=torch.float64))
     grid = torch.linspace(-6, 6, 20_001, dtype=torch.float64)
     log_p = torch.distributions.Normal(0, 1).log_prob(grid)
@@ -355,7 +367,7 @@ def test_chains_that_diverge_stay_and_are_counted():
 
 
 def undefined_far_out(x, y=None):
-    """Where z is above 710 the mean of x is infinity less infinity."""
+    """The mean of x is infinity minus infinity if z is above 710."""
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
         return pyro.sample("x", dist.Normal((2 * z).exp() - z.exp(), 1.0).to_event(1), obs=x)
@@ -366,7 +378,7 @@ def test_steps_out_of_the_finite_numbers_move_nothing(program, step):
     x = torch.ones(50, 1, dtype=torch.float64)
     path = _Path(program, None, x, None, 2)
     chains = _Chains(path, path.pack(path.first), leapfrogs=5)
-    chains.step[0] = step  # of the first chain of each image alone
+    chains.step[0] = step  # only the first chain of each image
     before = chains.z
     for _ in range(3):
         chains.move(1.0)
@@ -392,7 +404,7 @@ def test_annealing_refuses_what_it_cannot_move():
 
 
 def test_a_conditional_pair_is_evaluated_under_its_labels():
-    """What is annealed is log p(x|y): another label gives another number at the same noise."""
+    """Annealing estimates log p(x|y): another label gives another number at the same noise."""
     vae = pvae.build((1, 8, 8), 2, "mlp", hidden=8, num_classes=3)
     x = (torch.rand(4, 1, 8, 8) > 0.5).float()
     found = []
@@ -410,7 +422,7 @@ def test_a_conditional_pair_is_evaluated_under_its_labels():
 
 @pytest.mark.slow
 def test_nuts_finds_the_exact_posterior():
-    """1,500 draws, less than twice as noisy as independent ones (NUTS on a Gaussian)."""
+    """Mean and covariance of 1,500 draws are exact; `se` is twice that of independent draws."""
     x = images(1)
     before = torch.get_rng_state()
     z = evaluate.nuts(linear()[0], x, num_samples=1500, warmup_steps=200)["z"]
@@ -438,7 +450,7 @@ def test_nuts_takes_every_prior(prior):
 
 
 class Fixed(nn.Module):
-    """`q(z|x) = N(x, s^2)` for x `(B, 1, 1, 1)` in [0, 1], stretched by `spread`."""
+    """`q(z|x) = N(spread x, scale^2)` for x `(B, 1, 1, 1)` in [0, 1]."""
 
     def __init__(self, spread: float, scale: float) -> None:
         super().__init__()
@@ -461,8 +473,10 @@ def split_of(values) -> Split:
 
 
 def test_information_by_quadrature():
-    """Two posteriors that overlap, N(0, s^2) and N(d, s^2), each of 1,000 images: I(x; z) is that
-    of a binary channel, and KL(q(z) || p(z)) an integral."""
+    """Both numbers are integrals if images have one of two posteriors that overlap.
+
+    1,000 images have N(0, s^2) and 1,000 have N(d, s^2); I(x; z) is that of a binary channel.
+    """
     d, s = 1.5, 0.8
     found = evaluate.information(*latent_pair(d, s), split_of([0, 255] * 1000))
     grid = torch.linspace(-12, 14, 200_001, dtype=torch.float64)
@@ -530,8 +544,10 @@ def test_the_picture_of_a_posterior_refuses():
 
 
 def test_the_collapsed_model_is_the_best_that_ignores_z():
-    """On digits: the closed form is the mean log-likelihood over binarisations, within 4 standard
-    errors of 20 of them; and no other rate does better, in expectation."""
+    """The closed form is the mean log-likelihood of binarised digits; no other rate does better.
+
+    The mean is over 20 binarisations, within 4 standard errors.
+    """
     x = pixels(load("digits").train.images).double()
     mean = x.mean(0)
     draws = torch.stack(
@@ -551,7 +567,7 @@ def test_the_collapsed_model_is_the_best_that_ignores_z():
 
 
 def test_observed_digits_reach_it_in_the_mean():
-    """The same from `data`: a dynamic epoch at the mean image."""
+    """Dynamic epochs from `data` have the same mean log-likelihood at the mean image."""
     digits = load("digits")
     mean = digits.mean_image.double()
     values = [
@@ -578,8 +594,10 @@ print(peak())
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_weights():
-    """The bar: the peak memory of k = 10,000 within 1.2 times that of k = 100, which is one piece
-    of draws. Their images all at once would take 630 MB, more than the whole process."""
+    """The peak memory for k = 10,000 is below 1.2 times that for k = 100, one piece of draws.
+
+    All images of k = 10,000 at once would take 630 MB, more than the whole process.
+    """
     peaks = {}
     for k in (100, 10_000):
         done = subprocess.run(
@@ -597,7 +615,7 @@ def test_memory_does_not_grow_with_the_number_of_weights():
 
 
 class Shifted(nn.Module):
-    """The posterior of `EXACT`, its mean moved by a number of standard deviations."""
+    """The posterior of `EXACT` with its mean moved by `shift` standard deviations."""
 
     def __init__(self, shift: float) -> None:
         super().__init__()
@@ -608,7 +626,7 @@ class Shifted(nn.Module):
 
 
 class Prior(nn.Module):
-    """p(z) in the place of q(z|x)."""
+    """A guide that ignores x: q(z|x) = p(z)."""
 
     def forward(self, x):
         return dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1)
@@ -626,13 +644,15 @@ def test_calibration_passes_the_exact_guide_and_exposes_others():
     assert least(linear(0.7)[1]) < 1e-6
     assert least(linear(1.4)[1]) < 1e-6
     assert least(Guide(Shifted(0.4))) < 1e-6
-    assert least(Guide(Prior())) > 0.05  # what the test cannot see, as the docs say
+    assert least(Guide(Prior())) > 0.05  # calibration cannot find this guide, as the docs say
 
 
 @pytest.mark.parametrize(("count", "num_draws"), [(1000, 100), (1000, 7), (60, 100)])
 def test_p_values_of_calibration_are_uniform(count, num_draws):
-    """Of uniform ranks, 300 times: the shares of p-values below 0.05 and 0.5 are those within 4
-    standard errors, for bins that differ in size too."""
+    """Uniform ranks give uniform p-values, also if bins differ in size.
+
+    Of 300 p-values, the shares below 0.05 and 0.5 are right within 4 standard errors.
+    """
     ranks = torch.randint(0, num_draws + 1, (count, 300))
     p_values = _p_values(ranks, num_draws)
     for level in (0.05, 0.5):
@@ -641,7 +661,7 @@ def test_p_values_of_calibration_are_uniform(count, num_draws):
 
 
 def test_a_narrow_unit_alone_is_found_and_named():
-    """Of a normal pair with 5 units the guide is too narrow in one."""
+    """The guide of a pair with 5 units is too narrow in unit 3, and only this unit is rejected."""
     scale = torch.full((5,), math.sqrt(0.5))
     scale[3] *= 0.7
     model = Model(StandardNormal(5), nn.Sequential(NormalFixedScale((5,))))
@@ -657,8 +677,10 @@ def test_a_narrow_unit_alone_is_found_and_named():
 
 
 def test_calibration_under_labels():
-    """Each image has its own label, the pieces of 100 too: a prior that hangs on y, and the exact
-    guide for it; a guide that ignores y is found."""
+    """With a prior that depends on y, the exact guide passes; a guide that ignores y is rejected.
+
+    Images are taken in pieces, and each image must keep its own label.
+    """
 
     class Labelled(nn.Module):
         takes_y = True
@@ -711,8 +733,10 @@ def test_calibration_refuses():
 
 @pytest.mark.slow
 def test_calibration_over_20_seeds():
-    """The bar: 1,000 images, 100 draws; the narrow guide is found in all of 20 seeds, a shifted one
-    too, the exact one accused in at most one."""
+    """In all of 20 seeds the narrow and the shifted guide are rejected, the exact one in at most 1.
+
+    Each test has 1,000 images and 100 draws.
+    """
     accused = dict.fromkeys(("exact", "narrow", "shifted"), 0)
     for seed in range(20):
         torch.manual_seed(seed)
@@ -760,7 +784,7 @@ def test_the_command_prints_a_table_and_keeps_it(digits_run):
     assert saved["bits_per_dimension"]["mean"] == pytest.approx(bits, rel=1e-5)
     assert saved["iwae_50"]["images"] == 10
     assert saved["mutual_information"]["mean"] <= math.log(179)
-    assert set(end_of_run) - {"iwae_100"} <= set(saved)  # one set of keys
+    assert set(end_of_run) - {"iwae_100"} <= set(saved)  # both files use the same keys
     assert 0 <= saved["calibration_p"]["mean"] <= 1
     assert (digits_run / "posterior.png").exists()
     assert (digits_run / "calibration.png").exists()
@@ -774,7 +798,7 @@ def test_parts_are_left_out_at_zero(digits_run, capsys):
     command(digits_run, *NOTHING, "--quiet")
     out = capsys.readouterr().out
     assert "IWAE-1,000  " not in out
-    assert "AIS: annealed" not in out  # no word on a row that is not there
+    assert "AIS: annealed" not in out  # no explanation of a row that is left out
     assert "active units: those" in out
     saved = results.read(digits_run / "evaluation.json")
     assert "iwae_1000" not in saved
@@ -837,7 +861,7 @@ def test_a_run_on_other_data_is_refused(digits_run, tmp_path):
 
 
 def test_a_run_of_version_0_1_is_evaluated(digits_run, tmp_path, capsys):
-    """One seed for all, and results under the old keys."""
+    """Such a run has one seed for everything, and its results have the old keys."""
     old = tmp_path / "old"
     shutil.copytree(digits_run, old)
     config = json.loads((old / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""The main example, briefly, on the embedded data: in this process, or in one that is stopped."""
+"""Short runs of the main example on the digits: in this process, or in one that is stopped."""
 
 import csv
 import json
@@ -36,7 +36,7 @@ SMALL = ["--dataset", "digits", "--net", "mlp", "--hidden", "32", "--latent-dim"
 
 
 def command(*argv):
-    """In a process of its own, to be stopped."""
+    """Returns the command line of the main example, for a process that a test can stop."""
     return [sys.executable, EXAMPLES / "mnist_svi.py", *argv]
 
 
@@ -45,7 +45,7 @@ def run(folder, *argv):
 
 
 def refused(capsys, *argv):
-    """What a person is told, by status and text."""
+    """Runs the main example, which must be refused; returns exit status and error text."""
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stop:
         cli.run_main(partial(mnist_svi.main, argv))
@@ -89,7 +89,7 @@ def test_what_a_run_leaves(tmp_path, capsys):
     with open(tmp_path / "r" / "metrics.csv") as file:
         assert len(list(csv.DictReader(file))) == 2
     assert "digits test set, dynamically binarised" in said.out
-    # readable when piped: no carriage returns, no escape codes
+    # piped output is readable: no carriage returns, no escape codes
     assert "\r" not in said.out + said.err
     assert "\x1b" not in said.out + said.err
     assert pvae.load(tmp_path / "r").sample(2).shape == (2, 1, 28, 28)
@@ -98,7 +98,7 @@ def test_what_a_run_leaves(tmp_path, capsys):
 @pytest.mark.parametrize("options", [[], ["--conditional", "--latent-dim", "2"]])
 @pytest.mark.parametrize("images", [10, 19])
 def test_a_small_data_set_runs_to_the_end(tmp_path, images, options):
-    """One image is left for validation, and one for the test."""
+    """Of so few images, one is for validation and one for the test."""
     x = np.random.default_rng(0).integers(256, size=(images, 10, 8), dtype=np.uint8)
     np.savez(tmp_path / "few.npz", images=x, labels=np.arange(images) % 2)
     small = ["--dataset", str(tmp_path / "few.npz"), "--net", "mlp", "-n", "1", "-b", "8"]

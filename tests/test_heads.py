@@ -41,7 +41,7 @@ def test_broadcasting_and_own_samples(name, event, batch):
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
 @pytest.mark.parametrize("name", HEADS)
 def test_each_element_has_its_own_parameters(name, batch):
-    """A batch of parameters is the distributions one by one."""
+    """A batch of parameters gives the same densities as its parameters one by one."""
     head = HEADS[name]((4,))
     h = torch.randn(*batch, *head.param_shape)
     x = head(h).sample()
@@ -58,7 +58,7 @@ def test_each_element_has_its_own_parameters(name, batch):
 def test_raw_mean_gives_that_mean(name, event):
     head = LIKELIHOODS[name].head(event)
     mean = torch.rand(event) * 0.9 + 0.05
-    # those of the 256 levels are clipped at 0 and 1
+    # means over 256 levels are less exact, because levels are clipped at 0 and 1
     atol = 0.1 if LIKELIHOODS[name].data == "levels" else 1e-4
     torch.testing.assert_close(head(head.raw_mean(mean)).mean.detach(), mean, rtol=0, atol=atol)
     for extreme in (torch.zeros(event), torch.ones(event)):
@@ -86,7 +86,7 @@ def test_normals_against_torch(head, h, scale):
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_a_head_says_of_itself_whether_it_is_normalized(name):
-    """One pixel's density integrates to 1, or its probabilities sum to 1, exactly where it says."""
+    """`normalized` is True only if a pixel's density integrates, or probabilities sum, to 1."""
     head = LIKELIHOODS[name].head((1,))
     p = head(head.raw_mean(torch.tensor([0.3])))
     if LIKELIHOODS[name].data == "continuous":

@@ -9,7 +9,7 @@ import pvae
 
 PACKAGE = Path(pvae.__file__).parent
 
-# from the roof down: each imports only what stands below it
+# from the roof down: each module imports only modules below it
 HOUSE = [
     "compare",
     "evaluation",
@@ -38,7 +38,7 @@ HOUSE = [
     "builder",
     "vae",
 ]
-# the ground floor: rooms that do not import one another, but for the names of kinds
+# the ground floor: rooms, which import no other room except `kinds`
 ROOMS = [
     "kinds",
     "programs",
@@ -59,7 +59,7 @@ TORCH_ONLY = ["closed_form", "conditional", "kinds", "nets"]
 
 
 def imported(path: Path) -> set[str]:
-    """Every module that a file imports, anywhere in it; `from pvae import a` counts as pvae.a."""
+    """Returns every module that a file imports anywhere; `from pvae import a` gives pvae.a."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -75,7 +75,7 @@ def ours(path: Path) -> set[str]:
 
 
 def files(name: str) -> list[Path]:
-    """The files of a storey: one, or those of a package. Its `__main__` hands over to a roof."""
+    """Returns a module's file, or a package's files without `__main__`, which imports a roof."""
     package = PACKAGE / name
     if not package.is_dir():
         return [PACKAGE / f"{name}.py"]
@@ -96,7 +96,7 @@ def test_imports_run_downward(name):
 
 
 def test_a_package_is_ordered_too():
-    """Within `pvae.evaluate`: imports among its files make no circle."""
+    """The imports among the files of `pvae.evaluate` make no circle."""
     uses = {
         path.stem: {n.split(".")[2] for n in imported(path) if n.startswith("pvae.evaluate.")}
         for path in files("evaluate")

@@ -1,4 +1,4 @@
-"""Missing pixels: what is seen alone counts, by brute force; then the example briefly."""
+"""Missing pixels: only seen pixels count, shown by brute force; a short run of the example."""
 
 import importlib.util
 import itertools
@@ -46,7 +46,7 @@ def masked_pair(likelihood, shape):
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("each_channel", [False, True])
 def test_the_density_is_the_sum_over_seen_pixels(likelihood, shape, each_channel):
-    """Pixel by pixel, each from the unmasked distribution of that pixel alone."""
+    """The sum by hand takes each seen pixel's density from the unmasked distribution."""
     vae = masked_pair(likelihood, shape)
     x = images(likelihood, shape, 3)
     mask = torch.rand(3, shape[0] if each_channel else 1, *shape[1:]) > 0.4
@@ -60,7 +60,7 @@ def test_the_density_is_the_sum_over_seen_pixels(likelihood, shape, each_channel
 
 
 def test_missing_pixels_are_integrated_out():
-    """The masked density is the unmasked one summed over every value of the missing pixels."""
+    """The masked density is the unmasked density summed over all values of the missing pixels."""
     likelihood = Conditional(nn.Linear(2, 6), Bernoulli((6,)), event_dim=1).double()
     z, x = torch.randn(4, 2).double(), (torch.rand(4, 6) > 0.5).double()
     mask = torch.tensor([True, False, True, True, False, False])
@@ -75,7 +75,7 @@ def test_missing_pixels_are_integrated_out():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_what_is_missing_counts_for_nothing(likelihood, shape):
-    """Loss and every gradient are to the bit the same, whatever the missing pixels hold."""
+    """The loss and all gradients have the same bits for any values of the missing pixels."""
     vae = masked_pair(likelihood, shape)
     x, other = images(likelihood, shape), images(likelihood, shape)
     mask = torch.rand(len(x), 1, *shape[1:]) > 0.5
@@ -132,7 +132,7 @@ def test_what_cannot_be_masked_is_refused(likelihood, mask, message):
 
 @pytest.mark.parametrize("name", inpainting.WAYS)
 def test_as_much_is_missing_as_is_said(name):
-    """Within 5 standard errors of the share, 0.5 for a half exactly."""
+    """The missing share is right within 5 standard errors; for "a half" it is exactly 0.5."""
     mask = inpainting.WAYS[name](torch.zeros(200, 3, 10, 8))
     assert mask.shape == (200, 1, 10, 8)
     share = {"nothing": 0.0, "25 %": 0.25, "50 %": 0.5, "75 %": 0.75, "a half": 0.5}[name]
@@ -141,7 +141,7 @@ def test_as_much_is_missing_as_is_said(name):
 
 
 def test_a_mask_travels_as_a_mask():
-    """Images and labels stay, and a pair that takes y is given the mask."""
+    """Masks change neither images nor labels, and a pair that takes y gets the mask as y."""
     digits = observe(load("digits"), "dynamic")
     masked = inpainting.with_masks(digits, inpainting.a_half)
     for name in ("train", "validation", "test"):
@@ -169,13 +169,13 @@ def test_the_example(finished):
 
 
 def test_a_pair_composed_by_hand_is_restored(finished):
-    """It has no recipe, as `pvae.load` says; its state gives the numbers of the run."""
+    """`pvae.load` says that it has no recipe; with its state restored it repeats the numbers."""
     with pytest.raises(ValueError, match="composed by hand"):
         pvae.load(finished / "a_half")
     digits = load("digits")
     vae = inpainting.masked_vae(digits.mean_image, 16)
     checkpoint.restore(vae, checkpoint.read(finished / "a_half" / "best.pt")["model"])
-    torch.manual_seed(0)  # the masks are drawn first of all
+    torch.manual_seed(0)  # as in the run, masks are drawn first
     masked = inpainting.with_masks(observe(digits, "dynamic"), inpainting.a_half)
     again = inpainting.measured(vae, masked.test, 0)
     numbers = json.loads((finished / "results.json").read_text())["a half"]

@@ -1,4 +1,4 @@
-"""The examples of exact anchors: probabilistic PCA, and evaluation of a linear model."""
+"""The examples with known numbers: probabilistic PCA, and evaluation of a linear model."""
 
 import json
 import math
@@ -17,7 +17,7 @@ ppca, anchors = example("ppca"), example("anchors")
 
 
 def digits() -> torch.Tensor:
-    """The embedded digits at 7x7 pixels, uint8."""
+    """Returns the embedded digits at 7x7 pixels, uint8."""
     x = adaptive_avg_pool2d(pixels(load("digits").train.images), 7)
     return (255 * x).round().byte()
 
@@ -41,7 +41,7 @@ def linear_vae_at(exact: LinearGaussian) -> pvae.VAE:
 
 
 def test_at_the_optimum_a_diagonal_guide_is_exact():
-    """ELBO = log p(x) at every draw of every image, by the pair's own traces."""
+    """Every draw of Pyro's ELBO is log p(x), for every image."""
     images = digits()[:50]
     exact = ppca.fitted(digits(), 5)
     vae = linear_vae_at(exact)
@@ -51,7 +51,7 @@ def test_at_the_optimum_a_diagonal_guide_is_exact():
 
 
 def test_calibration_of_ppca():
-    """Passes the exact guide of 10 units; exposes it with its scales times 0.7."""
+    """Calibration passes the exact guide of 10 units, and rejects it with 0.7 of its scales."""
     exact = ppca.fitted(digits(), 10)
     vae = linear_vae_at(exact)
     x = torch.zeros(1000, 1, 7, 7).double()
@@ -63,8 +63,10 @@ def test_calibration_of_ppca():
 
 @pytest.mark.parametrize("amount", [0.3, 1.0])
 def test_turning_the_axes_opens_the_gap_of_the_formula(amount):
-    """1/2 (sum ln M_ii - ln |M|), M = W'W + s^2 I, within 4 standard errors of Pyro's ELBO over
-    1,439 images, while log p(x) stays."""
+    """The gap is 1/2 (sum ln M_ii - ln |M|) with M = W'W + s^2 I; log p(x) does not change.
+
+    Pyro's ELBO of 1,439 images has this gap within 4 standard errors.
+    """
     x = pixels(digits()).double()
     best = ppca.fitted(digits(), 5)
     a = torch.randn(5, 5).double()
@@ -81,7 +83,7 @@ def test_turning_the_axes_opens_the_gap_of_the_formula(amount):
 
 @pytest.mark.slow
 def test_svi_arrives_at_probabilistic_pca():
-    """Within 0.5 nats, the bar, of decoder and pair alike, on digits."""
+    """On digits, SVI comes within 0.5 nats of the optimum, in log evidence and in ELBO."""
     images = digits()
     vae = ppca.linear_vae((1, 7, 7), 3)
     vae.model.likelihood.net.set_output_bias(pixels(images).mean(0))
@@ -89,14 +91,14 @@ def test_svi_arrives_at_probabilistic_pca():
     rows = ppca.train(vae, images, watched, epochs=150, batch_size=500, rate=1e-2, quiet=True)
     best = ppca.log_evidence(ppca.fitted(images, 3), images)
     assert best - 0.5 < rows[-1]["log_evidence"] < best + 1e-3
-    assert best - 0.5 < rows[-1]["elbo"] < best + 0.1  # 32 draws
+    assert best - 0.5 < rows[-1]["elbo"] < best + 0.1  # the ELBO is noisy: 32 draws
     assert ppca.as_exact(vae).scale ** 2 == pytest.approx(
         ppca.fitted(images, 3).scale ** 2, rel=0.01
     )
 
 
 def test_the_anchors_of_evaluation_hold():
-    """What the figure shows: the narrow guide is exposed, and annealing's bounds hold."""
+    """The claims of the figure are true: k-hat rejects narrow guides, annealing's bounds hold."""
     model = anchors.linear_model()
     x = evaluate.simulate(model, torch.zeros(200, 4)).x
     for row in anchors.tails(model, x[:50]):
@@ -106,7 +108,7 @@ def test_the_anchors_of_evaluation_hold():
             assert row["pareto_k"] < 0
 
 
-# ---- what the titles say ----
+# ---- the titles of the figures ----
 
 
 @pytest.mark.parametrize("lacks", [0.25, 28.0])

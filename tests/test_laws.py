@@ -19,20 +19,20 @@ from pvae.train import Trainer
 
 B, D, CLASSES = 16, 3, 2
 STEPS = 30
-TWO_LAYERS = "two layers"  # or three: the hierarchical pair stands among the guides
+TWO_LAYERS = "two layers"  # or three; the hierarchical pair is listed as a guide
 
 LAYERED = (TWO_LAYERS, "ladder")
 GUIDE_NAMES = [*GUIDES, TWO_LAYERS]
 PRODUCT = list(itertools.product(LIKELIHOODS, GUIDE_NAMES, PRIORS, [False, True]))
 
 
-# only there has the baseline a gradient; the score function's own is too noisy for one draw
+# the baseline has a gradient only under this ELBO; the score function needs more than one draw
 OBJECTIVE = {"score_function_baseline": "trace_graph_elbo"}
 PARTICLES = {"score_function": 8}
 
 
 def refusal(guide, prior, conditional):
-    """What the builder says to a combination that cannot work, or None."""
+    """Returns a part of the builder's error if a combination cannot work, else None."""
     if prior == "vamp" and guide == "per_datum":
         return "function of images"
     if prior == "vamp" and guide in LAYERED:
@@ -43,7 +43,7 @@ def refusal(guide, prior, conditional):
 
 
 def make(likelihood, guide, prior, conditional, variant=0):
-    """A tiny pair; its shape and its net are drawn by the variant."""
+    """Returns a tiny pair; `variant` is the seed that chooses its shape and its net."""
     draw = random.Random(variant)
     shape, net = draw.choice(SHAPES), draw.choice(["mlp", "conv", "gated", "resnet"])
     return build(
@@ -61,7 +61,7 @@ def make(likelihood, guide, prior, conditional, variant=0):
 
 
 def data(vae, likelihood, conditional):
-    """Two prototypes with noise, in the likelihood's support, and which of them as labels."""
+    """Returns noisy copies of two prototypes in the likelihood's support, labelled if asked."""
     shape = vae.recipe.event_shape
     y = torch.arange(B) % CLASSES
     prototypes = (torch.rand(CLASSES, *shape) > 0.5).float() * 0.8 + 0.1
@@ -71,7 +71,7 @@ def data(vae, likelihood, conditional):
 
 
 def programs(vae, guide):
-    """Model and guide as they are called with data alone."""
+    """Returns the model and a guide that needs only the data, also if it has per-datum factors."""
     if guide != "per_datum":
         return vae.model, vae.guide
     index = torch.arange(B)
@@ -79,7 +79,7 @@ def programs(vae, guide):
 
 
 def draws_of_the_elbo(pair, args):
-    """At 10 fixed draws of the latents, for each image, `(10, B)`."""
+    """Returns the ELBO of each image at 10 fixed draws of the latents, `(10, B)`."""
     x, y = (*args, None)[:2]
     with evaluate.fixed_noise("cpu", 1), evaluate.evaluating(*pair):
         model_trace, guide_trace = traces(*pair, x, y, 10)
@@ -89,18 +89,18 @@ def draws_of_the_elbo(pair, args):
 
 
 def above(difference, errors):
-    """Whether paired differences have a mean above so many of their standard errors."""
+    """Returns whether the mean of paired differences is above `errors` standard errors."""
     return difference.mean() > errors * difference.std() / len(difference) ** 0.5
 
 
 def train(likelihood, vae, pair, elbo, args, steps=STEPS):
-    # the rate of a count is exp(h), which a large step throws far off
+    # the rate of a count is exp(h), which a large step would change far too much
     rate = 3e-3 if LIKELIHOODS[likelihood].data == "counts" else 1e-2
     before = {name: p.detach().clone() for name, p in vae.named_parameters()}
     adam = torch.optim.Adam(vae.parameters(), lr=rate)
     svi = SVI(*pair, SingleOptimizer(adam), elbo)
     for step in range(steps):
-        # falling to 0: a learned scale that overshoots in the last step would be all that is seen
+        # falls to 0: a learned scale that overshoots in the last step would hide the gain
         adam.param_groups[0]["lr"] = rate * (1 - step / steps)
         assert math.isfinite(svi.step(*args))
     for name, p in vae.named_parameters():
@@ -126,15 +126,15 @@ def check_combination(number, likelihood, guide, prior, conditional):
         args,
     )
 
-    # it learns: the mean over images at the same draws rises by 5 standard errors over them
+    # it learns: at the same draws, the mean over images rises by 5 standard errors
     end = draws_of_the_elbo(pair, args)
     assert above((end - start).mean(1), 5)
-    # and its numbers are bounds, paired over the images
+    # the ELBO is not above the tighter bound, in differences image by image
     with evaluate.fixed_noise("cpu", 1):
         iwae = evaluate.importance_weighted(*pair, *(*args, None)[:2], num_samples=50)
     assert not above(end.mean(0) - iwae, 5)
 
-    # its own samples have a finite density, and one shape in model and guide
+    # its samples have a finite density, and the same shapes in model and guide
     y = args[1] if conditional else None
     trace = pyro.poutine.trace(vae.model).get_trace(y=y, size=B)
     trace.compute_log_prob()
@@ -145,14 +145,14 @@ def check_combination(number, likelihood, guide, prior, conditional):
         if name != "data":
             assert drawn.nodes[name]["value"].shape == trace.nodes[name]["value"].shape
 
-    # saved and loaded, it is the same
+    # a pair built from its recipe and its state is the same
     again = compose(vae.recipe)
     again.load_state_dict(vae.state_dict())
     assert (draws_of_the_elbo(programs(again, guide), args) == end).all()
 
 
 def each_once(cases):
-    """About one case in forty, in which every value of every axis is seen."""
+    """Selects about one case in forty, such that every value of every axis occurs."""
     seen: set[tuple[int, object]] = set()
     chosen = []
     for number, case in cases:
@@ -216,7 +216,7 @@ def check_objective(objective, case):
         return
 
     def losses():
-        """At the same 20 seeds before and after, so that their differences are paired."""
+        """Returns losses at 20 fixed seeds, so that differences between calls are paired."""
         values = []
         for seed in range(20):
             torch.manual_seed(seed)
@@ -225,7 +225,7 @@ def check_objective(objective, case):
 
     start = losses()
     if GUIDES.get(guide) is not None and GUIDES[guide].baseline and objective != "trace_graph_elbo":
-        del vae.guide.baseline  # it would not train
+        del vae.guide.baseline  # this objective does not train it
         vae.guide.baseline = None
     train(likelihood, vae, pair, elbo, args)
     assert above(start - losses(), 5)

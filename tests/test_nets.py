@@ -1,4 +1,4 @@
-"""Nets: any image size, the published sizes, errors with both sizes."""
+"""Nets: any image size, published numbers of parameters, errors that name both sizes."""
 
 import pyro
 import pytest
@@ -53,7 +53,7 @@ def test_a_residual_network_takes_any_image_size(shape, widths, options):
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("groups", [None, 2])
 def test_a_residual_block_is_its_formula(gated, groups):
-    """Written out by the functions of torch, at the weights of the only block."""
+    """The block equals its formula, written with torch's functions at the same weights."""
     net = ResNetEncoder((1, 5, 6), (2,), (4,), depths=(1,), groups=groups, gated=gated)
     for p in net.parameters():
         nn.init.normal_(p, std=0.3)
@@ -87,7 +87,7 @@ def test_a_gated_layer_is_its_formula():
 
 
 def test_group_norm_leaves_an_image_alone():
-    """In train mode an output depends on its own image, not on those beside it."""
+    """In train mode an output depends on its own image, not on the others of the batch."""
     net, x = ResNetEncoder((1, 8, 8), (3,), (4, 4, 4)), torch.rand(5, 1, 8, 8)
     torch.testing.assert_close(net(x)[:2], net(x[:2]))
 
@@ -127,7 +127,7 @@ def test_a_net_is_captured(net):
 
 
 def test_parameters_of_the_published_form():
-    """Keras' convolutional VAE, latent 2: encoder 69,076 and decoder 65,089 parameters."""
+    """Keras' convolutional VAE with 2 latents has 69,076 and 65,089 parameters."""
     encoder = ConvEncoder((1, 28, 28), (4,), hidden=16, activation=nn.ReLU)
     decoder = ConvDecoder((2,), (1, 28, 28), activation=nn.ReLU)
     # Keras: conv 320 + 18,496, dense 50,192, two dense heads 2 * 34
@@ -143,7 +143,7 @@ def test_the_classic_mlp():
 
 
 def test_the_gated_mlp_of_the_vamp_prior():
-    """784 - 300 - 300 - 2 * 40 and 40 - 300 - 300 - 784, two linear maps in each hidden layer."""
+    """It is 784-300-300-2*40 and 40-300-300-784, with two linear maps in each hidden layer."""
     encoder = 2 * (784 * 300 + 300) + 2 * (300 * 300 + 300) + 300 * 80 + 80
     decoder = 2 * (40 * 300 + 300) + 2 * (300 * 300 + 300) + 300 * 784 + 784
     vae = build((1, 28, 28), 40, "gated")

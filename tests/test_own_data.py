@@ -1,4 +1,4 @@
-"""Data of one's own: arrays that are no pictures, own splits, counts, signals, their figures."""
+"""A user's own data: arrays that are not pictures, splits, counts, signals, their figures."""
 
 import json
 import re
@@ -155,7 +155,7 @@ def test_standardised_by_the_training_data_alone(tmp_path):
 
 
 def test_a_negative_binomial_is_a_poisson_whose_rate_varies():
-    """Its limit at no dispersion, its moments, and the mixture over gamma rates, by quadrature."""
+    """Its limit, its moments, and its density as a mixture over gamma rates are right."""
     x, h = torch.arange(8.0).double()[:, None], torch.tensor([[0.7]]).double()
     none, some = torch.full_like(h, -18.0), torch.full_like(h, -0.5)
     torch.testing.assert_close(negative_binomial(x, h, none), poisson(x, h), rtol=0, atol=1e-5)
@@ -171,7 +171,7 @@ def test_a_negative_binomial_is_a_poisson_whose_rate_varies():
 
 
 def test_large_counts_train_from_the_start():
-    """Counts of thousands: as they are they would overflow the encoder's scale at once."""
+    """Counts of thousands train, although without log(1 + x) the encoder's scale would overflow."""
     x = 1000 + torch.arange(64.0).expand(16, 64) * torch.arange(16.0)[:, None]
     vae = pvae.build((64,), 2, "mlp", "poisson", mean_image=x.mean(0))
     svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
@@ -311,7 +311,7 @@ def test_signals_standardised_keep_their_scaling(tmp_path):
     kept = np.load(tmp_path / "r" / "scaling.npz")
     assert kept["mean"].shape == (2, 12)
     found = numbers(tmp_path / "r", "results")
-    assert found["elbo"]["data"] == 10  # a signal is no image
+    assert found["elbo"]["data"] == 10  # the key is "data", for signals are not images
     assert "bits_per_dimension" not in found
     assert (tmp_path / "r" / "traversals.png").exists()
 

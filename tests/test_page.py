@@ -1,4 +1,4 @@
-"""The page of a run: its cells are what the pair decodes, its text is text, and it works."""
+"""The page of a run: the pair decodes its images, its texts are escaped, its sliders work."""
 
 import io
 from html.parser import HTMLParser
@@ -21,13 +21,13 @@ def tiny(latent_dim=3, shape=(1, 8, 8), **options):
 
 
 def made(shape=(1, 8, 8), images=12):
-    """Grey levels and three classes; every split the same."""
+    """Returns data with grey levels and three classes; all splits are the same."""
     x = torch.randint(256, (images, *shape), dtype=torch.uint8)
     return observe(Dataset("made", *[Split(x, torch.arange(images) % 3)] * 3, ""), "grey")
 
 
 def cells(explorer):
-    """The cells of the sprite, `(N, H, W)` or `(N, H, W, 3)`, in [0, 1]."""
+    """Returns the images of the sprite, `(N, H, W)` or `(N, H, W, 3)`, in [0, 1]."""
     canvas = np.asarray(Image.open(io.BytesIO(explorer.sprite))) / 255
     height, width = (explorer.layout[key] for key in ("height", "width"))
     rows = [np.split(row, canvas.shape[1] // width, 1) for row in split(canvas, height)]
@@ -39,7 +39,7 @@ def split(canvas, size):
 
 
 def lively(vae):
-    """With codes that vary from image to image, so that units are active."""
+    """Makes the codes vary from image to image, so that units are active."""
     with torch.no_grad():
         for parameter in vae.parameters():
             parameter.mul_(3)
@@ -118,7 +118,7 @@ def test_the_plane_shows_where_codes_are():
     torch.testing.assert_close(high - low, 6 * codes.std(0, correction=0))
     steps = (codes - low) / (high - low) * (explorer.layout["side"] - 1)
     shown = [i for i in range(50) if explorer.points and steps[i].min() > 0]
-    assert len(explorer.points) >= 49  # beyond three standard deviations there is hardly one
+    assert len(explorer.points) >= 49  # hardly a code is beyond three standard deviations
     i = shown[0]
     assert any(
         abs(a - steps[i, 0]) < 0.01 and abs(b - steps[i, 1]) < 0.01 and k == i % 3
@@ -152,7 +152,7 @@ NASTY = "</script><b>&\"'<!--"
 
 
 def written(folder, vae=None, **options):
-    """A page of an untrained pair, all of whose texts are nasty."""
+    """Writes the page of an untrained pair, and takes a piece of hostile HTML for every text."""
     folder.mkdir()
     data = made()
     config = {
@@ -199,7 +199,7 @@ class Tags(HTMLParser):
 def test_text_is_text_and_nothing_is_fetched(tmp_path):
     path = written(tmp_path / NASTY.replace("/", ""), lively(tiny(4)))
     tags = Tags(path.read_text())
-    legend = {"b"}  # the dots of the classes
+    legend = {"b"}  # the coloured dots of the classes
     assert set(tags.names) - legend == {
         *("html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "small", "table"),
         *("thead", "tbody", "tr", "th", "td", "figure", "figcaption", "div", "img", "pre"),
@@ -211,7 +211,7 @@ def test_text_is_text_and_nothing_is_fetched(tmp_path):
     assert tags.sources
     assert all(source.startswith("data:image/png;base64,") for source in tags.sources)
     assert "-94.05 ± 0.50" in tags.text
-    assert f"seed 0, note {NASTY}, sizes 1 {NASTY}\n" in tags.text  # what is None is not told
+    assert f"seed 0, note {NASTY}, sizes 1 {NASTY}\n" in tags.text  # no argument that is None
     assert "Latent explorer" not in written(tmp_path / "plain").read_text()
 
 
@@ -228,13 +228,13 @@ def test_the_page_works_in_a_browser(tmp_path):
         assert own != tab.get("document.getElementById('image').toDataURL()")
         assert all(text.endswith(" (own)") for text in texts)
         seen = {own}
-        for number in range(1, 5):  # each slider, by the keyboard
+        for number in range(1, 5):  # moves each slider by the keyboard
             tab.get(f"document.querySelectorAll('.slider input')[{number - 1}].focus()")
             tab.press("Home")
             tab.press("ArrowRight")
             moved = tab.get(values)
             assert not moved[number - 1].endswith("(own)")
-            # what is alone puts the others back; the first two stay together
+            # a slider of a single unit resets all others; the first two units move together
             assert sum(not text.endswith("(own)") for text in moved) == (2 if number < 3 else 1)
             seen.add(tab.get(decoded))
         tab.point("#plane", 0.95, 0.05)

@@ -1,4 +1,4 @@
-"""The figures show what they were given: tested on the drawn data and on the rendered pixels."""
+"""Figures show the data that they were given: checks of drawn data and of rendered pixels."""
 
 import ast
 import math
@@ -20,13 +20,13 @@ from pvae import plots
 
 
 def canvas(figure):
-    """What imshow was given, `(rows * H, columns * W, 3)`."""
+    """Returns the array that `imshow` was given, `(rows * H, columns * W, 3)`."""
     (image,) = figure.axes[0].images
     return torch.from_numpy(np.array(image.get_array()))
 
 
 def cell(figure, row, column, like):
-    """One image `(3, H, W)` out of the canvas, as large as those of `like`."""
+    """Returns one image `(3, H, W)` of the canvas; `like` has images of the same size."""
     h, w = like.shape[-2:]
     drawn = canvas(figure)[row * h : (row + 1) * h, column * w : (column + 1) * w]
     return drawn.permute(2, 0, 1)
@@ -37,7 +37,7 @@ def rgb(image):
 
 
 def render(figure):
-    """The screen pixels `(height, width, 3)` in [0, 1], top row first."""
+    """Returns the screen pixels `(height, width, 3)` in [0, 1], top row first."""
     agg = FigureCanvasAgg(figure)
     agg.draw()
     return np.asarray(agg.buffer_rgba())[..., :3] / 255
@@ -89,10 +89,10 @@ def test_rendered_pixels_are_the_image_upright_undistorted_and_sharp(shape):
     box = figure.axes[0].get_window_extent()
     scale = box.width / (3 * shape[2])
     assert scale == pytest.approx(round(scale))  # whole screen pixels for each image pixel
-    assert box.height == pytest.approx(2 * shape[1] * scale)  # square ones
+    assert box.height == pytest.approx(2 * shape[1] * scale)  # and they are square
     assert scale >= 3
     x0, top, scale = round(box.x0), len(pixels) - round(box.y1), round(scale)
-    # The inside of each image pixel, up to what a line along its edge spills over.
+    # compare the inside of each image pixel: a line along its edge covers its border
     for offset in (1, scale // 2, scale - 2):
         rows = top + offset + scale * np.arange(2 * shape[1])
         columns = x0 + offset + scale * np.arange(3 * shape[2])
@@ -120,7 +120,7 @@ def test_labels_stand_at_the_middle_of_their_rows_and_columns():
     assert texts(axes.get_xticklabels(which="major")) == ["a", "b", "c"]
     assert list(axes.get_yticks()) == [0.5, 1.5]
     assert list(axes.get_xticks()) == [0.5, 1.5, 2.5]
-    assert axes.images[0].get_extent() == [0, 3, 2, 0]  # in cells, first row on top
+    assert axes.images[0].get_extent() == [0, 3, 2, 0]  # in units of cells, first row on top
     render(figure)
     image = axes.get_window_extent()
     assert all(label.get_window_extent().x1 <= image.x0 for label in axes.get_yticklabels())
@@ -233,7 +233,7 @@ def test_interpolations_run_from_0_to_1_along_each_row():
 def test_rounding_outside_of_0_to_1_is_clamped_silently(caplog):
     figure = plots.samples(torch.tensor([-5e-5, 1 + 5e-5]).reshape(1, 1, 1, 2))
     assert canvas(figure)[0, :, 0].tolist() == [0, 1]
-    assert caplog.records == []  # matplotlib would clip, and complain in its log
+    assert caplog.records == []  # matplotlib would clip too, but log a warning
 
 
 def test_any_tensor_goes_in():
@@ -249,7 +249,7 @@ def test_any_tensor_goes_in():
 
 
 def points(figure):
-    """All `(x, y, colour, marker)` drawn; a marker is told by how many vertices it has."""
+    """Returns all `(x, y, colour, marker)` drawn; a marker is its number of vertices."""
     drawn = []
     for collection in figure.axes[0].collections:
         (path,) = collection.get_paths()
@@ -263,20 +263,20 @@ def points(figure):
 def test_every_class_has_its_own_colour_and_marker_and_its_name_in_the_legend(classes):
     torch.manual_seed(0)
     labels = torch.arange(100) % classes + 3
-    means = torch.stack([labels.float(), torch.randn(100)], dim=1)  # z0 tells the label
+    means = torch.stack([labels.float(), torch.randn(100)], dim=1)  # z0 is the label
     figure = plots.latents(means, labels, title="means")
     drawn = points(figure)
     assert len(drawn) == 100
     assert sorted(y for _, y, _, _ in drawn) == pytest.approx(means[:, 1].sort().values.tolist())
     styles = {(x, colour, marker) for x, _, colour, marker in drawn}
-    assert len(styles) == classes  # one style a class
-    assert len({style[1:] for style in styles}) == classes  # and one class a style
+    assert len(styles) == classes  # each class has one style
+    assert len({style[1:] for style in styles}) == classes  # each style is of one class
     legend = figure.axes[0].get_legend()
     assert texts(legend.get_texts()) == [str(3 + c) for c in range(classes)]
     by_class = {x: colour for x, colour, _ in styles}
     for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True):
         assert to_hex(handle.get_color()) == by_class[float(text.get_text())]
-    for text in figure.axes[0].texts:  # each class is named where it lies
+    for text in figure.axes[0].texts:  # each class has its name at its points
         assert text.get_position()[0] == float(text.get_text())
     assert_nothing_cut(figure)
 
@@ -500,7 +500,7 @@ def test_it_imports_only_torch_and_matplotlib_and_never_pyplot():
     assert not any("pyplot" in name for name in names)
 
 
-# --- the smallest input, and none ---
+# --- the smallest input, and empty input ---
 
 
 ONE = torch.rand(1, 1, 4, 5)
@@ -613,7 +613,7 @@ def test_bad_input_is_refused_with_what_was_given(call, message):
 
 
 def test_labels_with_dollar_signs_are_no_formulas(tmp_path):
-    """Names of folders may be anything; `\\frac` alone is no formula that matplotlib can set."""
+    """A label may be any folder's name; as a formula, `\\frac` alone would be an error."""
     names = ["$\\frac$", "a_$x$", "_"]
     figures = [
         plots.latents(torch.randn(30, 2), torch.arange(30) % 3, names=names),

@@ -1,6 +1,6 @@
-"""Several processes train one pair as a single one would: gradients, data, noise, ends and errors.
+"""Several processes train one pair as a single process does: gradients, data, noise, errors.
 
-The processes are started once and serve all tests; each job gets a group of its own, on loopback.
+The processes are started once for all tests. Each job has its own group of processes, on loopback.
 """
 
 import contextlib
@@ -40,11 +40,11 @@ SLOW = pytest.mark.slow
 IMAGES, BATCH, EPOCHS = 50, 12, 4  # 5 steps an epoch; the last batch has 2 images
 
 
-# ---- a few processes, and what they are asked to do ----
+# ---- processes that do jobs ----
 
 
 def serve(connection: Any) -> None:
-    """Does one job after another in a process of its own."""
+    """Receives jobs in a process of its own, and does one after another."""
     torch.set_num_threads(1)
     while True:
         environment, job, arguments = connection.recv()
@@ -61,10 +61,10 @@ def serve(connection: Any) -> None:
 
 
 class Workers:
-    """Four processes, of which a job takes the first few."""
+    """Four processes; a job runs on the first `n` of them."""
 
     def __init__(self) -> None:
-        # not forked from here, where threads may run, but from a process that only imports
+        # this process may have threads, so the workers are forked from one that only imports
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["pvae", "conftest", "sklearn.datasets"])
         self.workers = [self._new() for _ in range(4)]
@@ -77,7 +77,7 @@ class Workers:
         return SimpleNamespace(process=process, connection=ours)
 
     def __call__(self, n: int, job: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What `job(*arguments)` returns or raises in each of `n` processes; None if killed."""
+        """Returns what `job(*arguments)` returns or raises in each process; None if killed."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -105,7 +105,7 @@ def run() -> Iterator[Workers]:
         worker.connection.close()
 
 
-# ---- a pair whose noise is a function of the image, so that it is the same in any process ----
+# ---- a pair whose noise is a function of the image, so it is the same in every process ----
 
 
 class Same(Normal):
@@ -191,7 +191,7 @@ def assert_same(found: Any, expected: Any, tolerance: float) -> None:
     ],
 )
 def test_training_is_that_of_one_process(run, n, engine, net):
-    """Parameters and history after 20 steps; each epoch's last batch leaves processes idle."""
+    """Parameters and history agree after 20 steps, although last batches leave processes idle."""
     expected = trained(net)
     for found in run(n, trained, net, engine):
         assert_same(found, expected, 1e-10)
@@ -220,7 +220,7 @@ def in_bf16(k: int) -> Any:
 
 
 def test_bf16_trains_in_parts(run):
-    """Alone and in two processes, near to what it is in float32."""
+    """In bfloat16, one process with parts and two processes come near the float32 run."""
     expected = trained("mlp", dtype=torch.float32)
     first, second = run(2, in_bf16, 1)
     for found in (in_bf16(3), first, second):
@@ -229,7 +229,7 @@ def test_bf16_trains_in_parts(run):
 
 
 def bayesian(engine: str) -> list[Tensor]:
-    """The loop of examples/bayesian_decoder.py over the batches of an epoch."""
+    """Trains an epoch in the loop of `examples/bayesian_decoder.py`; returns the parameters."""
     from bayesian_decoder import BayesianGuide, BayesianModel
 
     vae = pair("mlp", torch.float64)
@@ -242,7 +242,7 @@ def bayesian(engine: str) -> list[Tensor]:
             model, guide, adam, TraceMeanField_ELBO(), compiler=captured.as_traced, strict=True
         )
     for x, _ in observed().batches(11, seed=0, epoch=0):  # two processes get 6 and 5 of them
-        torch.manual_seed(3)  # the weights come first: they are the same in each process
+        torch.manual_seed(3)  # the weights are drawn first, so they are equal in all processes
         with pvae.part_of_batch(len(x) / processes.total(len(x))):
             svi.step(x)
     return [p.detach() for p in guide.parameters()]
@@ -257,8 +257,10 @@ def test_weights_for_all_images_count_once(run, engine):
 
 
 class Scaled(pvae.Model):
-    """A Bayesian weight for all images, by which their latents are scaled; with a plate of all
-    training images, of which a batch is a subsample, or of the batch alone."""
+    """A model in which one Bayesian weight for all images scales their latents.
+
+    If `images` is given, the plate has all training images and the batch is its subsample.
+    """
 
     images: int | None = None
 
@@ -299,10 +301,10 @@ def weighted(engine: str, accumulate: int, images: int | None) -> Any:
     ("engine", "images"), [("eager", IMAGES), pytest.param("captured", None, marks=SLOW)]
 )
 def test_the_trainer_counts_a_weight_for_all_images_once(run, engine, images):
-    """In parts and in processes, at the same draw of the weight."""
+    """At the same draw of the weight, parts and processes give the parameters of one process."""
     expected = weighted("eager", 1, None)
     (loc,) = (p for p in expected[0] if not p.dim())
-    assert (loc - 1).abs() > 1e-3  # it was trained
+    assert (loc - 1).abs() > 1e-3  # the weight was trained
     assert_same(weighted(engine, 3, images), expected, 1e-10)
     for found in run(2, weighted, engine, 2, images):
         assert_same(found, expected, 1e-10)
@@ -344,7 +346,7 @@ def test_what_the_first_process_raises_all_raise(run):
 
 
 def cross_checks() -> tuple[int, list[float]]:
-    """How often this process makes the cross-check, and what it notes of it."""
+    """Returns how often this process makes the cross-check, and the differences in its history."""
     made = []
 
     def noted(*arguments: Any, **settings: Any) -> Any:
@@ -395,7 +397,7 @@ def test_noise_differs_by_process_and_by_step(run):
 
 
 def lone_gradients() -> tuple[list[float], list[Any]]:
-    """A step in which each process has the gradient of one parameter, of another one each."""
+    """Makes steps in which each process has the gradient of one parameter, not the same one."""
     a, b = (nn.Parameter(torch.zeros(())) for _ in range(2))
     optimizer = pvae.SingleOptimizer(torch.optim.SGD([a, b], lr=1.0))
     mine = (a, b)[processes.rank()]
@@ -426,7 +428,7 @@ def test_all_processes_start_from_the_parameters_of_the_first(run):
     assert all(map(torch.equal, first, second))
 
 
-# ---- a run that stops and goes on ----
+# ---- runs that stop and are resumed ----
 
 
 def noisy(folder: Path, until: int | None) -> Any:
@@ -457,7 +459,7 @@ def test_a_resumed_run_has_the_noise_that_it_would_have_had(run, tmp_path):
 
 
 def killed(folder: Path) -> Any:
-    """The second process is killed in the second epoch; what the first one says, and when."""
+    """Kills the second process in the second epoch; returns the first's error and its time."""
     t = trainer(folder=folder)
     step, began = t.svi.step, time.perf_counter()
 
@@ -482,7 +484,7 @@ def test_a_killed_process_ends_the_run_and_leaves_its_checkpoint(run, tmp_path):
 
 
 def silent() -> str:
-    """The second process says nothing for longer than the others wait."""
+    """Lets the second process be silent for longer than the others wait."""
     if processes.rank() == 1:
         time.sleep(23)
     try:
@@ -517,7 +519,7 @@ def test_one_process_of_the_main_run_writes_and_prints(run, tmp_path):
     found = pvae.load(tmp_path / "run")
     subject = pvae.results.Subject(found, data.observe(data.load("digits"), "dynamic"), quiet=True)
     alone = pvae.results.elbo_rows(subject)[0].value
-    assert numbers["elbo"]["mean"] == pytest.approx(alone.mean, abs=2)  # other noise
+    assert numbers["elbo"]["mean"] == pytest.approx(alone.mean, abs=2)  # the noise differs
 
 
 def study_run(folder: Path) -> None:
@@ -555,7 +557,7 @@ def test_too_few_images_are_refused(run, batch_size, images, message):
 
 
 def in_parts(vae: pvae.VAE, elbo: Any) -> Trainer:
-    """A trainer that takes its batches in parts: in one process, for the same refusals."""
+    """Returns a trainer that takes batches in parts; it refuses what several processes refuse."""
     adam = pvae.SingleOptimizer(torch.optim.Adam(vae.parameters()))
     svi = SVI(vae.model, vae.guide, adam, elbo)
     images = observed(dtype=torch.float32)
@@ -566,11 +568,11 @@ def in_parts(vae: pvae.VAE, elbo: Any) -> Trainer:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_loss_that_is_not_a_sum_over_images_is_refused(name):
-    """Whether it is one is found here by halves of a batch, with noise by image."""
+    """It is a sum if the losses of two halves of a batch, with noise by image, add up to it."""
     vae = pair("mlp", torch.float64)
     elbo = OBJECTIVES[name].elbo(OBJECTIVES[name].min_particles)
     x = observed().train.images[:12]
-    if name == "free_bits":  # a floor that is above one half's mean and below the other's
+    if name == "free_bits":  # a floor between the KLs of the two halves
         elbo.nats = kl_by_unit(vae.encode(x), vae.model.prior()).mean(0)[0].item()
     whole, *halves = (elbo.loss(vae.model, vae.guide, part) for part in (x, x[:6], x[6:]))
     assert (sum(halves) == pytest.approx(whole)) == getattr(elbo, "sums_over_images", True)
@@ -601,7 +603,7 @@ def test_a_bound_per_image_of_a_weight_for_all_images_is_refused():
 
 
 class WithFactor(pvae.Model):
-    """A term of the whole batch."""
+    """A model with a factor for the whole batch."""
 
     def forward(self, x: Any = None, y: Any = None, *, size: int = 1) -> Any:
         pyro.factor("of_the_batch", torch.zeros(()))

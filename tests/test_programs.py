@@ -1,4 +1,4 @@
-"""The pair as plain Pyro: stock tools work on it, and no two pairs ever share parameters."""
+"""A pair is two plain Pyro programs: Pyro's tools work on it, and pairs share no parameters."""
 
 import copy
 import gc
@@ -45,7 +45,7 @@ def moved(vae, before):
 # ---- stock Pyro tools ----
 
 
-# each pair once, the shapes and the optimizers taking turns; all four of each are slow
+# fast: each pair once, with shapes and optimizers in turn; slow: all four cases of each pair
 TURNS = [
     pytest.param(*case, marks=[] if number % 4 == number // 4 % 4 else pytest.mark.slow)
     for number, case in enumerate(itertools.product(PAIRS, SHAPES, [stock_svi, single_svi]))
@@ -58,7 +58,7 @@ def test_every_trainable_tensor_moves_and_the_loss_falls(pair, shape, make_svi):
     before, svi = weights(vae), make_svi(vae)
 
     def losses():
-        """50 losses, at the same noise whenever this is called."""
+        """Returns 50 losses; the noise is the same in every call."""
         with evaluate.fixed_noise("cpu", 7):
             return torch.tensor([svi.evaluate_loss(x) for _ in range(50)])
 
@@ -113,7 +113,7 @@ def test_predictive_from_the_prior_and_from_the_posterior():
     prior = Predictive(vae.model, num_samples=4)(size=3)
     assert prior["x"].shape == (4, 3, 1, 8, 8)
     assert prior["z"].shape == (4, 3, 3)
-    # given data, Predictive hands back the data; unconditioned, it draws new images
+    # Predictive returns the data that it is given; if unconditioned, it draws new images
     echo = Predictive(vae.model, guide=vae.guide, num_samples=4)(X)
     assert all(torch.equal(x, X) for x in echo["x"])
     new = Predictive(poutine.uncondition(vae.model), guide=vae.guide, num_samples=4)(X)
@@ -148,7 +148,7 @@ def test_channels_last_weights_train():
 
 
 def test_replaced_parameters_train():
-    """load_state_dict(assign=True) puts new parameters where Pyro knows the old ones."""
+    """load_state_dict(assign=True) replaces parameters that Pyro's store already has."""
     vae = tiny()
     stock_svi(vae).step(X)
     vae.load_state_dict({n: t.clone() for n, t in vae.state_dict().items()}, assign=True)
@@ -159,7 +159,7 @@ def test_replaced_parameters_train():
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_gradient_of_another_memory_layout_steps_the_right_weights(fused):
-    """torch's fused Adam pairs elements by their order in memory: wrong for mixed layouts."""
+    """torch's fused Adam pairs elements by memory order, which is wrong if layouts differ."""
     weight = nn.Parameter(torch.randn(4, 6, 3, 3).to(memory_format=torch.channels_last))
     twin = nn.Parameter(weight.detach().clone())
     adam = SingleOptimizer(torch.optim.Adam([weight], fused=fused))
@@ -201,7 +201,7 @@ def test_two_pairs_trained_in_turn_are_each_as_if_alone(make_svi):
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda v: pickle.loads(pickle.dumps(v))])
 def test_a_copy_trains_on_its_own(duplicate):
     vae = tiny()
-    stock_svi(vae).step(X)  # a parameter that Pyro has seen carries a weak reference
+    stock_svi(vae).step(X)  # Pyro puts a weak reference on each parameter
     copied = duplicate(vae)
     original, same = weights(vae), weights(copied)
     assert all(torch.equal(original[name], same[name]) for name in same)
@@ -210,7 +210,7 @@ def test_a_copy_trains_on_its_own(duplicate):
     assert moved(vae, original) == []
     stock_svi(vae).step(X)
     assert set(moved(vae, original)) == set(original)
-    # the copy's oracle looks at the copy
+    # the copy's oracle has the copy's parameters
     z = torch.zeros(6, 3)
     torch.testing.assert_close(
         copied.terms(X, {"z": z}).elbo_sampled(),
@@ -303,11 +303,11 @@ def test_a_pair_goes_on_in_a_new_process(tmp_path):
     assert float(done.stdout) == pytest.approx(total, abs=1e-6)
 
 
-# ---- by hand ----
+# ---- guides composed by hand ----
 
 
 def test_one_factor_for_each_datum():
-    """q(z | index): each image's own loc and scale, the model untouched."""
+    """In q(z | index) each image has its own loc and scale; a step moves those of the batch."""
     vae = tiny()
     posterior = pvae.Conditional(nn.Embedding(10, 6), Normal((3,)), event_dim=0)
     guide = Guide(posterior)
@@ -326,7 +326,7 @@ def test_plain_sequentials_are_a_pair():
     assert vae.sample(4).shape == (4, 5)
 
 
-# ---- the ladder: a guide that shares the model's path ----
+# ---- the ladder: a guide that shares the model's priors ----
 
 DIMS = (3, 4, 2)
 
@@ -343,7 +343,7 @@ def ladder(labels=False):
     model = pvae.build((1, 8, 8), DIMS, "mlp", hidden=8, num_classes=2 if labels else None).model
     first = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh())
     up = [first, *(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in DIMS[1:])]
-    if labels:  # a label joins where the estimates are made
+    if labels:  # the label is an input of the estimates alone
         up = [WithoutLabel(net) for net in up]
     return pvae.VAE(model, LadderGuide(model, up, [normal(8, dim, join) for dim in DIMS]))
 
@@ -358,7 +358,7 @@ class WithoutLabel(nn.Module):
 
 
 def test_a_ladder_multiplies_the_models_priors_with_what_the_data_say():
-    """log q - log p(z1 | z2) - log r(z1) is one number for every z1, and q integrates to 1."""
+    """log q - log p(z1 | z2) - log r(z1) does not depend on z1, and q integrates to 1."""
     vae = ladder().double()
     x, z2 = X.double(), torch.randn(6, 4).double()
     z = {"z1": torch.randn(50, 6, 3).double(), "z2": z2, "z3": torch.randn(6, 2).double()}
@@ -371,7 +371,7 @@ def test_a_ladder_multiplies_the_models_priors_with_what_the_data_say():
     rest = log_q["z1"] - vae.model.prior(z2).log_prob(z["z1"]) - estimates[0].log_prob(z["z1"])
     torch.testing.assert_close(rest, rest[:1].expand(50, 6))
     torch.testing.assert_close(log_q["z3"], estimates[2].log_prob(z["z3"]))
-    # the factor of two normals' product: N(m; m', s^2 + s'^2) for each unit
+    # the product of two normals integrates to N(m; m', s^2 + s'^2) for each unit
     p, r = vae.model.prior(z2).base_dist, estimates[0].base_dist
     overlap = torch.distributions.Normal(r.loc, (p.scale**2 + r.scale**2).sqrt())
     torch.testing.assert_close(rest[0], -overlap.log_prob(p.loc).sum(-1))
@@ -414,7 +414,7 @@ def test_a_unit_that_the_layer_above_determines_has_gradients(guide):
 
 
 def test_a_ladder_draws_in_the_models_order():
-    """So the mean-field ELBO, wrong on a guide from below, is the ELBO here."""
+    """So the mean-field ELBO, which is wrong for a guide that draws z1 first, is correct here."""
     vae = ladder().double()
     trace = poutine.trace(vae.guide).get_trace(X.double())
     assert trace.stochastic_nodes == ["data", "z3", "z2", "z1"]
@@ -424,7 +424,7 @@ def test_a_ladder_draws_in_the_models_order():
         for elbo in (Trace_ELBO, MeanField)
     )
     assert (one.mean() - two.mean()).abs() < 5 * ((one.var() + two.var()) / 5).sqrt()
-    # of KLs site by site there is no loss by hand, so none that would fail a run
+    # KLs site by site have no loss by hand, so the cross-check compares them with nothing
     svi = SVI(vae.model, vae.guide, pyro.optim.Adam({}), MeanField())
     assert crosscheck.cross_check(svi, vae, X.double()).against == crosscheck.NOTHING
 

@@ -1,4 +1,4 @@
-"""The README and docs/: their code runs, what they name is there, and every name is told."""
+"""README and docs/: their code runs, what they name exists, and they tell every name."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PA
 
 
 def run_blocks(page: Path) -> dict:
-    """The names that are there after the page's python blocks, one after another."""
+    """Runs the page's python blocks one after another; returns the names that they define."""
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
         exec(compile(block, page.name, "exec"), names)
@@ -29,7 +29,7 @@ def run_blocks(page: Path) -> dict:
 @pytest.fixture(scope="module")
 def readme(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("readme"))  # it saves a file
+        patch.chdir(tmp_path_factory.mktemp("readme"))  # its code saves a file
         torch.manual_seed(0)
         return run_blocks(PAGES[0])
 
@@ -71,7 +71,7 @@ def test_bring_your_own_head_and_guide_in_15_lines_each():
 def test_bring_your_own_learns_and_is_a_distribution(readme):
     first, *_, last = (row["validation_elbo"] for row in readme["trainer"].history)
     assert last > first > -500  # 784 pixels of one bit each cost 543 nats
-    # the probabilities of every image of two pixels sum to 1
+    # the probabilities of all images of two pixels sum to 1
     head, h = readme["ZeroInflatedBernoulli"](), torch.randn(2, 1, 2)
     images = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 2).reshape(4, 1, 1, 2)
     assert head(h).log_prob(images).exp().sum().item() == pytest.approx(1, abs=1e-6)
@@ -92,7 +92,7 @@ def test_the_map_shows_the_house():
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub makes of a page's headings."""
+    """Returns the anchors that GitHub makes from a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
@@ -108,7 +108,7 @@ def test_links_lead_somewhere(page):
 
 @each_page
 def test_what_a_page_names_is_there(page):
-    """Files by their path, and tests as `test_file.py::test_name`."""
+    """Files are named by their path, tests as `test_file.py::test_name`."""
     text = page.read_text()
     for name in re.findall(r"\b((?:pvae|examples|benchmarks|tests)/[\w/]+\.py)\b", text):
         assert (ROOT / name).exists(), name
@@ -128,6 +128,6 @@ def test_every_name_is_told(table):
 
 @each_page
 def test_lines_are_no_longer_than_100(page):
-    """But for tables, comments, and what is printed or typed as it stands."""
+    """Tables, HTML comments and code blocks may have longer lines."""
     prose = re.sub(r"```.*?```|<!--.*?-->", "", page.read_text(), flags=re.DOTALL)
     assert [x for x in prose.splitlines() if len(x) > 100 and not x.startswith("|")] == []

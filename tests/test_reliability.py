@@ -27,7 +27,7 @@ from pvae.builder import GUIDES, LIKELIHOODS, PRIORS, Recipe, compose, number_of
 
 SCRIPT = BENCHMARKS / "reliability.py"
 
-Runs = reliability.Runs  # in a pickle, a call that leaves a file
+Runs = reliability.Runs  # reading it from a pickle would write the file "let_in"
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def test_the_fuzz_prints_a_table(capsys, monkeypatch):
 
 
 def test_the_fuzz_tells_wrong_answers():
-    """An error that names no file, one of another kind, and a wrong reading."""
+    """Wrong are an error that names no file, an error of another kind, and wrong data."""
     npy = reliability.FORMATS["npy"]
 
     def fails(error):
@@ -134,7 +134,7 @@ def test_json_is_never_a_pickle(tmp_path):
 
 @pytest.mark.parametrize("kind", ["eps", "gif", "tiff", "ppm"])
 def test_a_picture_by_a_wrong_name_is_not_opened(tmp_path, kind):
-    """Pillow would hand PostScript to Ghostscript, a program, and cut 16 bits in TIFF to 8."""
+    """Pillow would run Ghostscript, a program, for PostScript, and cut 16 bits of a TIFF to 8."""
     Image.new("L", (8, 8)).save(tmp_path / f"a.{kind}")
     (tmp_path / f"a.{kind}").rename(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"a\.png cannot be read as an image: cannot identify"):
@@ -159,7 +159,7 @@ def test_entries_are_neither_packed_nor_counted_twice(tmp_path):
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr("v/more", b"1", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED)
             largest = max(archive.infolist(), key=lambda entry: entry.file_size)
-            for i in range(0 if packed else 99):  # names of one and the same content
+            for i in range(0 if packed else 99):  # names for the same content
                 entry = copy.copy(largest)
                 entry.filename = f"v/{i}"
                 archive.filelist.append(entry)
@@ -217,7 +217,7 @@ def claim(header, tensor, change):
     ],
 )
 def test_safetensors_hold_what_they_claim(tmp_path, monkeypatch, change, message):
-    """The checksum is left out but for one, as a stranger can make it: each check stands alone."""
+    """A stranger can leave out the checksum, so every other check must work without it."""
 
     def without_checksum(header, ours):
         if message != "checksum":
@@ -290,7 +290,7 @@ def test_who_trusts_a_file_raises_the_bound(tmp_path):
 
 
 def counted(recipe: Recipe) -> tuple[int, int]:
-    """Parameters as they are counted and as they are made; no recipe where parts do not fit."""
+    """Returns the number of parameters that is counted, and the number that a pair has."""
     return number_of_parameters(recipe), sum(p.numel() for p in compose(recipe).parameters())
 
 
@@ -303,10 +303,10 @@ def test_parameters_are_counted_without_making_them(guide, dims):
             recipe = Recipe((1, 4, 4), dims, "mlp", "bernoulli", guide, prior, 8, num_data=num_data)
             count, made = counted(recipe)
         except ValueError:
-            continue  # parts that do not fit
+            continue  # these parts do not fit together
         if GUIDES[guide].flow is None:
             assert count == made
-        else:  # all but what a flow's context adds to the encoder
+        else:  # the count leaves out what a flow's context adds to the encoder
             assert count == made - 16 * 9 * (1 + (len(dims) > 1))
 
 
@@ -351,7 +351,7 @@ def test_junk_in_format_1(tmp_path, change):
 
 
 def bomb(path: Path) -> Path:
-    """A file of 200 MiB of zeros, packed to a thousandth."""
+    """Writes 200 MiB of zeros, packed to a thousandth of that size."""
     sizes = (200, 1024, 1024)
     if path.suffix == ".gz":
         header = struct.pack(">4I", 0x803, *sizes)
@@ -468,7 +468,7 @@ def test_packed_files_are_read_as_the_plain_ones(tmp_path):
 
 
 def refused(capsys, main, *argv) -> str:
-    """What a person is told on the screen: one line, and how to see more."""
+    """Runs a program that must refuse; returns the one line that a user sees."""
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stop:
         cli.run_main(partial(main, argv))

@@ -1,4 +1,4 @@
-"""Nothing lost: killed, stopped, damaged, full, in use, moved, and numbers gone bad."""
+"""Nothing is lost if runs are killed, stopped or moved, files damaged, disks full, numbers bad."""
 
 import errno
 import json
@@ -33,7 +33,7 @@ SHORT = [*kill.SMALL, "-n", "2", "-b", "256", "--quiet"]
 
 
 def stopping_at(trainer, step, act):
-    """Lets something happen within the training step of this number."""
+    """Calls `act` within the training step of this number."""
     launch = trainer.svi.step
 
     def step_of_svi(*args):
@@ -60,7 +60,7 @@ def same_end(one, other):
 @pytest.mark.parametrize("net", ["mlp", pytest.param("conv", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("step", [0, 4, 5, 11])
 def test_a_run_stopped_within_an_epoch_goes_on_from_there(tmp_path, step, net):
-    """Three batches an epoch: the first step, the middle of an epoch, its end, the run's end."""
+    """Stops at the first step, in and at the end of an epoch of three batches, at the run's end."""
     whole = new_trainer(net=net)
     whole.fit()
     trainer = new_trainer(tmp_path, net=net, go_on="--resume it")
@@ -157,7 +157,7 @@ def test_pictures_on_the_way_spend_no_random_numbers():
     same_end(quiet, noisy)
 
 
-# ---- what is on the disk ----
+# ---- the files of a run ----
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -179,7 +179,7 @@ def test_a_checksum_is_of_all_that_is_kept():
         for other in (state, state | {"b": [{"c": 2.0}]}, state | {"d": -state["d"]}, {"a": 1})
     }
     assert len(sums) == 4
-    turned = state | {"a": torch.ones(2, 2).t()}  # the order in memory is no part of it
+    turned = state | {"a": torch.ones(2, 2).t()}  # the order in memory does not count
     assert checkpoint.checksum(turned) in sums
 
 
@@ -200,7 +200,7 @@ def test_the_checkpoint_before_takes_the_place_of_a_damaged_one(tmp_path, capsys
     said = capsys.readouterr().out
     assert said.startswith("warning: ")
     assert "checkpoint.previous.pt, the checkpoint before it, takes its place" in said
-    assert not newest.exists()  # or the next write would put it in the place of the good one
+    assert not newest.exists()  # else the next write would keep it instead of the good one
     resumed.fit()
     same_end(resumed, whole)
 
@@ -256,7 +256,7 @@ def test_leftovers_are_removed_on_resume(tmp_path, whole):
     mnist_svi.main(["--resume", str(copied), "--quiet"])
     assert not any(path.exists() for path in left)
     assert (copied / ".mine").exists()
-    assert kill.differences(whole, copied) == []  # a run is what it was where it is now
+    assert kill.differences(whole, copied) == []  # a moved run ends as the whole one
 
 
 TAKE = """
@@ -281,9 +281,9 @@ def test_one_process_at_a_time(tmp_path):
     with other_process(tmp_path) as other:
         with pytest.raises(ValueError, match="is in use by another process"):
             keeping.lock(tmp_path)
-        other.kill()  # the dead hold nothing
+        other.kill()  # a dead process holds no lock
     keeping.lock(tmp_path)
-    keeping.lock(tmp_path)  # its own folder is open to a process
+    keeping.lock(tmp_path)  # a process may lock its own folder again
 
 
 def test_a_file_system_without_locks_stops_nobody(tmp_path, monkeypatch):
@@ -324,7 +324,7 @@ def test_a_study_goes_on_with_the_pairs_that_are_missing(tmp_path, monkeypatch):
 
     def counted(self, *batch):
         trained.append(self.folder.name)
-        if len(trained) == 5:  # in the second pair
+        if len(trained) == 5:  # while the second pair trains
             signal.raise_signal(signal.SIGTERM)
         return step(self, *batch)
 
@@ -342,11 +342,11 @@ def test_a_study_goes_on_with_the_pairs_that_are_missing(tmp_path, monkeypatch):
     assert numbers("moved") == numbers("whole")
 
 
-# ---- numbers gone bad ----
+# ---- numbers that are not finite ----
 
 
 def with_bad_gradient(trainer, step):
-    """A gradient that is NaN at this step."""
+    """Makes a gradient NaN at this step."""
     first = next(trainer.vae.model.parameters())
     spoiled = {"now": False}
 
@@ -382,7 +382,7 @@ def test_a_batch_is_left_out_and_counted(tmp_path, capsys):
     assert [row["skipped"] for row in trainer.history] == [0, 1, 0, 0]
     assert all(t.isfinite().all() for t in tensors(trainer).values())
     assert "1 batches left out" in capsys.readouterr().out
-    # a resumed run counts on
+    # a resumed run continues the count
     resumed = skipping(tmp_path)
     resumed.resume(tmp_path / "checkpoint.pt")
     assert resumed._skipped() == 0
@@ -406,7 +406,7 @@ def skipping(folder, **options):
 
 
 def test_gradients_are_clipped_to_a_norm():
-    """Against torch's own clipping of the same gradients, by plain gradient descent."""
+    """Gradients of norm 3 and 4 have the common norm 5, so each is divided by 5."""
     a, b = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
     for p, factor in ((a, 3.0), (b, 4.0)):
         p.grad = torch.tensor([factor, 0.0, 0.0])
@@ -463,7 +463,7 @@ def test_a_collapsed_pair_is_said_once(capsys):
     trainer = new_trainer(epochs=5, schedule=Schedule(beta=100.0, kl_warmup=0.4), quiet=False)
     for group, rate in zip(trainer.optimizer.param_groups, [0.1], strict=True):
         group["lr"] = rate
-    trainer._base_rates = [0.0]  # stands still, with codes that say nothing
+    trainer._base_rates = [0.0]  # the pair does not train, and its codes say nothing
     with torch.no_grad():
         for p in trainer.vae.guide.parameters():
             p.zero_()

@@ -1,4 +1,4 @@
-"""The model M2: its losses against sums written by hand, without Pyro, then the example briefly."""
+"""The model M2: its losses equal sums written by hand, without Pyro; a short run of the example."""
 
 import importlib.util
 import json
@@ -37,8 +37,10 @@ def pair(shape):
 
 
 def log_joint_over_posterior(model, guide, x, y, noise):
-    """log p(x|z,y) + log p(y) + log p(z) - log q(z|x,y) at z of the noise `(B, D)`, `(B,)`; the
-    networks' raw outputs are all that is taken from the pair."""
+    """Returns log p(x|z,y) + log p(y) + log p(z) - log q(z|x,y), `(B,)`, at the noise `(B, D)`.
+
+    It takes only the raw outputs of the networks from the pair.
+    """
     one_hot = torch.eye(K, dtype=x.dtype)[y]
     raw = guide.posterior.net(torch.cat([x.flatten(1), one_hot], 1))
     loc, log_scale = closed_form.loc_log_variance(raw)
@@ -57,7 +59,7 @@ def with_gradients(model, guide, loss):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_an_unseen_label_is_summed_out(shape):
-    """U(x) = sum_y q(y|x) (L(x, y) - log q(y|x)) at the same noise, with all its gradients."""
+    """The loss is -U(x), U(x) = sum_y q(y|x) (L(x, y) - log q(y|x)); all gradients agree too."""
     model, guide, x = pair(shape)
 
     def by_hand():
@@ -79,7 +81,7 @@ def test_an_unseen_label_is_summed_out(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_seen_label_is_data(shape):
-    """L(x, y) + alpha log q(y|x) at the same noise, with all its gradients."""
+    """The loss is -L(x, y) - alpha log q(y|x) at the same noise; all gradients agree too."""
     model, guide, x = pair(shape)
     y = torch.tensor([0, 1, 2, 3, 3])
 
@@ -96,8 +98,10 @@ def test_a_seen_label_is_data(shape):
 
 
 def test_both_bounds_are_below_the_evidence():
-    """log p(x) = log sum_y p(x, y) by importance sampling over z for each y, in one dimension less:
-    E U(x) <= log p(x), and E L(x, y) <= log p(x, y), each within 5 standard errors."""
+    """E U(x) <= log p(x) and E L(x, y) <= log p(x, y), each within 5 standard errors.
+
+    Importance sampling over z gives p(x, y) for each y; their sum over y is p(x).
+    """
     model, guide, x = pair(SHAPES[0])
     joint = []
     with torch.no_grad(), evaluate.fixed_noise("cpu", 0):
@@ -119,7 +123,7 @@ def test_both_bounds_are_below_the_evidence():
 
 
 def test_every_parameter_moves_and_the_classifier_learns():
-    """Two classes that a pixel tells apart: from 1 label each, SVI names all the others."""
+    """Each pixel of a half differs between two classes: from 1 label each, SVI finds the others."""
     torch.manual_seed(0)
     y = torch.arange(200) % 2
     x = torch.rand(200, 1, 5, 4).lt(0.2).float()

@@ -1,4 +1,4 @@
-"""Streamed data is the data in memory, bit for bit, and does not fill the memory."""
+"""Streamed data equal the data in memory, bit for bit, and do not fill the memory."""
 
 import contextlib
 import functools
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWa
 
 
 def some(*shape: int) -> np.ndarray:
-    """Random images, bright at the top and dark at the bottom."""
+    """Returns random data whose first three rows (or channels) are dark and all others bright."""
     images = np.random.default_rng(0).integers(0, 256, (N, *shape), dtype=np.uint8)
     images[:, :3] //= 2
     images[:, 3:] = images[:, 3:] // 2 + 128
@@ -39,7 +39,7 @@ def mapped(folder: Path, shape: tuple[int, ...] = (6, 5)) -> Path:
 
 
 def pictured(folder: Path, splits: tuple[str, ...] = ("",)) -> Path:
-    """Grey and coloured pictures, with labels; `splits` are subfolders."""
+    """Writes grey and coloured pictures with labels; `splits` are subfolders."""
     for i, image in enumerate(some(6, 5, 3)):
         label = folder / "pictures" / splits[i % len(splits)] / "ab"[i // len(splits) % 2]
         label.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ Both = tuple[data.Dataset, data.Dataset]
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory) -> Callable[[str], Both]:
-    """The same data in memory and streamed."""
+    """Returns a function that loads the same data in memory and streamed."""
 
     @functools.cache
     def load(name: str) -> Both:
@@ -88,7 +88,7 @@ def test_streamed_data_is_the_data_in_memory(both, name):
     assert isinstance(streamed.train.images, streaming.Streamed)
     assert "not kept in memory" in streamed.note
     assert (streamed.sha256, streamed.num_classes) == (memory.sha256, memory.num_classes)
-    assert streamed.train.images.rows.element_size() == 4  # bytes of memory an image
+    assert streamed.train.images.rows.element_size() == 4  # bytes of memory for each image
     assert torch.equal(streamed.mean_image, memory.mean_image)
     for ours, theirs in zip(streamed.splits, memory.splits, strict=True):
         assert repr(ours.images).startswith("Streamed")
@@ -108,8 +108,10 @@ def test_streamed_data_is_the_data_in_memory(both, name):
 @pytest.mark.parametrize("how", data.OBSERVATIONS)
 @pytest.mark.parametrize("count", [1, 2])
 def test_batches_are_those_of_data_in_memory(both, name, how, count, monkeypatch):
-    """In each of several processes, of which the last batch leaves one without an image, from any
-    batch on, with the random state left alone."""
+    """Batches agree in each process and from any batch on; the random state does not change.
+
+    The last batch leaves one process without an image.
+    """
     memory, streamed = (data.observe(d, how, seed=5) for d in both(name))
     state = torch.get_rng_state()
     monkeypatch.setattr(processes, "count", lambda: count)
@@ -212,7 +214,7 @@ def test_a_loader_of_a_stream_of_items_is_refused():
 
 @pytest.mark.parametrize("wrap", [lambda items: items, DataLoader])
 def test_the_trainer_takes_what_torch_has(wrap):
-    """Pixels stay as they are, and the weights are those of the data taken through the door."""
+    """Data of torch are observed as grey: the weights equal those of `from_torch` and `observe`."""
     items = Items(torch.from_numpy(some(1, 6, 5)) // 128 * 255)
     found = []
     for given in (wrap(items), data.observe(data.from_torch("mine", items), "grey")):
@@ -286,9 +288,9 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
         trained(data.load(blank(tmp_path, count, 20), stream=True), batch_size=1000, epochs=1).fit()
         return peak() / 2**20
 
-    most(2_000)  # what grows at the first time
+    most(2_000)  # the first run also allocates what later runs use
     few, many = most(20_000), most(200_000)
-    assert many - few < 30  # MiB; the images have 69 more
+    assert many - few < 30  # MiB; the larger file has 69 more
 
 
 def test_what_is_larger_than_a_quarter_of_the_memory_is_streamed(tmp_path, monkeypatch):

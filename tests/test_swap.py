@@ -51,7 +51,7 @@ def test_numbers_on_different_data_are_not_set_side_by_side(other, message):
 
 
 def test_what_is_no_likelihood_is_not_set_beside_likelihoods():
-    names = ("grey_bernoulli", "continuous_bernoulli")  # on the same data
+    names = ("grey_bernoulli", "continuous_bernoulli")  # both take the same data
     with pytest.raises(ValueError, match="one kind of data, not of continuous; continuous, not a"):
         swap.common_observation([swap.combination(f"likelihood={name}") for name in names])
 
@@ -80,7 +80,7 @@ def short_run(tmp_path, *combinations, options=()):
 def test_a_short_run(tmp_path, capsys):
     numbers = short_run(tmp_path, "guide=iaf", "objective=free_bits,guide=iaf")
     said = capsys.readouterr().out
-    # the second cannot work and says so; the others are there
+    # the second combination is refused with a reason; the others have run
     assert "objective=free_bits,guide=iaf is refused: free bits needs" in said
     assert "IWAE-100: of 179 images" in said
     assert list(numbers) == ["the first", "guide=iaf"]
@@ -89,7 +89,7 @@ def test_a_short_run(tmp_path, capsys):
         assert elbo == pytest.approx(-(distortion + rate), abs=1e-3)
     assert (tmp_path / "r" / "swap.png").stat().st_size > 10_000
 
-    # each combination is a run, which the evaluation measures alike
+    # each combination is a run, for which the evaluation finds the same ELBO
     run = tmp_path / "r" / "guide=iaf"
     assert pvae.load(run).recipe.guide == "iaf"
     less = ["--images", "0", "--annealed-images", "0", "--gap-images", "0", "--nuts-samples", "0"]
@@ -134,7 +134,7 @@ def test_several_seeds_go_on_with_what_is_missing(tmp_path, capsys):
     config = json.loads((folder / "beta=2,seed=4" / "config.json").read_text())
     assert (config["seed"], config["arguments"]["beta"]) == (4, "2")
 
-    # one run is lost, the others stay as they are
+    # if one run is lost, only this run is repeated
     pages = [folder / name / "report.html" for name in names]
     before = [page.stat().st_mtime_ns for page in pages]
     (folder / "beta=2,seed=4" / "results.json").unlink()

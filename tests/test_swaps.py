@@ -1,4 +1,4 @@
-"""The parts that are swapped, each against an independent oracle."""
+"""The parts that can be swapped, each compared with an independent oracle."""
 
 import copy
 import itertools
@@ -46,7 +46,7 @@ def test_probabilities_of_the_levels_sum_to_one(name, spread):
     p = head(spread * torch.randn(50, *head.param_shape, dtype=torch.float64))
     total = p.log_prob(LEVELS[:, None, None]).exp().sum(0)
     torch.testing.assert_close(total, torch.ones_like(total))
-    # the mean by the sum over levels
+    # the mean is the sum over levels
     by_level = (p.log_prob(LEVELS[:, None, None]).exp() * LEVELS[:, None]).sum(0)
     torch.testing.assert_close(p.mean.squeeze(-1), by_level)
 
@@ -55,7 +55,7 @@ def test_probabilities_of_the_levels_sum_to_one(name, spread):
     "name", [n for n, family in LIKELIHOODS.items() if family.data == "levels"]
 )
 def test_draws_of_the_levels_follow_the_probabilities(name):
-    """The share of draws at most the median level, of 20,000, within 4 standard errors."""
+    """Of 20,000 draws, the share at or below level 127 is right within 4 standard errors."""
     head = LIKELIHOODS[name].head((1,))
     p = head(torch.randn(head.param_shape, dtype=torch.float64))
     below = p.log_prob(LEVELS[:128, None]).exp().sum()
@@ -71,7 +71,7 @@ def test_the_laplace_density_integrates_to_one():
 
 
 def test_far_from_its_loc_a_level_still_has_a_gradient():
-    """A difference of sigmoids would be 0 in float32, and its logarithm minus infinity."""
+    """In float32 a difference of sigmoids would be 0, and its logarithm minus infinity."""
     h = torch.tensor([30.0, -3.0], requires_grad=True)
     log_p = heads.DiscretizedLogistic((1,))(h).log_prob(torch.tensor([0.2]))
     log_p.backward()
@@ -83,7 +83,7 @@ def test_far_from_its_loc_a_level_still_has_a_gradient():
 def test_what_lies_between_two_levels_is_refused():
     p = heads.DiscretizedLogistic((2,))(torch.zeros(4))
     with pytest.raises(ValueError, match="support"):
-        p.log_prob(torch.tensor([0.5, 0.0]))  # 127.5 levels
+        p.log_prob(torch.tensor([0.5, 0.0]))  # 0.5 is level 127.5
     with pytest.raises(ValueError, match="outside the likelihood's support"):
         build((1, 8, 8), 2, "mlp", "categorical").check(torch.rand(3, 1, 8, 8))
 
@@ -114,7 +114,7 @@ def test_low_rank_against_torch():
 
 
 def brute_force(logits, locs, scales, z):
-    """log sum_k w_k N(z; loc_k, scale_k), one component after another."""
+    """Returns log sum_k w_k N(z; loc_k, scale_k), in a loop over components."""
     terms = [
         w
         + sum(torch.distributions.Normal(m, s).log_prob(v) for m, s, v in zip(*row, z, strict=True))
@@ -154,13 +154,13 @@ def test_the_vamp_prior_is_the_mixture_of_posteriors(y):
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
 @pytest.mark.parametrize("name", PRIORS)
 def test_priors_broadcast_over_leading_dimensions(name, batch):
-    """Of the labels, and of the latents that they score."""
+    """Both the labels and the latents that a prior scores may have leading dimensions."""
     vae = build((1, 8, 8), 3, "mlp", prior=name, hidden=8, num_classes=2)
     y, z = torch.randint(2, batch), torch.randn(5, *batch, 3)
     p = vae.model.prior(y)
     assert p.expand(batch).sample((5,)).shape == z.shape
     assert p.log_prob(z).shape == (5, *batch)
-    for i in range(math.prod(batch)):  # each is what it is alone
+    for i in range(math.prod(batch)):  # each label alone gives the same density
         alone = vae.model.prior(y.reshape(-1)[i]).log_prob(z.reshape(5, -1, 3)[:, i])
         torch.testing.assert_close(p.log_prob(z).reshape(5, -1)[:, i], alone)
 
@@ -188,7 +188,7 @@ def test_flows_invert_and_their_densities_are_those_of_the_jacobian(kind):
     z = forward(e)
     jacobian = torch.autograd.functional.jacobian(forward, e)
     log_q = dist.Normal(torch.zeros(3).double(), 1.0).log_prob(e).sum() - jacobian.det().abs().log()
-    torch.testing.assert_close(q.log_prob(z.clone()), log_q)  # a clone: nothing of it is cached
+    torch.testing.assert_close(q.log_prob(z.clone()), log_q)  # a clone: the flow uses no cache
     back = z
     for transform in reversed(q.transforms):
         back = transform.inv(back.clone())
@@ -209,12 +209,12 @@ def test_the_density_of_a_coupling_flow_is_that_of_its_jacobian(dim):
 
     z = forward(e)
     jacobian = torch.autograd.functional.jacobian(forward, e)
-    assert (jacobian != 0).all()  # every dimension moves every other
+    assert (jacobian != 0).all()  # every dimension changes every other
     log_p = (
         dist.Normal(torch.zeros(dim).double(), 1.0).log_prob(e).sum() - jacobian.det().abs().log()
     )
     torch.testing.assert_close(prior().log_prob(z), log_p)
-    # a draw's density with what the transforms cache of it, and without
+    # a draw has the same density with and without the cache of the transforms
     p = prior()
     draw = p.rsample((4,))
     torch.testing.assert_close(p.log_prob(draw), prior().log_prob(draw.clone()))
@@ -227,7 +227,7 @@ def test_a_coupling_flow_starts_at_the_standard_normal():
 
 
 def test_new_parts_are_counted_without_memory():
-    """On the meta device: no part reads values where it is made."""
+    """Parts can be built on the meta device, because no constructor reads values."""
     with torch.device("meta"):
         vae = build((1, 28, 28), (300_000, 200_000), "resnet", guide="ladder", prior="coupling")
     assert sum(p.numel() for p in vae.parameters()) > 1e9
@@ -246,8 +246,7 @@ def test_a_coupling_flow_is_saved_without_constants_and_copied():
     "prior", [partial(FlowPrior, kind=AFFINE), partial(FlowPrior, kind=SPLINE), CouplingPrior]
 )
 def test_a_flow_prior_is_normalized_and_draws_what_it_scores(prior):
-    """The density on a grid sums to 1; E[z] by draws lies within 4 standard errors of the
-    grid's."""
+    """On a grid the density sums to 1; the mean of draws is the grid's within 4 standard errors."""
     prior = prior(2).double()
     for p in prior.parameters():
         nn.init.normal_(p, std=0.1)
@@ -309,10 +308,12 @@ def test_the_differentiable_renyi_bound_is_pyros(alpha, vectorized):
 
 @pytest.mark.parametrize("dims", [pytest.param((3,), marks=pytest.mark.slow), (3, 2)])
 def test_dreg_is_the_iwae_gradient_in_expectation_and_less_noisy(dims):
-    """Along 10 random directions of the guide's parameters, 300 pairs: the means agree within 4
-    standard errors; the variance of DReG, summed over them, is smaller."""
+    """The means of 300 gradients of each agree within 4 standard errors in 10 random directions.
+
+    The variance of DReG, summed over the directions, is smaller.
+    """
     vae = build((1, 8, 8), dims, "mlp", hidden=8).double()
-    with torch.no_grad():  # posteriors narrow enough to matter
+    with torch.no_grad():  # larger weights make posteriors narrow
         for p in vae.parameters():
             p.mul_(1.5)
     particles = 8
@@ -344,7 +345,7 @@ def test_dreg_is_the_iwae_gradient_in_expectation_and_less_noisy(dims):
 
 @pytest.mark.parametrize("dropout", [None, 0.3])
 def test_dreg_has_the_models_gradient_of_iwae_and_its_value(dropout):
-    """Also where the guide has noise of its own, of which a draw and its density share one."""
+    """Also if the guide has dropout: a draw and its density use the same dropped elements."""
     vae = build((1, 8, 8), 3, "mlp", hidden=8, dropout=dropout).double()
     iwae = Renyi(0, 5, vectorize_particles=True, max_plate_nesting=1)
     one = loss_and_gradients(vae, lambda: iwae.loss_and_grads(vae.model, vae.guide, X))
@@ -356,7 +357,7 @@ def test_dreg_has_the_models_gradient_of_iwae_and_its_value(dropout):
 
 
 def test_dreg_at_the_exact_posterior_has_no_variance():
-    """There log w is one and the same for every z, and so is its derivative by z, 0."""
+    """There log w is the same for every z, so its derivative by z is 0."""
     w = torch.linalg.qr(torch.randn(5, 2, dtype=torch.float64)).Q * 1.7
     exact = LinearGaussian(w, torch.zeros(5, dtype=torch.float64), 0.3)
     variance = 1 / exact.precision.diagonal()
@@ -409,7 +410,7 @@ def test_the_floor_is_that_of_each_unit_of_each_layer():
     vae = build((1, 8, 8), latent_dims=(3, 2), net="mlp", hidden=8, guide="ladder").double()
     floor = 5 * 1e3 * len(X)
     reconstruction = floor - FreeBits(1e3).loss(vae.model, vae.guide, X)
-    assert -100 * len(X) < reconstruction < 0  # of 64 pixels, each of some log 2 nats
+    assert -100 * len(X) < reconstruction < 0  # 64 pixels at about log 2 nats each
 
 
 def test_info_vae_is_its_three_terms():
@@ -428,7 +429,7 @@ def test_info_vae_is_its_three_terms():
 
 
 def test_a_subsampled_plate_is_refused_by_the_bounds_per_image():
-    """Its scale would enter the logarithm of the mean weight."""
+    """The plate's scale would enter the logarithm of the mean weight."""
     x = torch.randn(4, 2)
 
     def model(x):
@@ -456,7 +457,7 @@ def test_the_mean_field_elbo_is_wrong_on_two_layers_and_refused():
     vae = two_layers()
     with pytest.raises(ValueError, match="order z2, z1, the guide in the order z1, z2"):
         MeanField().loss(vae.model, vae.guide, X)
-    with pyro.validation_enabled(False):  # where Pyro itself does not even warn
+    with pyro.validation_enabled(False):  # then Pyro does not even warn
         trace = Trace_ELBO(4000, vectorize_particles=True, max_plate_nesting=1)
         wrong = TraceMeanField_ELBO(4000, vectorize_particles=True, max_plate_nesting=1)
         right = torch.tensor([trace.loss(vae.model, vae.guide, X) for _ in range(5)])
@@ -467,7 +468,7 @@ def test_the_mean_field_elbo_is_wrong_on_two_layers_and_refused():
 @pytest.mark.parametrize("dims", [(3, 2), (3, 2, 4), (3, 1, 2, 4)])
 @pytest.mark.parametrize("name", ["trace_elbo", "iwae", "renyi"])
 def test_layers_are_their_densities(name, dims):
-    """The loss of Pyro against the densities of each conditional, one after another."""
+    """Pyro's loss is the sum of the log densities of each conditional, one after another."""
     vae = build((1, 8, 8), dims, "mlp", hidden=8).double()
     elbo = OBJECTIVES[name].elbo(4)
     svi = pyro.infer.SVI(vae.model, vae.guide, pyro.optim.Adam({}), elbo)
@@ -492,7 +493,7 @@ def test_layers_are_their_densities(name, dims):
 
 @pytest.mark.parametrize("dims", [(3, 2), (3, 4, 2)])
 def test_the_layers_in_traces(dims):
-    """The model draws from above, the guide from below; each layer has its own dimension."""
+    """The model draws the top layer first, the guide the bottom layer; layers differ in size."""
     vae = build((1, 8, 8), dims, "mlp", hidden=8, num_classes=2)
     sites = [f"z{number}" for number in range(1, len(dims) + 1)]
     y = torch.tensor([0, 1, 1, 0, 0, 1])
@@ -519,7 +520,7 @@ def test_three_layers_are_captured_saved_and_loaded(guide, tmp_path):
     again = pvae.load(tmp_path / "three.pt")
     assert again.recipe.latent_dims == (3, 4, 2)
     torch.testing.assert_close(again.reconstruct(X.float()), vae.reconstruct(X.float()))
-    assert pvae.evaluate.posterior_means(again.guide, X.float()).shape == (6, 3)  # of z1
+    assert pvae.evaluate.posterior_means(again.guide, X.float()).shape == (6, 3)  # the means of z1
 
 
 @pytest.mark.parametrize(
@@ -544,21 +545,21 @@ def test_layers_sample_reconstruct_and_interpolate(dims):
     torch.testing.assert_close(vae.reconstruct(X), vae.decode(q.mean).mean)
 
 
-# ---- what y is ----
+# ---- labels and side vectors ----
 
 
 @pytest.mark.parametrize(
     ("prior", "net"), list(itertools.product(["vamp", "conditional"], ["mlp", "conv"]))
 )
 def test_a_side_vector_conditions_a_pair(prior, net):
-    """A pair given one-hot vectors is the pair given the labels, weight for weight."""
+    """With the same weights, a pair for one-hot vectors equals a pair for labels."""
     side = build((1, 8, 8), 3, net, prior=prior, side_dim=2, hidden=8).double()
     y = torch.tensor([0, 1, 1, 0, 1, 0])
     vector = torch.nn.functional.one_hot(y, 2).double()
     loss = Trace_ELBO().loss(side.model, side.guide, X, vector)
     assert math.isfinite(loss)
     assert side.sample(y=vector).shape == (6, 1, 8, 8)
-    if prior == "vamp":  # without labels of its own in the prior the two are one network
+    if prior == "vamp":  # here both pairs have the same parameters
         labelled = build((1, 8, 8), 3, net, prior=prior, num_classes=2, hidden=8)
         labelled.double().load_state_dict(side.state_dict())
         noise = torch.randn(6, 3, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The log for TensorBoard: each epoch once, resumed or not; what is said without the package."""
+"""The log for TensorBoard: each epoch once, also if resumed; the error without the package."""
 
 import sys
 
@@ -33,7 +33,7 @@ def test_without_the_package_it_says_what_brings_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of tensorboard and protobuf
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised in tensorboard and protobuf
 def test_a_resumed_run_goes_on_in_the_same_log(tmp_path):
     pytest.importorskip("tensorboard", reason="needs the extra [tensorboard]")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -41,7 +41,7 @@ def test_a_resumed_run_goes_on_in_the_same_log(tmp_path):
     first = trainer(tmp_path, report.tensorboard)
     first.fit(until=2)
     at_two = (tmp_path / "checkpoint.pt").read_bytes()
-    first.fit(until=3)  # logged, but of a checkpoint that the run does not go on from
+    first.fit(until=3)  # logged, but the resumed run starts before this epoch
     (tmp_path / "checkpoint.pt").write_bytes(at_two)
     second = trainer(tmp_path, report.tensorboard)
     second.resume(tmp_path / "checkpoint.pt")

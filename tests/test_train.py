@@ -1,4 +1,4 @@
-"""The trainer: resume, the cross-check, what is kept, and what stops a run."""
+"""The Trainer: resuming, the cross-check, the files that it keeps, and errors that stop a run."""
 
 import csv
 import math
@@ -112,7 +112,7 @@ def test_a_disagreeing_oracle_stops_the_run(fault):
 
 
 def test_a_wrong_analytic_kl_is_suspicious():
-    """(b) sees what (a) cannot: a KL formula that is off, here by a half."""
+    """Check (b) finds an error that (a) cannot find: a KL formula that is wrong by 0.5."""
     trainer = new_trainer()
     terms = trainer.vae.terms
     trainer.vae.terms = lambda x, z, y=None: terms(x, z, y)._replace(kl=terms(x, z, y).kl + 0.5)
@@ -180,7 +180,7 @@ def test_validation_neither_trains_nor_spends_random_numbers():
 
 
 def test_selection_is_on_the_true_elbo(monkeypatch):
-    """At beta = 0 the objective is the reconstruction; the validation ELBO still has its KL."""
+    """At beta = 0 the objective is the reconstruction, but the validation ELBO includes the KL."""
     trainer = new_trainer(schedule=Schedule(beta=0.0), epochs=1)
     trainer.fit()
     (row,) = trainer.history
@@ -191,13 +191,13 @@ def test_selection_is_on_the_true_elbo(monkeypatch):
 
 
 def test_each_layer_has_its_warmup():
-    """z1 at full weight from the start, z2 over 5 of the 10 steps."""
+    """The KL of z1 has full weight from the start; that of z2 rises over 5 of the 10 steps."""
     seen = []
 
     class Watched(Trace_ELBO):
         def _get_trace(self, *args):
             traces = super()._get_trace(*args)
-            if torch.is_grad_enabled():  # a step, not a check
+            if torch.is_grad_enabled():  # a training step, not a cross-check
                 seen.append([[t.nodes[f"z{n}"]["scale"] for n in (1, 2)] for t in traces])
             return traces
 
@@ -263,10 +263,10 @@ def test_buffers_are_kept_and_evaluation_leaves_them_alone(tmp_path):
     assert torch.equal(resumed.vae.guide.posterior.net.layers[2].running_mean, before)
 
 
-# ---- what stops a run ----
+# ---- errors that stop a run ----
 
 
-@pytest.mark.filterwarnings("ignore:Encountered NaN")  # Pyro's own, before ours
+@pytest.mark.filterwarnings("ignore:Encountered NaN")  # Pyro warns before our error
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_with_what_to_do(tmp_path, broken):
     trainer = new_trainer(tmp_path, epochs=2)
@@ -372,7 +372,7 @@ def test_a_batch_of_one_image_is_refused_under_batchnorm(batch_size):
 
 
 class TiltedELBO(Trace_ELBO):
-    """A subclass computes something else: no formula of its base is held against it."""
+    """A subclass computes another loss, so it must not be compared with its base's formula."""
 
     def loss(self, *args, **kwargs):
         return 2 * super().loss(*args, **kwargs)
@@ -389,7 +389,7 @@ class TiltedELBO(Trace_ELBO):
     ],
 )
 def test_the_loss_by_hand_is_that_of_the_elbos_exact_type(elbo, against):
-    """Stock ELBOs of Pyro are checked like the named ones, with what they say of themselves."""
+    """Stock ELBOs are checked like the named ones; `against` says what they are compared with."""
     vae = build((1, 28, 28), 2, "mlp", hidden=8).double()
     svi = SVI(vae.model, vae.guide, pyro.optim.Adam({}), elbo)
     check = cross_check(svi, vae, (torch.rand(20, 1, 28, 28) > 0.5).double())
@@ -401,7 +401,7 @@ def test_the_loss_by_hand_is_that_of_the_elbos_exact_type(elbo, against):
 @pytest.mark.parametrize("particles", [1, 3])
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_each_likelihood_is_checked_by_the_formulas(likelihood, particles):
-    """As a trainer does it before a run, whatever the number of draws."""
+    """The cross-check of an untrained pair agrees for any number of draws."""
     vae, x = tiny(likelihood, net="mlp").double(), images(likelihood, (1, 8, 8))
     svi = SVI(vae.model, vae.guide, pyro.optim.Adam({}), OBJECTIVES["trace_elbo"].elbo(particles))
     check = cross_check(svi, vae, x)

@@ -1,4 +1,4 @@
-"""What people do with a pair; the builder; saving and loading."""
+"""The methods of a pair; the builder; saving and loading."""
 
 import copy
 import json
@@ -143,7 +143,7 @@ def test_what_is_no_checkpoint(tmp_path):
         pvae.load(tmp_path / "cut.pt")
 
 
-# what version 0.1 wrote: its state's names and shapes, and the arguments of its `build`
+# a file of version 0.1: the names and shapes of its state, and the arguments of its `build`
 FORMAT_1 = {
     "model.top.logits": (2,),
     "model.top.loc": (2, 1),
@@ -209,14 +209,14 @@ VERSION_1 = Path(__file__).parent / "data" / "version_1.safetensors"
 
 
 def waves(vae: VAE) -> VAE:
-    """Sets the n-th number of each tensor to sin n."""
+    """Sets element n of each tensor to sin n."""
     for t in vae.state_dict().values():
         t.copy_(torch.arange(t.numel()).sin().view_as(t))
     return vae
 
 
 def test_a_file_of_the_first_version_loads():
-    """It stays as it is: every later version must find the same pair in it."""
+    """The file must not change: every later version must read the same pair from it."""
     vae = pvae.load(VERSION_1)
     assert vae.recipe == pvae.builder.Recipe((1, 4, 4), (2,), "mlp", hidden=3)
     assert checkpoint.read(VERSION_1)["data"] == "digits"
@@ -278,7 +278,7 @@ def test_a_pair_composed_by_hand_is_kept_without_a_recipe(tmp_path):
     ],
 )
 def test_a_built_pair_with_another_part_has_no_recipe(place, part):
-    """Its recipe would build another pair, and its hand-written ELBO is that of another."""
+    """Its old recipe and its hand-written ELBO would belong to another pair."""
     pair = tiny("gaussian", latent_dim=2)
     copied = copy.deepcopy(pair)
     assert copied.recipe == pair.recipe
