@@ -43,7 +43,7 @@ def calibration(
     r"""Simulation-based calibration of `q(z|x)` on as many simulated images as `x` holds, given the
     labels `y`; what the images `x` show plays no part.
 
-    Each unit's ranks `r = #{i : z_i < z}`, `z_i ~ q(z|x)`, are held against the uniform
+    Each unit's ranks `r = #{i : z_i < z}`, `z_i ~ q(z|x)`, are compared with the uniform
     distribution on `0, ..., num_draws` by a chi-squared test over 20 bins, and the p-values of all
     units are corrected by Holm's method: of an exact guide the least is below 0.05 in at most 5 %
     of cases.
