@@ -28,7 +28,7 @@ class Likelihood(NamedTuple):
     log_likelihood: Callable[[Any, Tensor, Tensor], Tensor]  # (head, x, raw) -> (*, B)
     data: str  # a kind of `pvae.data.KINDS`: "binary", "levels", "counts" or "continuous"
     label: str
-    taken: Callable[[], nn.Module] | None = None  # makes the module before the encoder
+    taken: Callable[[], nn.Module] | None = None  # makes a module that prepares the data for nets
 
     @property
     def kind(self) -> str:
@@ -499,7 +499,7 @@ class Recipe:
 
     @property
     def own_activation(self) -> str:
-        """The recipe's activation, or the net's default; the two properties below work alike."""
+        """The recipe's activation, or the net's default; the next two properties do the same."""
         return self.activation or NETS[self.net].activation
 
     @property
@@ -591,7 +591,7 @@ def build(
         latent_dims: the dimension of each latent layer, by default 16. One layer, `(32,)` or 32,
             makes the model `p(z) p(x | z)`. Two layers, `(40, 8)`, make the model
             `p(z2) p(z1 | z2) p(x | z1)` and the guide `q(z1 | x) q(z2 | z1)`, where z1 has 40
-            dimensions and z2 has 8; any number of layers is possible.
+            dimensions and z2 has 8; up to 100 layers are possible.
         net, likelihood, guide: names in `NETS`, `LIKELIHOODS` and `GUIDES`.
         prior: a name in `PRIORS`; with several layers, the prior of the last one.
         hidden, activation: the hidden width and the activation of the networks. None takes the
@@ -787,7 +787,7 @@ def _posterior(recipe: Recipe, guide: Posterior) -> Conditional:
 
 
 def _taking(recipe: Recipe, net: nn.Module) -> nn.Module:
-    """The net, behind the module that the likelihood puts before an encoder, and dropout."""
+    """The net, after the module that prepares the likelihood's data (if any) and after dropout."""
     taken = LIKELIHOODS[recipe.likelihood].taken
     first = [] if taken is None else [taken()]
     if recipe.dropout:

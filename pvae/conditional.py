@@ -155,7 +155,7 @@ class ConcatLabel(ConcatVector):
 class Conditional(nn.Module):
     r"""The conditional distribution `p(u | v, y) = head(net(join(v, y)))`.
 
-    `net` maps tensors to tensors and sees one batch dimension only; `head` maps its output to a
+    `net` maps tensors to tensors and takes one batch dimension only; `head` maps its output to a
     distribution. `v` may have any leading dimensions, `(*, B) + event`: they are folded into one
     for the network and restored for the head, so particles and enumeration pass through
     convolutions.

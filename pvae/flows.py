@@ -93,7 +93,7 @@ class _Flow(nn.Module):
                 [max(hidden, dim)],
                 sizes,
                 permutation=torch.LongTensor(order),
-                # tanh bounds the scales: a draw divides by D of them in a row, and may overflow
+                # tanh bounds the scales: a draw divides D times in a row, and could overflow
                 nonlinearity=nn.Tanh(),
             )
             for order in self._orders

@@ -46,7 +46,7 @@ class temper(Messenger):
         super().__init__()
         if not 0 <= beta < float("inf"):
             raise ValueError(f"beta must be a finite number of at least 0, not {beta}")
-        self.beta = float(beta)  # captured.SVI takes a float as an input, but freezes an int
+        self.beta = float(beta)  # captured.SVI treats a float as an input, an int as a constant
         self.site = site
 
     def _pyro_sample(self, msg: Message) -> None:
@@ -76,7 +76,7 @@ class part_of_batch(Messenger):
         super().__init__()
         if not 0 < share <= 1:
             raise ValueError(f"share must be above 0 and at most 1, not {share}")
-        self.share = float(share)  # captured.SVI takes a float as an input, but freezes an int
+        self.share = float(share)  # captured.SVI treats a float as an input, an int as a constant
 
     def _pyro_sample(self, msg: Message) -> None:
         plates = [frame for frame in msg["cond_indep_stack"] if frame.dim == -1]

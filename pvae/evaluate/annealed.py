@@ -232,7 +232,7 @@ class Annealer:
     in expectation, in nats.
 
     Args:
-        model: a Pyro program `model(x, y)` whose sites all lie in one data plate.
+        model: a Pyro program `model(x, y)` whose sites are all in one data plate.
         initial: the program of q0, such as the guide. None takes the model's own prior; the guide
             is then not used.
         num_temperatures: steps from q0 to the joint; more steps make the bound tighter.

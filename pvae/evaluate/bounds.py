@@ -122,7 +122,7 @@ def elbo(
     site and torch has the formula, else sampled.
 
     Raises:
-        ValueError: `num_samples` is below 1, or a site lies outside the data plate.
+        ValueError: `num_samples` is below 1, or a site is outside the data plate.
 
     >>> import pvae
     >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")

@@ -95,7 +95,7 @@ class ImportanceSampler:
             `captured.inductor`: faster for thousands of pieces. None runs Pyro's handlers for each.
 
     Raises:
-        ValueError: `num_samples` is below 1, or a site lies outside the data plate.
+        ValueError: `num_samples` is below 1, or a site is outside the data plate.
 
     >>> import pvae
     >>> from pvae import captured
@@ -153,7 +153,7 @@ def importance_weighted(
     Source: Importance Weighted Autoencoders (2015), arXiv:1509.00519.
 
     Raises:
-        ValueError: `num_samples` is below 1, or a site lies outside the data plate.
+        ValueError: `num_samples` is below 1, or a site is outside the data plate.
 
     >>> import pvae
     >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
