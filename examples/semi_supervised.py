@@ -295,7 +295,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="how many images have labels, one training each (default: those of 100, 300, 1000 "
         "and 3000 that there are)",
     )
-    cli.option(group, "--unlabelled", "images without", cli.NATURAL, 10_000, "N")
+    cli.option(group, "--unlabelled", "images without labels", cli.NATURAL, 10_000, "N")
     cli.option(group, "--alpha", "weight of the classification term, nats", float, 50.0, "A")
     cli.option(group, "--latent-dim", "of z", cli.NATURAL, 2, "D")
     cli.option(group, "--hidden", "width", cli.NATURAL, 256, "N")

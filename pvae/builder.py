@@ -555,7 +555,7 @@ class Recipe:
         if guide.ladder and not self.layered:
             raise ValueError(
                 f"guide {self.guide!r} is for two latent layers or more, not for latent_dims "
-                f"{self.latent_dims}: with one it is guide 'normal'"
+                f"{self.latent_dims}: for one layer choose guide 'normal'"
             )
         if guide.baseline and self.layered:
             raise ValueError(

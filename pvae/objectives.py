@@ -164,7 +164,7 @@ def _log_density(trace: Trace) -> Tensor:
             continue
         if not in_data_plate(site):
             raise ValueError(
-                f"site {name!r} lies outside the data plate (dim -1): no bound of it is per image"
+                f"site {name!r} is outside the data plate (dim -1): it has no bound for each image"
             )
         if any(f.full_size not in (None, f.size) for f in site["cond_indep_stack"]):
             raise ValueError(

@@ -354,7 +354,7 @@ class HierarchicalModel(_Generative):
         if len(below) < 2:
             raise ValueError(
                 "below must be at least two modules, the prior of z1 and the likelihood, not "
-                f"{len(below)}: of one layer pvae.Model is the program"
+                f"{len(below)}: for one layer use pvae.Model"
             )
         *between, prior, likelihood = below
         self.top, self.prior, self.likelihood = top, prior, likelihood
@@ -394,8 +394,8 @@ class HierarchicalGuide(_Inference):
         super().__init__()
         if not above:
             raise ValueError(
-                "above must be at least one module, q(z2 | z1), not none: of one layer pvae.Guide "
-                "is the program"
+                "above must be at least one module, q(z2 | z1), not none: for one layer use "
+                "pvae.Guide"
             )
         *between, top = above
         self.posterior, self.top = posterior, top
