@@ -3,10 +3,10 @@ r"""Your own data: from a folder of pictures, or from a table of counts, to the 
     python examples/own_data.py --dataset my_pictures/
     python examples/own_data.py --dataset my_counts.npz
 
-The program chooses the parts by the data. Pictures are binarised, with a Bernoulli; counts do not
-change, with a Poisson; other numbers are standardised, with a normal of a learned scale. Without
-`--dataset` the program makes two inputs itself: pictures of scikit-learn's digits, in folders of
-training, validation and test images, and counts drawn from a known Poisson model,
+The data decide the parts: binarised pictures get a Bernoulli likelihood, counts a Poisson, and
+other numbers, standardised, a normal with a learned scale. Without `--dataset` the program makes
+two inputs itself: pictures of scikit-learn's digits, in folders of training, validation and test
+images, and counts drawn from a known Poisson model,
 
     z ~ N(0, I) in R^2,    x_i ~ Poisson(exp(b_i + w_i z)).
 

@@ -134,7 +134,7 @@ class _ContinuousBernoulli(dist.TorchDistribution):
         return _ContinuousBernoulli(self.logits.expand(batch_shape), validate_args=False)
 
     def _split(self, threshold: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns where |l| is small; `l` with 1 in these places; `l` with 0 in all other places.
+        """Returns where `|l|` is small; `l` with 1 in these places; `l` with 0 in all other places.
 
         Both branches of a `torch.where` need finite gradients, even where they are not selected.
         """

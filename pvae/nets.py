@@ -84,7 +84,7 @@ class MLP(nn.Module):
         return self.out(self.hidden(v.flatten(1))).reshape(-1, *self.out_shape)
 
     def set_output_bias(self, raw: Tensor) -> None:
-        """Sets the output bias to `raw` (`out_shape`), near which training then starts."""
+        """Sets the output bias to `raw` (`out_shape`): training then starts near this output."""
         with torch.no_grad():
             self.out.bias.copy_(raw.flatten())
 

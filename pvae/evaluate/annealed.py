@@ -66,8 +66,8 @@ class Simulated(NamedTuple):
 class Sandwich(NamedTuple):
     """Two bounds on `log p(x)` of the same simulated images, `(B,)` each, in nats.
 
-    In expectation `lower <= log p(x) <= upper`, so the mean difference of the two bounds the
-    sampler's error. `diverged` is the share of divergent HMC moves in both directions.
+    In expectation `lower <= log p(x) <= upper`, so the sampler's error is at most the mean of
+    `upper - lower`. `diverged` is the share of divergent HMC moves in both directions.
     """
 
     lower: Tensor

@@ -215,7 +215,7 @@ def over(
         for x, y in bar:
             found = function(x, y)
             parts = (found,) if isinstance(found, Tensor) else found
-            if not done:  # at once: small results between large freed tensors would fragment memory
+            if not done:  # full size now: small tensors among freed large ones would split memory
                 results = [part.new_empty(count, *part.shape[1:]) for part in parts]
             for result, part in zip(results, parts, strict=True):
                 result[done : done + len(x)] = part

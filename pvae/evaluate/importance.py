@@ -83,7 +83,7 @@ def pareto_k(largest: Tensor) -> float:
 class ImportanceSampler:
     r"""Importance sampling of each image of a batch: the bound, and the diagnostics of its weights.
 
-    The object is called with batches `x` `(B, C, H, W)` (and labels `y`). Memory does not grow with
+    The object is called with batches `x` `(B, C, H, W)` (and labels `y`). Memory hardly grows with
     `num_samples`: only the sums of `w` and `w^2` are kept, and the `min(0.2 k, 3 sqrt k)` largest
     weights, to which the Pareto tail is fitted.
     Sources: Importance Weighted Autoencoders (2015), arXiv:1509.00519; of k-hat: see `pareto_k`.
