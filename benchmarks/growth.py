@@ -1,9 +1,9 @@
-"""How the cost of training grows: with the data, the images, the latent, the particles.
+"""How the cost of training grows with the data, the image size, the latent and the particles.
 
-For each point a process of its own makes random binary images, trains the pair on some batches of
-them as `pvae.train.Trainer` draws them (shuffled, pixels redrawn), and reports the median time of a
-batch, times the batches of an epoch, and the peak memory of the process. From one base (50,000
-images of 28x28, a 16-D latent, one particle, batches of 128) one size is changed at a time.
+For each point a separate process makes random images, and trains the pair on some batches, which it
+draws as `pvae.train.Trainer` does (shuffled, pixels redrawn). It reports the median time of a
+batch, the time of an epoch (the median times the number of batches), and its peak memory. The base
+is 50,000 images of 28x28, a 16-D latent, one particle and batches of 128; a point changes one size.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from pvae import captured, cli, data, memory, plots, run, tables
 
 
 class Size(NamedTuple):
-    """One point: what a person chooses."""
+    """The sizes of one point."""
 
     images: int = 50_000
     pixels: int = 28  # of a side
@@ -47,7 +47,7 @@ ENGINES = ("eager", "captured")
 
 
 def points(most: int) -> list[tuple[str, Size]]:
-    """Every point of every axis, the base among them, up to `most` training images."""
+    """All points of all axes, which include the base; at most `most` training images."""
     return [
         (axis, Size()._replace(**{axis: value}))
         for axis, (_, values) in AXES.items()
@@ -57,7 +57,7 @@ def points(most: int) -> list[tuple[str, Size]]:
 
 
 def _observed(size: Size) -> data.Observed:
-    """Random grey images, 8 bits a pixel, whole in memory as any data set of `pvae.data`."""
+    """Random grey images of 8 bits, in memory like every data set of `pvae.data`."""
 
     def split(n: int) -> data.Split:
         shape = (n, 1, size.pixels, size.pixels)
@@ -69,12 +69,12 @@ def _observed(size: Size) -> data.Observed:
 
 
 def peak() -> float:
-    """The most memory that the process has had in use, in MiB (a GPU's not counted)."""
+    """The peak memory of the process in MiB, without that of a GPU."""
     if sys.platform.startswith("linux"):
-        # not getrusage's: that of a child process starts at its parent's
+        # not getrusage: the peak of a child process starts at the peak of its parent
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
-    import resource  # where there is one
+    import resource  # Windows has no such module
 
     in_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return in_bytes / 2**20
@@ -94,7 +94,7 @@ def _measure(size: Size, engine: str, batch: int, timed: int, threads: int, pipe
     epochs = (observed.batches(batch, seed=0, epoch=epoch) for epoch in itertools.count())
     batches = itertools.chain.from_iterable(epochs)
     times = []
-    for step in range(3 + timed):  # the captured one compiles in the second
+    for step in range(3 + timed):  # the captured engine compiles in the second step
         start = time.perf_counter()
         svi.step(next(batches)[0])
         if step >= 3:
@@ -103,7 +103,7 @@ def _measure(size: Size, engine: str, batch: int, timed: int, threads: int, pipe
 
 
 def measure(size: Size, engine: str, *, batch: int, timed: int, threads: int) -> dict[str, Any]:
-    """One point in a process of its own."""
+    """Measures one point in a separate process."""
     context = multiprocessing.get_context("spawn")
     pipe, end = context.Pipe()
     told = (size, engine, batch, timed, threads, end)
@@ -129,7 +129,7 @@ def measure(size: Size, engine: str, *, batch: int, timed: int, threads: int) ->
 
 
 def picture(rows: list[dict[str, Any]], batch: int) -> Figure:
-    """Seconds an epoch above, memory below; an axis of growth a column; both scales logarithmic."""
+    """Draws seconds per epoch above and peak memory below, a column for each axis of growth."""
     measured = list(dict.fromkeys(r["axis"] for r in rows))
     figure = Figure(figsize=(3.2 * len(measured), 5.2), layout="constrained")
     axes = figure.subplots(2, len(measured), sharex="col", sharey="row", squeeze=False)

@@ -1,9 +1,9 @@
-"""Runs that are killed at random moments and resumed, against the run that nobody touched.
+"""Compares runs that are killed at random moments and resumed with an uninterrupted run.
 
 Each run trains a small net on the digits. SIGKILL ends it one to three times: in the first seconds,
-somewhere in an epoch, or in the middle of a write. Then it goes on by `--resume`. What it leaves
-must be that of the uninterrupted run, bit for bit: the weights, `best.pt`, `metrics.csv` and
-`results.json`, but for the columns of time.
+somewhere in an epoch, or in the middle of a write. Each time `--resume` continues it. The run must
+end with the same bits as the uninterrupted run: the weights, `best.pt`, `metrics.csv` and
+`results.json`, except the columns of time.
 """
 
 import argparse
@@ -34,7 +34,7 @@ MOMENTS = ("first seconds", "training", "write")
 
 
 def start(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-    """A run in a process of its own, whose output is kept."""
+    """Starts a run in a separate process, whose output is kept."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), *arguments]
     out = subprocess.PIPE
@@ -42,10 +42,10 @@ def start(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
 
 
 def finish(arguments: Sequence[str]) -> None:
-    """A run to its end.
+    """Executes a run to its end.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the run failed.
     """
     process = start(arguments)
     output, _ = process.communicate()
@@ -54,7 +54,7 @@ def finish(arguments: Sequence[str]) -> None:
 
 
 def kill(arguments: Sequence[str], folder: Path, moment: str, draw: random.Random) -> bool:
-    """Starts a run and kills it at a moment; whether it was still at work."""
+    """Starts a run and kills it at a moment; returns whether it was still running."""
     process = start(arguments)
     if moment == "first seconds":
         time.sleep(draw.uniform(0.5, 5))
@@ -65,7 +65,7 @@ def kill(arguments: Sequence[str], folder: Path, moment: str, draw: random.Rando
         ]:
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 1.5))
-        if moment == "write":  # a temporary file is there only while it is written
+        if moment == "write":  # the temporary file exists only while it is written
             while process.poll() is None and not any(folder.glob(".checkpoint.pt.*")):
                 pass
     at_work = process.poll() is None
@@ -75,7 +75,10 @@ def kill(arguments: Sequence[str], folder: Path, moment: str, draw: random.Rando
 
 
 def run(arguments: Sequence[str], folder: Path, moments: Sequence[str], seed: int) -> int:
-    """A run that is killed at these moments and resumed each time; how often it was at work."""
+    """Kills a run at each of these moments, resumes it each time, and lets it finish at the end.
+
+    Returns how often the run was still running when it was killed.
+    """
     draw, killed = random.Random(seed), 0
     for moment in moments:
         killed += kill(begun_or_new(arguments, folder), folder, moment, draw)
@@ -84,7 +87,7 @@ def run(arguments: Sequence[str], folder: Path, moments: Sequence[str], seed: in
 
 
 def begun_or_new(arguments: Sequence[str], folder: Path) -> list[str]:
-    """What goes on with a run; one killed before it had begun to train is started anew."""
+    """The arguments that continue a run, or start it again if it was killed before it trained."""
     if (folder / "config.json").exists():
         return ["--resume", str(folder), "--quiet"]
     shutil.rmtree(folder, ignore_errors=True)
@@ -92,7 +95,7 @@ def begun_or_new(arguments: Sequence[str], folder: Path) -> list[str]:
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    """What two run folders do not have in common, bit for bit, time apart."""
+    """The names of what differs between two run folders, bit for bit, except times."""
     found = []
     for name in ("checkpoint.pt", "best.pt"):
         one, other = (flat(checkpoint.read(folder / name)) for folder in (a, b))
@@ -106,7 +109,7 @@ def differences(a: Path, b: Path) -> list[str]:
 
 
 def flat(state: Any, name: str = "") -> dict[str, Any]:
-    """All values of a checkpoint by name, but for those of time."""
+    """All values of a checkpoint by name, except times."""
     if isinstance(state, list):
         state = dict(enumerate(state))
     if not isinstance(state, dict):
@@ -132,7 +135,7 @@ def results(path: Path) -> dict[str, Any]:
 
 
 def kills(args: argparse.Namespace) -> None:
-    """Kills and resumes so many runs of an engine, and prints what came of each."""
+    """Kills and resumes `args.runs` runs of an engine, and prints how each of them ended."""
     draw, rows = random.Random(args.seed), []
     arguments = [*SMALL, "--engine", args.engine]
     with tempfile.TemporaryDirectory() as folder:

@@ -1,12 +1,13 @@
-"""Rows of published tables, and what this package reaches: one command a row.
+"""Rows of published tables, and the numbers that this package reaches: one command for each row.
 
-    python benchmarks/likelihood.py 1                # trains, evaluates, leaves results.json
-    python benchmarks/likelihood.py --resume RUN     # goes on where that was stopped
-    python benchmarks/likelihood.py table FILE ...   # the table of such files
+    python benchmarks/likelihood.py 1                # trains, evaluates, writes results.json
+    python benchmarks/likelihood.py --resume RUN     # continues a stopped run
+    python benchmarks/likelihood.py table FILE ...   # prints the table of such results.json
 
-The protocol is that of the papers: 50,000 images to train, binarised anew for every batch, 10,000
-to validate, the model chosen by its validation ELBO, the test draw of NumPy's seed 777, the test
-set touched once. `log p(x)` is estimated by importance sampling on all 10,000 test images.
+The protocol is that of the papers. 50,000 images train, binarised anew for every batch; 10,000
+validate; the model is the one of the best validation ELBO. The binary test images are those of
+NumPy's seed 777, and the test set is touched once. `log p(x)` is estimated by importance sampling
+on all 10,000 test images.
 """
 
 import argparse
@@ -38,9 +39,10 @@ from pvae.untrusted import read_json
 CHECKED = 200  # test images whose log p(x) is estimated once more, by ten times the draws
 VALIDATED = 400  # validation images whose log p(x) is printed after each stage, to compare recipes
 PART = 1000  # test images whose log p(x) is kept together, so that an evaluation can go on
-LATENT = 40  # dimensions of the one latent layer of rows 1 to 4
+LATENT = 40  # dimensions of the lowest latent layer
+UPPER = 16  # dimensions of the layer above it, of row 5
 CLIP = 1000.0  # norm of a batch's gradient, beyond what a run shows after its first steps
-# annealing, which finds log p(x) of a few images by other means
+# annealed importance sampling, which estimates log p(x) of a few images by another method
 ANNEALED = {"annealed_images": 50, "temperatures": 200, "chains": 1, "from_prior": False}
 PROPOSALS = {"num_samples": 5000, "proposal_steps": 600}
 
@@ -48,12 +50,12 @@ PROPOSALS = {"num_samples": 5000, "proposal_steps": 600}
 class Stage(NamedTuple):
     """One fit of a row's pair.
 
-    prior: makes a new prior, in the place of the one before.
-    guide_only: the model stays as it is, so that only the bound gets tighter.
-    dropout: the share of the encoder's input that is left out, of pairs that have dropout; without
+    change: puts a new part into the pair before the fit.
+    guide_only: only the guide is trained, so that only the bound gets tighter.
+    dropout: the share of the encoder's input that is left out, for pairs that have dropout; without
         it a guide fits closer, and overfits sooner.
-    chosen: the model is that of the best validation ELBO; else that after the last epoch, for an
-        importance-weighted bound wants a wider guide than the ELBO does.
+    chosen: the pair is that of the best validation ELBO; else that after the last epoch, because an
+        importance-weighted bound needs a wider guide than the ELBO does.
     """
 
     epochs: int
@@ -64,7 +66,7 @@ class Stage(NamedTuple):
     weight_decay: float = 0.01
     ema: float | None = 0.999
     kl_warmup: float = 0.0
-    prior: Callable[[], nn.Module] | None = None
+    change: Callable[[pvae.VAE], None] | None = None
     guide_only: bool = False
     dropout: float = 0.1
     chosen: bool = True
@@ -73,14 +75,14 @@ class Stage(NamedTuple):
 class Row(NamedTuple):
     """A row of the table.
 
-    title: what is trained on what.
-    dataset, observe: the data, by their names in `pvae.data`.
+    title: the data and the pair, in words.
+    dataset, observe: the data and how they are observed, by their names in `pvae.data`.
     pair: makes the pair from the mean image.
-    stages: its training by name, one fit after another; each starts from the one before.
+    stages: the fits of the pair by name; each fit starts from the result of the one before.
     published: the numbers of the papers.
-    must: what this row is to be better than.
+    must: the bar: the number of this row must be above it.
     number: the key of that number in results.json, "log_evidence" or "elbo"; higher is better.
-    all_train: the validation images train too, as a source has it that validates nothing.
+    all_train: the validation images train too, as in sources that do not validate.
     """
 
     title: str
@@ -97,7 +99,7 @@ class Row(NamedTuple):
 def residual(mean_image: Tensor) -> pvae.VAE:
     """Residual networks of 32 channels at 14x14 and 64 at 7x7, with one block at each size.
 
-    Each stage says how large a share of the encoder's pixels is left out, against its overfitting.
+    Dropout of the encoder's input reduces overfitting; each stage sets its rate.
     """
     shape = tuple(mean_image.shape)
     likelihood, posterior = heads.Bernoulli(shape), heads.Normal((LATENT,))
@@ -111,21 +113,40 @@ def residual(mean_image: Tensor) -> pvae.VAE:
 
 
 def named(**parts: Any) -> Callable[[Tensor], pvae.VAE]:
-    """A pair by the names of its parts, the arguments of `pvae.build`."""
+    """A function that builds a pair by `pvae.build`, from the names of its parts (`parts`)."""
     return lambda mean_image: pvae.build(tuple(mean_image.shape), mean_image=mean_image, **parts)
 
 
-def flow() -> nn.Module:
-    """A coupling flow (RealNVP), which starts at N(0, I)."""
-    return CouplingPrior(LATENT, transforms=8, hidden=(128,))
+def with_flow(vae: pvae.VAE) -> None:
+    """The prior becomes a coupling flow (RealNVP), which starts at N(0, I)."""
+    vae.model.prior = CouplingPrior(LATENT, transforms=8, hidden=(128,))
 
 
-# the whole pair trains on, by an importance-weighted bound, which lets its guide be wider
+def with_layer(vae: pvae.VAE) -> None:
+    """The prior becomes `p(z2) p(z1 | z2)`, z2 of 16, of which the second starts at N(0, I).
+
+    The guide becomes `q(z1 | x) q(z2 | z1)`, whose `q(z1 | x)` is that of before.
+    """
+
+    def between(given: int, latent: int) -> tuple[nets.MLP, pvae.Conditional]:
+        head = heads.Normal((latent,))
+        net = nets.MLP((given,), head.param_shape, hidden=(256,))
+        return net, pvae.Conditional(net, head, event_dim=1)
+
+    (net, prior), (_, top) = between(UPPER, LATENT), between(LATENT, UPPER)
+    nn.init.zeros_(net.out.weight)
+    nn.init.zeros_(net.out.bias)
+    vae.model = pvae.HierarchicalModel(StandardNormal(UPPER), prior, vae.model.likelihood)
+    vae.guide = pvae.HierarchicalGuide(vae.guide.posterior, top)
+
+
+# the whole pair is trained further by an importance-weighted bound, which lets its guide be wider
 _DREG = Stage(8, 5e-4, batch_size=64, objective="dreg", particles=8, chosen=False)
 _IWAE = _DREG._replace(epochs=1, particles=50)
-# or its guide alone: draws of a wider guide are worth more to importance sampling
+# or only its guide: draws from a wider guide are better for importance sampling
 _GUIDE = _DREG._replace(epochs=2, guide_only=True, dropout=0.0)
-_FLOW = Stage(8, 1e-3, prior=flow)
+_FLOW = Stage(8, 1e-3, change=with_flow)
+_TWO_LAYERS = {"HVAE, VampPrior (arXiv:1705.07120)": -81.24, "exemplar, conv": -79.67}
 _ONE = Row(
     title="dynamic MNIST, one layer of 40, N(0, I)",
     dataset="mnist",
@@ -168,22 +189,28 @@ ROWS: Mapping[str, Row] = {
     "4": _FASHION,
     "4-flow": _FASHION._replace(
         title="row 4 with a flow as prior",
-        stages={
-            "pair": _FASHION.stages["pair"],
-            "flow": _FLOW,
-            "dreg": _DREG,
-            "iwae": _IWAE,
-        },
+        stages={**_FASHION.stages, "flow": _DREG._replace(epochs=3, change=with_flow)},
         published={"VampPrior (arXiv:2004.04795)": -227.35, "exemplar, same": -226.75},
         must=-226.7,
     ),
-    "5": Row(
+    "5": _ONE._replace(
+        title="row 1 with a second layer of 16",
+        stages={
+            "pair": _ONE.stages["pair"],
+            "layer": _FLOW._replace(change=with_layer),
+            "dreg": _DREG._replace(epochs=3),
+            "iwae": _IWAE,
+        },
+        published=_TWO_LAYERS,
+        must=-80.5,
+    ),
+    "5-ladder": Row(
         title="dynamic MNIST, layers of 40 and 16, a ladder guide",
         dataset="mnist",
         observe="dynamic",
         pair=named(latent_dims=(40, 16), net="conv", guide="ladder", dropout=0.1),
         stages={"pair": Stage(60, 2e-3, kl_warmup=0.1), "dreg": _DREG._replace(epochs=3)},
-        published={"HVAE, VampPrior (arXiv:1705.07120)": -81.24, "exemplar, conv": -79.67},
+        published=_TWO_LAYERS,
         must=-80.5,
     ),
     "6": Row(
@@ -263,7 +290,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default_data="the row's",
     )
     what = f"one of {', '.join(ROWS)}; or table, and files results.json"
-    # SUPPRESS: without it the row is that of the resumed run
+    # SUPPRESS: if no row is given, it is that of the resumed run
     parser.set_defaults(row=[], engine="captured")
     parser.add_argument("row", nargs="*", metavar="ROW", default=argparse.SUPPRESS, help=what)
     cli.option(parser, "--epochs", "of each stage (default: the row's)", cli.NATURAL, metavar="N")
@@ -290,16 +317,16 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def with_validation_images(study: Study) -> Study:
-    """All images but those of the test train; those that validate are among them."""
-    parts = study.dataset.train, study.dataset.validation  # bytes, as the batches are made of
+    """The study with all images except the test images for training; some of them also validate."""
+    parts = study.dataset.train, study.dataset.validation  # bytes, from which batches are made
     together = Split(torch.cat([part.images for part in parts]), None)
     return replace(study, data=replace(study.data, train=together))
 
 
 def with_stages_of(source: Path, row: Row, study: Study) -> Study:
-    """The study with those stages of the row that another run has, in copies; it goes on from them.
+    """Copies the row's stages that another run has into the study, which continues from them.
 
-    Raises ValueError for what is no run, or one on other data.
+    Raises ValueError if `source` is not the folder of a run, or of a run on other data.
     """
     before = run.read_config(source)["dataset"]
     study.dataset.require_same(before["name"], before["sha256"], source)
@@ -311,15 +338,16 @@ def with_stages_of(source: Path, row: Row, study: Study) -> Study:
 
 
 def part(study: Study, name: str, stage: Stage) -> Study:
-    """The study of one stage, with its arguments."""
+    """The study of one stage, with the arguments of the stage."""
     epochs = study.args.epochs or stage.epochs
     return study.part(name, num_epochs=epochs, batch_size=stage.batch_size, ema=stage.ema)
 
 
 def train(stage: Stage, vae: pvae.VAE, study: Study) -> Trainer:
-    """One stage; `vae` is then the model that it chooses."""
-    if stage.prior is not None:
-        vae.model.prior = stage.prior().to(study.device)
+    """Trains one stage; afterwards `vae` has the weights that the stage chooses."""
+    if stage.change is not None:
+        stage.change(vae)
+        vae.to(study.device)
     vae.model.requires_grad_(not stage.guide_only)
     for module in vae.modules():
         if isinstance(module, nn.Dropout):
@@ -351,8 +379,8 @@ def worth(row: Row, vae: pvae.VAE, study: Study) -> list[results.Row]:
 
 
 def evidence(subject: Subject, study: Study) -> list[results.Row]:
-    """`log p(x)` of all test images by importance sampling, of some with ten times the draws, and
-    of fewer by annealing and by a proposal of their own."""
+    """`log p(x)` of all test images by importance sampling, of some of them with ten times as many
+    draws, and of a few by annealing and with a proposal for each image."""
     k = study.args.num_samples
     by, images = sampler(subject.vae, k), study.data.test.images
     found = torch.cat(
@@ -389,7 +417,7 @@ def sampler(vae: pvae.VAE, num_samples: int) -> evaluate.ImportanceSampler:
 def weights(
     subject: Subject, by: evaluate.ImportanceSampler, images: Tensor, path: Path, number: int = 0
 ) -> Tensor:
-    """`log p(x)` and k-hat of each image, `(2, N)`: read from `path`, or made and kept there."""
+    """`log p(x)` and k-hat of each image, `(2, N)`: read from `path`, else computed and kept."""
     if not path.is_file():
         title, seed = subject.title(f"log p(x), part {number + 1}"), subject.seed + number
         found = evaluate.over(Split(images, None), by, batch_size=20, seed=seed, title=title)
@@ -400,7 +428,7 @@ def weights(
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown, a line a row of the table; runs of several seeds are one line, mean and sd."""
+    """The table in Markdown; runs of a row with several seeds are one line, with mean and sd."""
     lines = [
         "| row | published | ours | ELBO | KL | active | k-hat > .7 | minutes | processor |",
         "|---|---|---|---|---|---|---|---|---|",

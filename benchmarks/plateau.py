@@ -4,9 +4,10 @@ A decoder that ignores z gives each pixel one Bernoulli rate. The best such mode
 
     sum_i m_i log m_i + (1 - m_i) log(1 - m_i),   m the mean image,
 
-nats an image, in expectation over binarisations: -206.0 on MNIST's 60,000. The Keras tutorial's
-form (`--published`: hidden 16, ReLU, no warm-up, no output bias) can sit there for epochs. This
-trains the first of 10 epochs for many seeds and prints where each one stands after it.
+nats per image, in expectation over binarisations: -206.0 on MNIST's 60,000. The form of the Keras
+tutorial (`--published`: hidden 16, ReLU, no warm-up, no output bias) can stay there for epochs.
+This program trains the first of 10 epochs for many seeds, and prints for each seed the validation
+ELBO after it.
 """
 
 import argparse
@@ -22,11 +23,11 @@ from pvae.closed_form import collapsed
 from pvae.schedule import Schedule
 from pvae.train import Trainer
 
-MARGIN = 20.0  # nats above the collapsed solution that count as having left it
+MARGIN = 20.0  # nats above the collapsed solution, beyond which a seed has left it
 
 
 def first_epoch(dataset: data.Dataset, seed: int, published: bool) -> dict[str, float]:
-    """The row of the first epoch's numbers."""
+    """Trains the first epoch; returns its row of the history."""
     defaults = cli.parser("").parse_args([])
     pyro.set_rng_seed(seed)
     vae = pvae.build(

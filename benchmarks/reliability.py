@@ -1,17 +1,17 @@
-"""Does what must not happen happen? Programs that try to break the package, and count.
+"""Programs that try to break the package, and count how often they succeed.
 
     python benchmarks/reliability.py fuzz
     python benchmarks/reliability.py kill
     python benchmarks/reliability.py memory
     python benchmarks/reliability.py processes
 
-`fuzz` gives every reader of files inputs that are wrong on purpose: headers that claim too much,
-and small real files of which bytes are flipped, cut off, put in or copied. A reader must answer
-with a right reading, or with a `ValueError` or an `OSError` that names the file; anything else, and
-more memory than 1 GiB above that of the imports, is wrong. All is drawn from a fixed seed. It needs
-Linux, which counts the memory. `kill` is in the file of this name. `memory` trains on files of more
-and more images that are streamed, and tells the most memory that each takes. `processes` times a
-training in one process of two threads and in two of one, by turns.
+`fuzz` gives every reader of files wrong inputs: headers that claim too much, and small real files
+with bytes flipped, cut off, inserted or copied. A reader must read the file correctly, or raise a
+`ValueError` or an `OSError` that names the file. Anything else is wrong, and so is more than 1 GiB
+of memory above that of the imports. A fixed seed draws all inputs. `fuzz` and `memory` need Linux,
+which measures the memory. `kill` is in `kill.py`. `memory` trains on streamed files of more and
+more images, and prints the peak memory of each training. `processes` compares the time of training
+in one process of two threads with that in two processes of one thread, in turn.
 """
 
 import argparse
@@ -50,15 +50,20 @@ from pvae.train import Trainer
 
 # ---- fuzz: wrong files for every reader ----
 
-MEMORY = 2**30  # bytes above what the imports take
+MEMORY = 2**30  # bytes above the memory of the imports
 Draw = np.random.Generator
 
 
 class Format(NamedTuple):
-    """A kind of file: a real one and a made one, where it belongs, and how it is read.
+    """A kind of file.
 
-    `read` raises where what it has read is not what it must be; `headers` tells whether a
-    file passes a look at its first bytes, so that the fuzz is seen to reach what comes after.
+    Args:
+        valid: makes the bytes of a real file.
+        made: makes the bytes of a file that may claim wrong things.
+        file: the path of the file in its folder.
+        read: reads the file; raises if the result is not as it must be.
+        header: whether the first bytes of a file are those of the format. The count of such files
+            shows that the fuzz reaches the code behind the header.
     """
 
     valid: Callable[[Draw], bytes]
@@ -69,7 +74,8 @@ class Format(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """How the inputs of one format ended, and what was wrong."""
+    """For one format, the numbers of clean errors, of files that were read and of files that passed
+    the header, and the wrong answers."""
 
     errors: int = 0
     read: int = 0
@@ -78,8 +84,8 @@ class Counts(NamedTuple):
 
 
 def mutated(content: bytes, draw: Draw) -> bytes:
-    """One to four of: a bit flipped, a byte or a number put in place, a cut, a run put in, copied
-    or left out."""
+    """The content after one to four random changes: a bit is flipped, a byte or number replaced,
+    the end cut off, or a run of bytes inserted, copied or removed."""
     out = bytearray(content)
     for _ in range(draw.integers(1, 5)):
         at, length = int(draw.integers(len(out) + 1)), int(draw.geometric(0.1))
@@ -104,7 +110,7 @@ def mutated(content: bytes, draw: Draw) -> bytes:
 
 
 def number(draw: Draw) -> int:
-    """A size that a header might claim: mostly small, at times at an edge or out of all bounds."""
+    """A size that a header might claim: often small, else near a power of 2, or far too large."""
     edges = [0, 1, 2**7, 2**8, 2**15, 2**16, 2**31, 2**32, 2**48, 2**63, 2**64, 10**30]
     near = int(draw.choice(edges[:-3])) if draw.random() < 0.9 else edges[draw.integers(9, 12)]
     return int(draw.integers(12)) if draw.random() < 0.5 else max(0, near - int(draw.integers(2)))
@@ -136,7 +142,7 @@ def packed(make: Callable[[Draw], bytes]) -> Callable[[Draw], bytes]:
 
 
 def gzip_bomb(draw: Draw) -> bytes:
-    """A header and up to 32 MiB of zeros for what it claims, or for less, or for more."""
+    """A packed header, followed by few zeros or by 32 MiB of zeros, whatever it claims."""
     if draw.random() < 0.7:
         return packed(idx_claim)(draw)
     count = int(draw.choice([1, 2**10, 2**15, 2**31]))
@@ -166,7 +172,7 @@ _DTYPES = ("|u1", "|b1", "<f4", ">f8", "<i8", "|O", "<U3", "|V8", "<M8[s]", "<c8
 
 
 def npy_claim(draw: Draw) -> bytes:
-    """A header of any version, of few or many or negative sizes, of any kind of element."""
+    """A file with any version, number of axes, sizes (also negative) and dtype in its header."""
     if draw.random() < 0.4:
         kind = draw.choice(["u1", "?", "f2", "f4", ">f8"])
         sizes = [int(n) for n in draw.integers(0, 14, draw.integers(2, 6))]
@@ -196,7 +202,7 @@ def archive(entries: dict[str, bytes], how: int = zipfile.ZIP_STORED) -> bytes:
 
 
 def npz_claim(draw: Draw) -> bytes:
-    """Arrays under any names, now and then one of objects or 160 MiB of zeros."""
+    """Arrays under any names, sometimes with an array of objects or of 160 MiB of zeros."""
     names = ["images.npy", "labels.npy", "x.npy", "y", "../../x.npy", "other.npy"]
     chosen = draw.choice(names, draw.integers(0, 4), replace=False)
     entries = {str(name): npy_claim(draw) for name in chosen}
@@ -218,7 +224,7 @@ def npz_of_splits(draw: Draw) -> bytes:
 
 
 def npz_of_splits_claim(draw: Draw) -> bytes:
-    """Splits that are there or are not, with labels or without, of other shapes and kinds."""
+    """Some splits, with labels or without, some of them of other shapes and kinds."""
     names = ["train", "test", *draw.choice(["validation", "val", "x_train", "other"], 1)]
     names = [name for name in names if draw.random() < 0.9]
     names += [f"{name}_labels" for name in names if draw.random() < 0.3]
@@ -249,7 +255,7 @@ def picture(draw: Draw) -> bytes:
 
 
 def png_claim(draw: Draw) -> bytes:
-    """A PNG of any size and depth, of which the pixels are there, or are not."""
+    """A PNG of any size and depth, with all its pixels or with too few."""
     small = draw.random() < 0.6
     width, height = (int(draw.integers(1, 12)) if small else number(draw) % 2**31 for _ in range(2))
     depth, kind = int(draw.choice([1, 2, 4, 8, 16])), int(draw.choice([0, 2, 3, 4, 6]))
@@ -266,7 +272,7 @@ def png_claim(draw: Draw) -> bytes:
 
 
 def read_pictures(path: Path) -> None:
-    """Ten pictures: the one in question, and copies of it, as one alone is too few."""
+    """Reads ten pictures, the file and copies of it, as a data set needs ten."""
     for i in range(9):
         shutil.copy(path, path.with_name(f"{i}.png"))
     dataset = data.load(path.parent)
@@ -275,7 +281,7 @@ def read_pictures(path: Path) -> None:
 
 
 def read_split_pictures(path: Path) -> None:
-    """Ten pictures for training and two to test."""
+    """Reads ten pictures for training, of which one validates, and two for the test."""
     (test := path.parents[1] / "test").mkdir()
     for i in range(11):
         shutil.copy(path, (test if i > 8 else path.parent) / f"{i}.png")
@@ -300,7 +306,7 @@ def pickled(content: object) -> bytes:
 
 
 def batch_claim(draw: Draw) -> bytes:
-    """Arrays of other shapes and kinds, names of functions, numbers of objects out of bounds."""
+    """A pickle with arrays of other shapes and kinds, functions, or memo numbers out of bounds."""
     junk = [None, 3, -(10**40), "x", [], {}, {"a": []}, math.nan, np.float64(3), print, Runs()]
     values = [*junk, pixels(draw, 3, 3072), pixels(draw, 5), np.array([print], dtype=object)]
     pick = lambda: values[draw.integers(len(values))]  # noqa: E731
@@ -352,7 +358,7 @@ def junk(draw: Draw, depth: int = 0) -> Any:
 
 
 def checkpoint_claim(draw: Draw) -> bytes:
-    """The real one with another recipe or model, or as an archive that claims what it has not."""
+    """The real checkpoint with another recipe or model, or as an archive with wrong claims."""
     state = {**_STATE, "model": dict(_STATE["model"]), "recipe": dict(_STATE["recipe"])}
     chance = draw.random()
     if chance < 0.45:
@@ -374,7 +380,8 @@ def checkpoint_claim(draw: Draw) -> bytes:
 
 
 def repacked(draw: Draw) -> bytes:
-    """The entries of the real one, packed, or with numbers of its pickle replaced."""
+    """The real checkpoint with some numbers of its pickle replaced; sometimes also compressed, with
+    a large entry."""
     with zipfile.ZipFile(io.BytesIO(_KEPT)) as real:
         entries = {name: real.read(name) for name in real.namelist()}
     name = next(name for name in entries if name.endswith("data.pkl"))
@@ -390,14 +397,14 @@ def repacked(draw: Draw) -> bytes:
 
 
 class Runs:
-    """In a pickle, a call that leaves a file."""
+    """An object whose unpickling runs a command that leaves a file."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("touch let_in",)
 
 
 def safetensors_file(change: Callable[[dict[str, Any], dict[str, Any]], None]) -> bytes:
-    """The real pair by safetensors, after `change(header, what is under "pvae")`."""
+    """The real pair as a safetensors file, after `change(header, content of its key "pvae")`."""
     with tempfile.TemporaryDirectory() as folder:
         pvae.save(pair(), f"{folder}/v.safetensors", data="digits")
         content = Path(folder, "v.safetensors").read_bytes()
@@ -412,7 +419,7 @@ def safetensors_file(change: Callable[[dict[str, Any], dict[str, Any]], None]) -
 
 
 def safetensors_claim(draw: Draw) -> bytes:
-    """The real one with another recipe, other claims of a tensor, or a header of another length."""
+    """The real file with another recipe, other claims of a tensor, or another header length."""
 
     def change(header: dict[str, Any], ours: dict[str, Any]) -> None:
         chance = draw.random()
@@ -456,7 +463,8 @@ _CONFIG = {
 
 
 def json_claim(real: dict[str, Any]) -> Callable[[Draw], bytes]:
-    """The real object with any value in the place of one of its own, or too deep, or too long."""
+    """A maker of the real object with any value in the place of one of its values, or of JSON that
+    is too deep or too long."""
 
     def claim(draw: Draw) -> bytes:
         chance = draw.random()
@@ -542,7 +550,7 @@ def require(holds: bool) -> None:
 
 
 def right(dataset: data.Dataset) -> None:
-    """Bytes, or other finite data, in three splits of one shape, labels that number them."""
+    """Requires bytes, or other finite data, in three splits of one shape, with one label each."""
     for split in dataset.splits:
         require(split.images.dtype == (torch.uint8 if dataset.pictures else torch.float32))
         require(split.images.ndim == 4 if dataset.pictures else split.images.ndim > 1)
@@ -552,10 +560,10 @@ def right(dataset: data.Dataset) -> None:
 
 
 def inputs(kind: Format, count: int, draw: Draw) -> Iterator[bytes]:
-    """Real files mutated, made ones, and made ones mutated."""
+    """Real files, most of them mutated, and made files, half of them mutated."""
     for i in range(count):
         content = kind.valid(draw) if i % 2 else kind.made(draw)
-        # a long one is not mutated: it is there for its length
+        # a long file is not mutated, as its length is what it tests
         as_it_is = i % 4 == 0 or i % 20 == 1 or len(content) > 2**20
         yield content if as_it_is else mutated(content, draw)
 
@@ -573,7 +581,7 @@ def fuzz_one(kind: Format, count: int, seed: int = 0) -> Counts:
                 read += 1
             except (ValueError, OSError) as error:
                 errors += 1
-                # a data set or a run is named by its folder where the folder is at fault
+                # an error of a whole data set or run names its folder
                 if folder not in str(error) and path.name not in str(error):
                     wrong.append(f"input {i}: names no file: {error!r:.200}")
             except Exception as error:
@@ -584,7 +592,7 @@ def fuzz_one(kind: Format, count: int, seed: int = 0) -> Counts:
 
 
 def laid_out(folder: Path, kind: Format, content: bytes) -> Path:
-    """The file in its place, with the real files that belong beside it."""
+    """Writes the file into an emptied folder, with the real files that it needs beside it."""
     shutil.rmtree(folder, ignore_errors=True)
     path = folder / kind.file
     path.parent.mkdir(parents=True)
@@ -600,7 +608,7 @@ def laid_out(folder: Path, kind: Format, content: bytes) -> Path:
 
 
 class Watch(threading.Thread):
-    """Ends the process where it takes more memory than it may; knows the most that it took."""
+    """Ends the process if it takes more memory than `limit`; `over` is the most that it took."""
 
     def __init__(self, limit: int) -> None:
         super().__init__(daemon=True)
@@ -618,7 +626,7 @@ class Watch(threading.Thread):
 
 
 def peak() -> int:
-    """The most memory in bytes that this process had since `forget_peak`."""
+    """The peak memory in bytes of this process since `forget_peak`."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
@@ -629,7 +637,7 @@ def forget_peak() -> None:
 
 def fuzz(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    pair().sample(1)  # what is imported late is imported
+    pair().sample(1)  # imports what is imported at first use
     forget_peak()
     watch = Watch(MEMORY)
     watch.start()
@@ -655,7 +663,7 @@ def fuzz(args: argparse.Namespace) -> None:
 
 
 def blank(folder: Path, count: int, pixels: int = 28) -> Path:
-    """A `.npy` file of so many black images, which takes no room on the disk."""
+    """A `.npy` file of `count` black images, which takes no room on the disk."""
     path = folder / f"{count}.npy"
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, pixels, pixels)}
     with open(path, "wb") as file:
@@ -667,7 +675,7 @@ def blank(folder: Path, count: int, pixels: int = 28) -> Path:
 def memory(args: argparse.Namespace) -> None:
     rows = []
     for count in args.images:
-        # each in a process of its own, which has freed nothing yet
+        # each in a new process, whose memory earlier trainings have not changed
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             mib, seconds = pool.apply(streamed_epoch, (count,))
         rate = f"{count / seconds:,.0f}"
@@ -677,8 +685,8 @@ def memory(args: argparse.Namespace) -> None:
 
 
 def streamed_epoch(count: int) -> tuple[float, float]:
-    """The most memory of an epoch in MiB, above that of the imports, and its seconds."""
-    pair().sample(1)  # what is imported late is imported
+    """The peak memory of an epoch in MiB, above that of the imports, and its time in seconds."""
+    pair().sample(1)  # imports what is imported at first use
     forget_peak()
     before, began = peak(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -697,7 +705,7 @@ def trainer_of(
     return Trainer(vae, svi, observed, epochs=epochs, batch_size=batch, quiet=True)
 
 
-# ---- processes: one of two threads against two of one ----
+# ---- processes: one of two threads compared with two of one ----
 
 
 def compare_processes(args: argparse.Namespace) -> None:
@@ -716,7 +724,7 @@ def compare_processes(args: argparse.Namespace) -> None:
 
 
 def rate_of(count: int, threads: int) -> float:
-    """Images a second of `count` processes, started by torchrun."""
+    """Images per second of `count` processes, started by torchrun."""
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     run += ["--nproc-per-node", str(count), __file__, "step-rate"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -725,7 +733,10 @@ def rate_of(count: int, threads: int) -> float:
 
 
 def step_rate(args: argparse.Namespace) -> None:
-    """Images a second of the epochs after the first, by the first process; a few validate."""
+    """In one of the processes: trains, and the first process prints images per second.
+
+    The median is over the epochs after the first; few images validate, so validation costs little.
+    """
     processes.start(torch.device("cpu"))
     keep_freed_memory()
     torch.manual_seed(0)

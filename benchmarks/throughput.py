@@ -1,14 +1,14 @@
-"""What a training step costs: the same VAE by hand, by stock Pyro, by this package and by peers.
+"""The cost of a training step: the same VAE by hand, by stock Pyro, by this package and by peers.
 
-Every variant lives in a process of its own, with its own allocator, and they take turns: A B C A B
-C ..., some steps each, so that what else the machine does hits all of them. A ratio is the time of
-a variant over that of the plain loop *in the same turn*; printed are the median over turns and the
-range. The nets are those of the tutorials: `conv`, two strided convolutions and their mirror
-(hidden 16, latent 16), and `mlp`, 784-400-20-400-784. The data is uniform binary noise: a step
-costs the same on every image.
+Each variant runs in its own process, with its own allocator. The variants take turns of some steps
+each (A B C A B C ...), so that other work of the machine slows all of them. A ratio is the time of
+a variant divided by that of the plain loop *in the same turn*; the median and the range over the
+turns are printed. The nets are those of the tutorials: `conv`, two strided convolutions and their
+mirror (hidden 16, latent 16), and `mlp`, 784-400-20-400-784. The data are uniform binary noise, as
+a step costs the same on every image.
 
-The floor is the arithmetic alone: the floating point operations of one step (as torch counts them)
-over the rate of the machine's best matrix product, measured here.
+The floor is the time of the arithmetic alone: the floating point operations of one step (as torch
+counts them) divided by the rate of the machine's best matrix product, which is measured first.
 """
 
 import argparse
@@ -59,12 +59,12 @@ def _adam(vae: nn.Module, fused: bool) -> torch.optim.Adam:
 
 
 def _negative_elbo(vae: pvae.VAE, x: Tensor, latent_dim: int) -> Tensor:
-    """The closed form at fresh noise, summed over the batch; no Pyro in it."""
+    """The negative ELBO by the closed form at fresh noise, summed over the batch, without Pyro."""
     assert vae.oracle is not None
     return -vae.oracle.terms(x, noise=torch.randn(len(x), latent_dim)).elbo_sampled().sum()
 
 
-# ---- the variants: each builds a step ----
+# ---- the variants: each function builds a step ----
 
 
 def _by_hand(vae: pvae.VAE, net: str) -> Callable[[Tensor], float]:
@@ -81,13 +81,13 @@ def _by_hand(vae: pvae.VAE, net: str) -> Callable[[Tensor], float]:
 
 
 def plain(net: str, batch: int) -> Step:
-    """A loop by hand over the closed form, as a person writes it."""
+    """The step of a loop by hand over the closed form, as a person would write it."""
     vae, x = _pair(net, batch, torch.contiguous_format)
     return partial(_by_hand(vae, net), x)
 
 
 def plain_captured(net: str, batch: int) -> Step:
-    """The closed form with all that the captured step has, and no Pyro program in it."""
+    """The closed form with all optimizations of the captured step, but without a Pyro program."""
     memory.keep_freed_memory()
     vae, x = _pair(net, batch, torch.channels_last)
 
@@ -112,7 +112,7 @@ def stock(net: str, batch: int) -> Step:
 
 
 def _single(kind: Callable[..., SVI], net: str, batch: int) -> tuple[Any, Tensor]:
-    """One fused optimizer, channels last, and the allocator that keeps memory."""
+    """An SVI with one fused optimizer, in channels last, while the allocator keeps memory."""
     memory.keep_freed_memory()
     vae, x = _pair(net, batch, torch.channels_last)
     optim = pvae.SingleOptimizer(_adam(vae, fused=True))
@@ -120,13 +120,13 @@ def _single(kind: Callable[..., SVI], net: str, batch: int) -> tuple[Any, Tensor
 
 
 def eager(net: str, batch: int) -> Step:
-    """Stock SVI with all that needs no capture."""
+    """Stock SVI with all optimizations that need no capture."""
     svi, x = _single(SVI, net, batch)
     return partial(svi.step, x)
 
 
 def captured_fp32(net: str, batch: int) -> Step:
-    """The same, captured."""
+    """The step of `eager`, captured."""
     svi, x = _single(partial(captured.SVI, strict=True), net, batch)
     return partial(svi.step, x)
 
@@ -142,7 +142,7 @@ def captured_bf16(net: str, batch: int) -> Step:
 
 
 class _TutorialNet(nn.Module):
-    """The VAE of pytorch/examples, restated: 784-400-20, ReLU."""
+    """The VAE of pytorch/examples, written anew: 784-400-20, ReLU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ def _pythae_trainer(net: str, images: Tensor, batch: int) -> Any:
     from pythae.models.nn import BaseDecoder, BaseEncoder
     from pythae.trainers import BaseTrainer, BaseTrainerConfig
 
-    logging.disable(logging.INFO)  # it says at every start that it is ready
+    logging.disable(logging.INFO)  # pythae logs a line at every start
     ours, _ = _pair(net, 1, torch.contiguous_format)
 
     class Encoder(BaseEncoder):
@@ -216,13 +216,13 @@ def _pythae_trainer(net: str, images: Tensor, batch: int) -> Any:
         ),
     )
     trainer.prepare_training()
-    trainer.callback_handler.callbacks.clear()  # no bars, no lines
-    trainer.folder = folder  # goes with the trainer
+    trainer.callback_handler.callbacks.clear()  # no progress bars, no printed lines
+    trainer.folder = folder  # deleted together with the trainer
     return trainer
 
 
 def pythae(net: str, batch: int) -> Step:
-    """One batch, ready made, through pythae's trainer."""
+    """A step of pythae's trainer on one prepared batch."""
     _, x = _pair(net, batch, torch.contiguous_format)
     trainer = _pythae_trainer(net, x, batch)
     ready = next(iter(trainer.train_loader))
@@ -232,7 +232,7 @@ def pythae(net: str, batch: int) -> Step:
 
 
 def _numpyro_svi() -> tuple[Any, Any]:
-    """The same MLP as two NumPyro programs, and their state."""
+    """NumPyro's SVI over the same MLP as two NumPyro programs, and its state."""
     import jax
     import jax.numpy as jnp
     import numpyro
@@ -264,7 +264,7 @@ def _numpyro_svi() -> tuple[Any, Any]:
 
 
 def numpyro(net: str, batch: int) -> Step:
-    """NumPyro, one jitted update a step."""
+    """NumPyro with one jitted update for each step."""
     import jax
     import jax.numpy as jnp
 
@@ -293,11 +293,11 @@ VARIANTS: Mapping[str, Callable[[str, int], Step]] = {
 }
 
 
-# ---- whole epochs: the data as well ----
+# ---- whole epochs, which include the loading of the data ----
 
 
 class _OneByOne(torch.utils.data.Dataset[Tensor]):
-    """Images as torchvision's data sets hand them out: through PIL, one at a time."""
+    """Images as torchvision's data sets return them: through PIL, one at a time."""
 
     def __init__(self, images: Tensor) -> None:
         self.images, self.to_tensor = images, ToTensor()
@@ -356,13 +356,13 @@ def captured_epoch(net: str, batch: int) -> Step:
 
 
 def pythae_epoch(net: str, batch: int) -> Step:
-    """Static binary pixels: pythae has nothing that redraws them."""
+    """An epoch of pythae's trainer, on static binary pixels, as pythae cannot redraw them."""
     images = torch.bernoulli(data.pixels(data.load().train.images))
     return partial(_pythae_trainer(net, images, batch).train_step, epoch=1)
 
 
 def numpyro_epoch(net: str, batch: int) -> Step:
-    """A whole epoch as one jitted loop, pixels redrawn inside, as in NumPyro's own example; it
+    """A whole epoch as one jitted loop that redraws the pixels, as in NumPyro's own example; it
     leaves the short last batch out."""
     import jax
     import jax.numpy as jnp
@@ -412,10 +412,10 @@ _NEEDS = {"NumPyro": "numpyro", "pythae": "pythae"}
 def _work(
     builder: Callable[[str, int], Step], net: str, batch: int, threads: int, warm: int, pipe: Any
 ) -> None:
-    """A worker: builds its step, then runs as many as it is told to and says how long it took."""
+    """A worker: builds its step, runs as many steps as it is told, and sends their mean time."""
     torch.set_num_threads(threads)
     step = builder(net, batch)
-    for _ in range(warm):  # the captured ones compile here
+    for _ in range(warm):  # the captured variants compile here
         step()
     pipe.send(None)
     while steps := pipe.recv():
@@ -435,12 +435,14 @@ def measure(
     seconds: float | None,
     threads: int,
 ) -> dict[str, tuple[list[float], float]]:
-    """For each variant: seconds a step in each turn of about `seconds` (one step where None), and
-    the peak memory in MiB."""
+    """For each variant the seconds per step in each turn, and the peak memory in MiB.
+
+    A turn lasts about `seconds`; it is one step if `seconds` is None.
+    """
     context = multiprocessing.get_context("spawn")
     workers = {}
     bar = tqdm(total=len(builders) + turns, desc=f"{net} {batch}", leave=False, disable=None)
-    for variant, builder in builders.items():  # one after another: compilers do not compete
+    for variant, builder in builders.items():  # one by one, so that compilers do not compete
         pipe, end = context.Pipe()
         warm = 1 if seconds is None else 4
         told = (builder, net, batch, threads, warm, end)
@@ -479,7 +481,7 @@ def floor(net: str, batch: int, peak: float) -> float:
 
 
 def peak_rate(turns: int = 60) -> float:
-    """The best rate of a product of two square matrices, in operations a second."""
+    """The best rate of a product of two square matrices, in operations per second."""
     a = torch.randn(1024, 1024)
     best = float("inf")
     for _ in range(turns):
@@ -490,8 +492,8 @@ def peak_rate(turns: int = 60) -> float:
 
 
 def product_rates(batch: int, turns: int = 300) -> str:
-    """Of the products of the MLP's layers, forward and backward: torch's way and oneDNN's, in turn,
-    the best time of each as a rate."""
+    """A table of the best rates, by torch and by oneDNN in turn, of the matrix products of the
+    MLP's layers, forward and backward."""
     ways: list[Callable[..., Tensor]] = [_by_torch, torch.ops.pvae.product]
     cells = []
     for fan_in, fan_out in ((784, 400), (400, 40), (20, 400), (400, 784)):
@@ -520,7 +522,7 @@ def _by_torch(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 def rows_of(
     net: str, batch: int, measured: dict[str, tuple[list[float], float]], least: float
 ) -> list[dict[str, Any]]:
-    """One row a variant; ratios are taken turn by turn."""
+    """One row for each variant; each ratio is of two times in the same turn."""
     plain_times = measured["plain"][0]
     rows = []
     for variant, (times, memory_peak) in measured.items():
@@ -558,7 +560,7 @@ def text(rows: list[dict[str, Any]]) -> str:
 
 
 def picture(rows: list[dict[str, Any]]) -> Figure:
-    """Ratios to the plain loop, a panel for each net, a group of bars for each batch."""
+    """Draws the ratios to the plain loop: a panel for each net, a group of bars for each batch."""
     nets = list(dict.fromkeys(r["net"] for r in rows))
     colours = {v: f"C{i}" for i, v in enumerate(dict.fromkeys(r["variant"] for r in rows))}
     drawn = {}

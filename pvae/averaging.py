@@ -1,4 +1,4 @@
-"""A moving average of a pair's weights, which often validates better than they do."""
+"""A moving average of a pair's weights, often with a better validation loss than the weights."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -12,13 +12,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 class Average:
     r"""The exponential moving average (EMA) of a module's floating-point parameters and buffers.
 
-    After step `t = 1, 2, ...` it is `a <- d a + (1 - d) w`, with `d = min(decay, t / (t + 9))`, so
-    that the first steps do not weigh on it for long.
+    After step `t = 1, 2, ...` the average `a` of the weights `w` is `a <- d a + (1 - d) w`, with
+    `d = min(decay, t / (t + 9))`, so that it soon forgets the first steps.
     Source: Averaging Weights Leads to Wider Optima and Better Generalization (2018),
     arXiv:1803.05407; the average itself is torch's, `torch.optim.swa_utils`.
 
     Args:
-        module: whose weights are averaged.
+        module: the module whose weights are averaged.
         decay: at least 0 and below 1; 0.999 averages over about the last 1,000 steps.
 
     Raises:
@@ -39,20 +39,20 @@ class Average:
         if not 0 <= decay < 1:
             raise ValueError(f"ema must be a decay of at least 0 and below 1, not {decay}")
         self.decay = decay
-        # what two parts share has two names there, and is averaged once
+        # a tensor that two parts share has two names there, and is averaged once
         names = {t: name for name, t in module.state_dict(keep_vars=True).items()}
         self._held = {name: t for t, name in names.items() if t.is_floating_point()}
         self._values = {name: t.detach().clone() for name, t in self._held.items()}
 
     def update(self, step: int) -> None:
-        """Takes in the weights after the step of this number, counted from 0."""
+        """Adds the weights after step number `step`, counted from 0, to the average."""
         average = get_ema_multi_avg_fn(min(self.decay, (step + 1) / (step + 10)))
         held = [t.detach() for t in self._held.values()]
         average(list(self._values.values()), held, step + 1)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """The module has the averaged weights inside, and its own again after."""
+        """Gives the module the averaged weights inside the block, and its own weights after it."""
         self._exchange()
         try:
             yield
@@ -67,14 +67,14 @@ class Average:
             self._values[name].copy_(own)
 
     def state(self) -> dict[str, Tensor]:
-        """The averaged weights by name."""
+        """Returns the averaged weights by name, not copied."""
         return dict(self._values)
 
     def go_back(self, state: Mapping[str, Any]) -> None:
-        """Takes the averaged weights of a checkpoint.
+        """Takes over the averaged weights of a checkpoint, the `state()` of another average.
 
         Raises:
-            KeyError, RuntimeError: it has others.
+            KeyError, RuntimeError: the names or shapes in `state` are others.
         """
         for name, value in self._values.items():
             value.copy_(state[name])

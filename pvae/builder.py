@@ -416,6 +416,8 @@ def choose(name: str, value: str, table: Mapping[str, Any]) -> Any:
     return table[value]
 
 
+# least scale of p(z1 | z2): a unit that z2 determines would narrow until float32 has no gradient
+_FLOOR = 0.01
 _HIDDEN = 256  # default width of networks between latents and of baselines, for nets without one
 
 
@@ -669,7 +671,10 @@ def compose(recipe: Recipe, mean_image: Tensor | None = None) -> VAE:
     pairs = list(pairwise(recipe.latent_dims))  # each layer and the one above it
     oracle = None
     if pairs:
-        down = [_between(recipe, above, heads.Normal((dim,))) for dim, above in reversed(pairs)]
+        down = [
+            _between(recipe, above, heads.Normal((dim,), min_scale=_FLOOR))
+            for dim, above in reversed(pairs)
+        ]
         model = HierarchicalModel(prior, *down, likelihood)
         vae = VAE(model, _layered_guide(recipe, guide, model, posterior))
     else:

@@ -1,8 +1,8 @@
 """Checkpoints: written atomically, read safely (tensors and plain values only).
 
-Format 2 keeps a `Recipe`; format 1, of version 0.1, kept the arguments of its `build`, and is
-brought into the form of today when it is read. A file to pass on may be of safetensors instead,
-which other programs read too; its formats have numbers of their own.
+Format 2 keeps a `Recipe`. Format 1, of version 0.1, kept the arguments of its `build`; `read`
+converts it to format 2. A pair to pass on may also be saved as a safetensors file, which other
+programs can read; the formats of these files have their own numbers.
 """
 
 import io
@@ -30,7 +30,7 @@ from pvae.vae import VAE
 FORMAT = 2
 SAFETENSORS_FORMAT = 1
 
-# what a pickle of tensors and plain values names; of the storages the bytes of an element
+# the names that a pickle of tensors and plain values needs; for a storage, the bytes of an element
 _BYTES = {
     **{f"torch {name}Storage": 1 for name in ("Bool", "Byte", "Char")},
     **{f"torch {name}Storage": 2 for name in ("BFloat16", "Half", "Short")},
@@ -46,17 +46,22 @@ _NAMES = {
 def write(
     path: str | os.PathLike[str], state: Mapping[str, Any], previous: Path | None = None
 ) -> None:
-    """Writes a mapping of tensors and plain values with its checksum, atomically; the file that
-    was there is kept as `previous`."""
+    """Writes a mapping of tensors and plain values with its checksum, atomically.
+
+    If `previous` is given, an existing file at `path` is kept there.
+
+    Raises:
+        OSError: the file cannot be written; the existing files then stay unchanged.
+    """
     state = {"format": FORMAT, **state}
-    # in memory first: torch does not pass on what a full disk says
+    # in memory first: torch hides the error of a full disk
     buffer = io.BytesIO()
     torch.save({**state, "checksum": checksum(state)}, buffer)
     write_atomically(path, lambda file: file.write(buffer.getbuffer()), previous)
 
 
 def checksum(state: Mapping[str, Any]) -> int:
-    """The CRC-32 of all names, tensors and values.
+    """The CRC-32 of all names, tensors and values of a state.
 
     >>> checksum({"a": torch.zeros(2)}) == checksum({"a": torch.tensor([0.0, 1e-38])})
     False
@@ -82,7 +87,7 @@ def _bytes(value: Any) -> Iterator[Any]:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a checkpoint without running any code of it, on the CPU.
+    """Reads a checkpoint onto the CPU, without running any code in the file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -95,7 +100,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         state = _from_safetensors(path) if open_format else _from_torch(path)
     except Exception as error:
-        # whatever torch, zipfile, safetensors or the unpickler says of a damaged file
+        # torch, zipfile, safetensors and the unpickler raise many errors for a damaged file
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
     number = state.get("format") if isinstance(state, dict) else None
     if type(number) is not int or number < 1:
@@ -127,9 +132,9 @@ def _is_safetensors(path: str | os.PathLike[str]) -> bool:
 
 
 def _to_safetensors(state: Mapping[str, Any]) -> bytes:
-    """The tensors of a pair, in the order of their names; all else is JSON in the header, under
-    "pvae"."""
-    # each in memory of its own: the format has no views, and no two names of one tensor
+    """The bytes of a safetensors file: the tensors of a pair, sorted by name, and the rest of the
+    state as JSON in the header, under "pvae"."""
+    # copies, as the format has neither views nor two names for one tensor
     tensors = {
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, t in sorted(state["model"].items())
@@ -140,7 +145,7 @@ def _to_safetensors(state: Mapping[str, Any]) -> bytes:
 
 
 def _from_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `_to_safetensors` wrote; of a later format what its header says, without tensors."""
+    """The state that `_to_safetensors` wrote; for a later format only the state in its header."""
     content = Path(path).read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     most = min(len(content) - 8, JSON_BYTES)
@@ -149,7 +154,7 @@ def _from_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
     state: dict[str, Any] = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["pvae"])
     if state["format"] != SAFETENSORS_FORMAT:
         return state
-    # the library holds what each tensor claims against the bytes that there are
+    # the library compares the size that each tensor claims with the bytes of the file
     tensors = safetensors.torch.load(content)
     if isinstance(state["recipe"], dict):  # JSON has no tuples
         state["recipe"] = {
@@ -160,8 +165,11 @@ def _from_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _check_archive(path: str | os.PathLike[str]) -> None:
-    """Holds what the entries claim against the size of the file, and the names in its pickle
-    against those that tensors and plain values need, before torch reads any of it."""
+    """Checks an archive before torch reads it.
+
+    Its entries must not claim more bytes than the file has, and its pickle must not name more than
+    tensors and plain values need.
+    """
     with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         size = os.fstat(file.fileno()).st_size
@@ -175,7 +183,7 @@ def _check_archive(path: str | os.PathLike[str]) -> None:
         if file.read(4) != b"PK\5\6":  # else zipfile and torch might find two directories
             raise ValueError("nothing must follow its directory")
         names = [entry.filename for entry in entries]
-        if len({name.lower() for name in names}) < len(names):  # torch does not tell them apart
+        if len({name.lower() for name in names}) < len(names):  # torch ignores case
             raise ValueError("two of its entries have one name")
         (pickled,) = (name for name in names if name.endswith("/data.pkl"))
         content = archive.read(pickled)
@@ -185,8 +193,8 @@ def _check_archive(path: str | os.PathLike[str]) -> None:
 
 
 class _Claims(pickle.Unpickler):
-    """Reads a pickle with stand-ins for all that it names, to hold the storages that it claims
-    against those that are there: torch itself does so only from version 2.10 on."""
+    """Reads a pickle with stand-ins for all that it names, and compares the bytes that each storage
+    claims with the bytes of its entry; torch itself does so only from version 2.10 on."""
 
     def __init__(self, content: bytes, sizes: Mapping[str, int], folder: str) -> None:
         super().__init__(io.BytesIO(content))
@@ -205,7 +213,7 @@ class _Claims(pickle.Unpickler):
 
 
 def _check_tensors(state: Any) -> None:
-    """Refuses a view that is larger than what it is a view of, as of one number a million times."""
+    """Refuses a view larger than its storage, such as one number expanded a million times."""
     seen, left = set(), [state]
     while left:
         value = left.pop()
@@ -230,7 +238,7 @@ def _from_format_1(state: dict[str, Any]) -> dict[str, Any]:
         old["event_shape"] = tuple(old.pop("image_shape"))
         top = old.pop("top_dim")
         old["latent_dims"] = (old.pop("latent_dim"), *(() if top is None else (top,)))
-        # these were kept with parts that have no use for them too
+        # format 1 kept these arguments also for parts that do not use them
         if NETS[old["net"]].hidden is None and top is None:
             old["hidden"] = None
         if PRIORS[old["prior"]].components is None:
@@ -239,7 +247,7 @@ def _from_format_1(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def pair_state(vae: VAE) -> dict[str, Any]:
-    """What a pair is, as tensors and plain values.
+    """The weights and the recipe of a pair, as tensors and plain values.
 
     >>> import pvae
     >>> pair_state(pvae.build((1, 8, 8), latent_dim=2))["recipe"]["latent_dims"]
@@ -256,18 +264,18 @@ def save(
     *,
     data: str | None = None,
 ) -> None:
-    """Saves a pair with its recipe, so that `load` builds it again.
+    """Saves a pair with its recipe, so that `load` can build it again.
 
-    A path that ends in `.safetensors` makes a file of that format, any other one of torch's.
+    A path that ends in `.safetensors` makes a file of that format; any other path, one of torch's.
 
     Args:
-        vae: the pair; of one composed by hand the tensors alone are kept.
-        path: where to.
-        notes: numbers that are kept beside it.
-        data: the name of the data that it was trained on, kept too: `read` shows it.
+        vae: the pair. A pair that was composed by hand has no recipe: only its tensors are kept.
+        path: the file to write.
+        notes: numbers to keep in the same file.
+        data: the name of the data that the pair was trained on, also kept: `read` returns it.
 
     Raises:
-        OSError: the file cannot be written; what was there is then as it was.
+        OSError: the file cannot be written; an existing file then stays unchanged.
 
     >>> import pvae, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -286,10 +294,10 @@ def save(
 
 
 def restore(module: nn.Module, state: Mapping[str, Tensor], source: object = "state") -> None:
-    """Loads parameters and buffers into `module`, all of them or, on any mismatch, none.
+    """Loads parameters and buffers into `module`: all of them or, on any mismatch, none.
 
     Raises:
-        ValueError: the state is of another architecture; it names the tensors that differ.
+        ValueError: the state is of another architecture; the message names the tensors that differ.
 
     >>> restore(nn.Linear(2, 3), nn.Linear(2, 4).state_dict(), "net.pt")
     Traceback (most recent call last):
@@ -313,7 +321,7 @@ def restore(module: nn.Module, state: Mapping[str, Tensor], source: object = "st
 
 
 def _kept(state: Mapping[str, Any], name: str) -> str:
-    """What a state holds under a name: a shape, of a kind that is shown where it is not float."""
+    """Describes the entry of a name in a state: its shape, and its dtype unless it is a float."""
     if name not in state:
         return "not"
     value = state[name]
@@ -324,14 +332,15 @@ def _kept(state: Mapping[str, Any], name: str) -> str:
 
 
 def load(path: str | os.PathLike[str], *, max_parameters: int = 10**9) -> VAE:
-    """Builds again the VAE saved in a checkpoint or a run folder (its best model), in eval mode.
+    """Builds the VAE of a checkpoint, or of a run folder (its best model), in eval mode.
 
-    Nothing in the file is run, and nothing is allocated before the recipe is known to be one of
-    `build` that makes at most `max_parameters` parameters, no more than the file can hold.
+    No code in the file is run. Before the networks get any memory, the recipe is checked: `build`
+    must accept it, and it may make at most `max_parameters` parameters, and no more than the file
+    can hold.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not a checkpoint of a VAE made by `build`, or one of more
+        ValueError: the file is not a checkpoint of a VAE made by `build`, or its VAE has more
             parameters than `max_parameters`.
 
     >>> import pvae, tempfile
@@ -358,7 +367,8 @@ def load(path: str | os.PathLike[str], *, max_parameters: int = 10**9) -> VAE:
 
 
 def _affordable(recipe: Recipe, size: int, max_parameters: int) -> Recipe:
-    """The recipe, unless it makes more parameters than are wanted, or than a file has bytes."""
+    """The recipe; raises ValueError if it makes more parameters than `max_parameters`, or than the
+    file has bytes (`size`)."""
     needed = number_of_parameters(recipe)
     if needed > max_parameters:
         raise ValueError(

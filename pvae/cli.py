@@ -1,4 +1,4 @@
-"""The command line that the programs share: their arguments, and how they end."""
+"""The command line that the programs share: their arguments, and their exit status."""
 
 import argparse
 import math
@@ -16,7 +16,7 @@ from pvae.stopping import Stopped
 from pvae.study import ENGINES, PAYS_BACK
 from pvae.train import TrainingFailed
 
-# what may be given anew when a run is resumed; all else is part of what the run is
+# the arguments that may change when a run is resumed; all others are part of the run
 _RESUMABLE = {
     *("num_epochs", "device", "data_root", "resume", "quiet", "out", "engine"),
     *("checkpoint_minutes", "accumulate", "stream", "workers", "tensorboard"),
@@ -25,14 +25,14 @@ _BINARIZE = ["none", "threshold", "static", "dynamic"]
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but not those that are None: their help says what happens instead."""
+    """Shows the defaults that are not None; the help of the others says what happens instead."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False:
             return action.help
         if isinstance(action.default, list):
             return f"{action.help} (default: {' '.join(map(str, action.default))})"
-        # what a help says of None gives way to the default that an example sets
+        # if an example sets a default, it replaces the help's words about None
         text, says_default, _ = (action.help or "").partition(" (default: ")
         return (
             f"{text} (default: %(default)s)" if says_default else super()._get_help_string(action)
@@ -58,12 +58,12 @@ def _number(kind: type, low: float, *, strict: bool = False, high: float = math.
 def option(
     group: Any, flags: str, what: str, kind: Any = None, default: Any = None, metavar: str = ""
 ) -> None:
-    """One argument, whose flags are separated by spaces."""
+    """Adds one argument to a group; spaces separate its flags."""
     group.add_argument(*flags.split(), type=kind, default=default, metavar=metavar, help=what)
 
 
 def choice(group: Any, flag: str, names: Iterable[str], default: str | None, what: str) -> None:
-    """One argument that is one of some names; entries of a table are shown with their labels."""
+    """Adds an argument that takes one of `names`; the help shows the labels of a mapping."""
     if isinstance(names, Mapping):
         what += f": {'; '.join(f'{name} ({entry.label})' for name, entry in names.items())}"
     metavar = "NAME" if isinstance(names, Mapping) else None
@@ -72,12 +72,12 @@ def choice(group: Any, flag: str, names: Iterable[str], default: str | None, wha
 
 _DEFAULT_DATA = "MNIST, found or downloaded; offline, scikit-learn's digits"
 NATURAL = _number(int, 1)  #: the type of an argument that counts something
-COUNT = _number(int, 0)  #: the same, where none is a number too
+COUNT = _number(int, 0)  #: the same, if the count may be 0
 _POSITIVE, _FRACTION = _number(float, 0, strict=True), _number(float, 0, high=1)
 _SHARE = _number(float, 0, strict=True, high=1)
 
 
-# what a study's programs read of the arguments that its parser does not offer
+# the values of the arguments that studies read but that `study_parser` does not offer
 _UNASKED: dict[str, Any] = {
     **dict.fromkeys(("resume", "engine", "ema", "patience", "binarize", "split")),
     **dict.fromkeys(("resumable", "dequantize", "standardize", "tensorboard"), False),
@@ -87,7 +87,7 @@ _UNASKED: dict[str, Any] = {
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The arguments of a training example, grouped; it sets other defaults by `set_defaults`.
+    """The parser of a training example; the example sets other defaults by `set_defaults`.
 
     >>> parser("An example.").parse_args(["-b", "64"]).batch_size
     64
@@ -128,10 +128,11 @@ def study_parser(
     resumable: bool = False,
     default_data: str = _DEFAULT_DATA,
 ) -> argparse.ArgumentParser:
-    """The arguments of a short study, which composes its pairs itself; without `images` it takes no
-    data set, without `training` no epochs. One that is `resumable` is parsed by `resumed`.
+    """The parser of a short study, which composes its pairs itself.
 
-    `default_data` is what the help says of a `--dataset` that is not given.
+    Without `images` the study takes no arguments of a data set, without `training` none of
+    training. Parse a `resumable` study by `resumed`. `default_data` is what the help shows as the
+    default of `--dataset`.
 
     >>> study_parser("A study.").parse_args(["--seed", "3"]).seed
     3
@@ -177,7 +178,8 @@ def _pair_arguments(g: Any) -> None:
     option(g, "--hidden", "hidden width (default: the net's own)", NATURAL, metavar="N")
     choice(g, "--activation", list(ACTIVATIONS), None, "activation (default: the net's own)")
     choice(g, "--likelihood", LIKELIHOODS, "bernoulli", "p(x|z)")
-    # a factor for each datum has none for validation images: examples/amortization.py trains them
+    # a guide with a factor for each training datum has none for validation images, so it is not
+    # offered here: examples/amortization.py trains such guides
     amortized = {name: guide for name, guide in GUIDES.items() if guide.amortized}
     choice(g, "--guide", amortized, "normal", "q(z|x)")
     choice(g, "--prior", PRIORS, "standard_normal", "p(z)")
@@ -241,7 +243,10 @@ def _run_arguments(p: argparse.ArgumentParser) -> Any:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses as `resumed`, and checks; `args.observe` is one of `pvae.data.OBSERVATIONS`."""
+    """Parses as `resumed` does, checks, and sets `args.observe`, one of `data.OBSERVATIONS`.
+
+    A wrong argument ends the program with a message, as in `argparse`.
+    """
     args = resumed(parser, argv)
     args.observe = _observation(parser, args)
     least = OBJECTIVES[args.objective].min_particles
@@ -256,7 +261,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 def resumed(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
 ) -> argparse.Namespace:
-    """Parses; with `--resume` the run's own arguments are the defaults, and `args.out` its folder.
+    """Parses; with `--resume` the defaults are the run's own arguments, and `args.out` its folder.
 
     >>> resumed(study_parser("A study.", resumable=True), ["--seed", "3"]).seed
     3
@@ -284,7 +289,7 @@ def resumed(
                     f"--resume {args.resume}: its config.json is damaged: {name} must be as "
                     f"{known[name]!r}, not {value!r}"
                 )
-        # what is not on the command line keeps the value that the namespace already has
+        # an argument that is not on the command line keeps the value that the namespace has
         args = parser.parse_args(argv, argparse.Namespace(**saved))
         _refuse_changes(parser, args, saved)
         args.out = args.resume
@@ -292,7 +297,7 @@ def resumed(
 
 
 def _is_like(value: Any, default: Any) -> bool:
-    """Whether a value from a file is of the default's kind, where there is a default."""
+    """Whether a value from a file has the type of the default; True if one of them is None."""
     kinds = {float: (int, float), tuple: (list,)}
     return None in (value, default) or isinstance(value, kinds.get(type(default), type(default)))
 
@@ -310,7 +315,7 @@ def _refuse_changes(
 
 
 def _observation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
-    """The name of what the pair is shown of the data, by the likelihood and the arguments."""
+    """The name of the observation, of `data.OBSERVATIONS`, by the likelihood and the arguments."""
     kind = LIKELIHOODS[args.likelihood].data
     if args.dequantize and args.binarize not in (None, "none"):
         parser.error(f"--dequantize and --binarize {args.binarize} exclude each other: give one")
@@ -342,7 +347,7 @@ def _observation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> s
 
 
 def schedule(args: argparse.Namespace) -> Schedule:
-    """What the training arguments of a `parser` say of the schedule.
+    """The schedule that the training arguments of a `parser` describe.
 
     >>> schedule(parser("").parse_args(["--beta", "4"])).beta
     4.0
@@ -357,10 +362,10 @@ def schedule(args: argparse.Namespace) -> Schedule:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Runs an example's `main`; what a person did wrong, or can mend, is said in plain words.
+    """Runs a program's `main`; an error that the user can mend ends it with one plain message.
 
-    Exit status: 1 on an error, 130 by Ctrl-C, 143 by SIGTERM, so that scripts notice. With
-    `PVAE_TRACEBACK=1` in the environment, errors are raised as they are.
+    The exit status is 1 after an error, 130 after Ctrl-C and 143 after SIGTERM, so that scripts
+    notice. With `PVAE_TRACEBACK=1` in the environment, errors keep their traceback.
     """
     signal.signal(signal.SIGTERM, _interrupt)
     try:

@@ -2,8 +2,9 @@
 
     python -m pvae.compare runs/mnist_svi runs/mnist_svi-2
 
-The table holds the test set's numbers of each run and what differs in its arguments. Runs on
-other data, or whose numbers mean something else, are refused: such numbers do not compare.
+A table holds the numbers of each run on the test set; another shows the arguments that differ. Runs
+on different data, or whose numbers mean different things, are refused: such numbers cannot be
+compared.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pvae.builder import LIKELIHOODS
 from pvae.data import OBSERVATIONS, STANDARDIZED
 from pvae.evaluate import Estimate
 
-# where a run is kept and what it says on the way is no part of what it is
+# arguments that say where a run is kept and what it prints; they do not change its numbers
 _NOT_TOLD = {"out", "resume", "quiet", "data_root", "checkpoint_minutes", "tensorboard"}
 
 
@@ -40,7 +41,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the table of the runs, and draws their figure."""
+    """Prints the tables of the runs, and draws their figure."""
     args = arguments(argv)
     configs = {name: run.read_config(name) for name in args.runs}
     numbers = {name: _numbers(Path(name)) for name in args.runs}
@@ -66,7 +67,7 @@ def _numbers(folder: Path) -> dict[str, Estimate]:
     """The numbers of a finished run.
 
     Raises:
-        ValueError: the run is not finished, the folder holds several, or its file is damaged.
+        ValueError: the run is not finished, the folder holds several runs, or its file is damaged.
     """
     path = folder / "results.json"
     run.check_alone(folder)
@@ -76,11 +77,12 @@ def _numbers(folder: Path) -> dict[str, Estimate]:
 
 
 def check_comparable(configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuses runs on other data, that observe it otherwise, or whose numbers are of another kind:
-    probabilities, densities, or of what is no likelihood.
+    """Refuses runs that differ in the data, in how these are observed, or in the kind of p(x|z).
+
+    The kind is a probability, a density, or not a likelihood.
 
     Raises:
-        ValueError: says which runs, and in what they differ.
+        ValueError: two runs differ; the message names them and says in what they differ.
     """
     for what, of in (("the data", _data), ("how it is observed", _observed), ("p(x|z)", _kind)):
         found = {name: of(config) for name, config in configs.items()}
@@ -105,18 +107,18 @@ def _observed(config: Mapping[str, Any]) -> str:
 
 
 def _kind(config: Mapping[str, Any]) -> str | None:
-    """What the numbers of a named likelihood are; None of one that a program composed."""
+    """The kind of the run's numbers, by the name of its likelihood; None if it has no such name."""
     name = config["arguments"].get("likelihood")
     return LIKELIHOODS[name].kind if isinstance(name, str) and name in LIKELIHOODS else None
 
 
 def _data_seeds(config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """That of pvae and, where the pixels are drawn by NumPy, its own; version 0.1 had one seed."""
+    """The data seed, and NumPy's seed of the pixels (or None); version 0.1 had a single seed."""
     return config.get("data_seed", config["seed"]), config["arguments"].get("numpy_seed")
 
 
 def differences(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """What is not the same in all runs: by its name, what each run has, in their order.
+    """The settings that are not the same in all runs: by name, the value of each run, in order.
 
     >>> runs = {"a": {"arguments": {"seed": 0, "net": "mlp"}}, "b": {"arguments": {"seed": 1}}}
     >>> differences(runs)
@@ -129,7 +131,7 @@ def differences(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]
 
 
 def _told(config: Mapping[str, Any]) -> dict[str, str]:
-    """Arguments, versions and processor of a run, as text."""
+    """The arguments, versions and processor of a run, as text."""
     settings = {**config["arguments"], **config.get("versions", {})}
     settings["processor"] = config.get("processor")
     return {
@@ -140,7 +142,7 @@ def _told(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def shown(estimate: Estimate | None) -> str:
-    """A number as the table has it.
+    """A number as text for the table, with its standard error if it has one.
 
     >>> shown(Estimate(-94.054, 0.23)), shown(Estimate(28.0, math.nan)), shown(None)
     ('-94.05 ± 0.23', '28', '')
@@ -163,13 +165,13 @@ def _title(configs: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def picture(numbers: Mapping[str, Mapping[str, Estimate]], title: str) -> Figure:
-    """Each number in a panel of its own: a row a run, its mean and two standard errors."""
+    """Draws each number in its own panel: a row for each run, with mean and two standard errors."""
     keys = list(dict.fromkeys(key for row in numbers.values() for key in row))
     columns = min(4, len(keys))
     lines = math.ceil(len(keys) / columns)
     size = 2.6 * columns + 2, lines * (1.1 + 0.28 * len(numbers)) + 0.4
     figure = Figure(size, dpi=150, layout="constrained")
-    # names may have dollar signs, which would make formulas of them
+    # parse_math=False: a dollar sign in a name would start a formula
     heading = f"{title}\nmean ± 2 se over the test set"
     figure.suptitle(heading, fontsize=10, parse_math=False)
     panels = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)

@@ -1,4 +1,4 @@
-"""Which SVI, pair and data go together: what the Trainer asks before it starts."""
+"""Checks that SVI, pair and data fit together, before the Trainer starts."""
 
 from pyro import poutine
 from pyro.infer import SVI, RenyiELBO
@@ -16,10 +16,10 @@ from pvae.vae import VAE
 
 
 def check_svi(svi: SVI, vae: VAE) -> None:
-    """Checks that `svi` trains `vae`, all of it and nothing else.
+    """Checks that `svi` trains the programs of `vae`, all its parameters and no others.
 
     Raises:
-        ValueError: other programs, no `SingleOptimizer`, or one of other parameters.
+        ValueError: `svi` has other programs, no `SingleOptimizer`, or one of other parameters.
     """
     for name in ("model", "guide"):
         if getattr(svi, name) is not getattr(vae, name):
@@ -40,10 +40,10 @@ def check_svi(svi: SVI, vae: VAE) -> None:
 
 
 def check_layers(schedule: Schedule, vae: VAE) -> None:
-    """Checks that the KL's warm-up is one for all latent layers, or one for each.
+    """Checks that the schedule has one KL warm-up for all latent layers, or one for each layer.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it has another number of warm-ups.
     """
     layers = len(vae.model.between) + 2 if isinstance(vae.model, HierarchicalModel) else 1
     if len(schedule.warmups) not in (1, layers):
@@ -57,8 +57,8 @@ def check_data(data: Observed, vae: VAE, batch_size: int) -> None:
     """Checks that the pair can be trained on this data, in batches of this size.
 
     Raises:
-        ValueError: an empty split, no `y` for a pair that takes it, or a batch of one image under
-            BatchNorm.
+        ValueError: a split is empty, or has no `y` for a pair that takes it, or a pair with
+            BatchNorm gets a batch of one image.
     """
     for name in ("train", "validation", "test"):
         split = getattr(data, name)
@@ -75,13 +75,14 @@ def check_data(data: Observed, vae: VAE, batch_size: int) -> None:
 
 
 def check_parts(svi: SVI, vae: VAE, data: Observed, batch_size: int, parts: int) -> None:
-    """Checks that a step on a batch in `parts` (by processes, and by `accumulate`) is the step on
-    the whole batch.
+    """Checks that a step on a batch in `parts` gives the same as a step on the whole batch.
+
+    A batch is divided among the processes, and again by `accumulate`.
 
     Raises:
-        ValueError: a batch that `parts` does not divide, fewer images in a split than processes, a
-            loss that is not a sum over images, BatchNorm, a recorded CUDA graph, or
-            `on_nan="skip"` with several processes.
+        ValueError: `parts` does not divide the batch, a split has fewer images than there are
+            processes, the loss is not a sum over images, `vae` has BatchNorm, `svi` records a CUDA
+            graph, or `on_nan` is "skip" with several processes.
     """
     if batch_size % parts:
         raise ValueError(
@@ -114,11 +115,11 @@ def check_parts(svi: SVI, vae: VAE, data: Observed, batch_size: int, parts: int)
 
 
 def shared_latents(svi: SVI, vae: VAE, x: Tensor, y: Tensor | None, parts: int) -> list[str]:
-    """The names of the latents outside the data plate, which are drawn once for all images.
+    """Returns the names of the latents outside the data plate: drawn once for all images.
 
     Raises:
-        ValueError: there are some under a bound for each image, such as IWAE, or an observed site
-            is outside the data plate while batches are taken in parts.
+        ValueError: there are such latents, and the loss is a bound for each image, as IWAE; or an
+            observed site is outside the data plate, and `parts` is above 1.
     """
     with evaluating(vae), evaluate.fixed_noise(x.device, 0):
         drawn = poutine.trace(vae.guide).get_trace(x, *optional(y))

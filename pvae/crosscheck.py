@@ -1,11 +1,11 @@
-r"""The cross-check: what Pyro computes, held against the hand-written ELBO on a fixed batch.
+r"""The cross-check: compares Pyro's loss with the hand-written ELBO on a fixed batch.
 
-(a) At the same noise, the loss of the very SVI object that trains against the same loss by hand.
-    The formula follows from the exact type of its ELBO; of another type, nothing is checked. Its
-    terms are the hand-written ones (`pvae.closed_form`) where the pair has them, else the
-    densities of the pair's own distributions, without Pyro's handlers.
-(b) `log q(z|x) - log p(z)` against the analytic KL, image by image: the mean of the differences
-    is zero up to its standard error.
+(a) The loss of the SVI object that trains is compared with the same loss by hand, at the same
+    noise. The exact type of the ELBO selects the formula; for an unknown type nothing is checked.
+    The terms of the formula are the hand-written ones (`pvae.closed_form`) if the pair has them,
+    else the densities of the pair's own distributions, without Pyro's handlers.
+(b) `log q(z|x) - log p(z)` is compared with the analytic KL, image by image: the mean of the
+    differences has to be zero, up to its standard error.
 """
 
 import math
@@ -28,11 +28,11 @@ from pvae.programs import evaluating, optional
 from pvae.vae import VAE
 
 TOLERANCE = 1e-4  # of (a), relative
-STANDARD_ERRORS = 5.0  # of (b)
-_PAIRS = 1000  # at least so many differences for (b)
+STANDARD_ERRORS = 5.0  # by which the mean in (b) may differ from zero
+_PAIRS = 1000  # the least number of differences for (b)
 
 
-# what (a) is held against, in the words of the screen
+# with what (a) compares the loss, in the words of the screen
 FORMULAS = "the hand-written loss"
 DENSITIES = "the pair's own densities"
 NOTHING = "nothing: this objective has no loss by hand"
@@ -77,7 +77,7 @@ _BY_HAND: Mapping[type, Callable[[Any, Terms, float], Tensor]] = {
 
 
 def objective_of(svi: SVI, beta: float) -> str:
-    """What `svi` maximizes at this weight of the KL, in a word: "ELBO", or the name of another.
+    """Returns the name of the objective of `svi` at this weight of the KL, such as "ELBO".
 
     >>> import pyro
     >>> adam = pyro.optim.Adam({})
@@ -93,8 +93,10 @@ def objective_of(svi: SVI, beta: float) -> str:
 
 
 def by_hand(svi: SVI, latents: int = 1) -> Callable[[Terms, float], Tensor] | None:
-    """The loss of SVI's ELBO as a function of the terms and beta; None for an unknown type, and for
-    the analytic KLs of several latents, each at the draws of others.
+    """Returns the loss of SVI's ELBO as a function of the terms and beta, or None.
+
+    There is no such function for an unknown type, nor for an analytic KL if there are several
+    latents: the KL of one depends on the draws of others.
 
     >>> import pyro
     >>> from pyro.infer import TraceTailAdaptive_ELBO
@@ -109,8 +111,12 @@ def by_hand(svi: SVI, latents: int = 1) -> Callable[[Terms, float], Tensor] | No
 
 
 class Check(NamedTuple):
-    """`relative` difference of (a), None without a loss by hand; `kl_difference` of (b) in nats,
-    None without analytic KL; `against` says what the loss was held against."""
+    """The results of the cross-check.
+
+    `relative` is the relative difference in (a), None without a loss by hand. `kl_difference` is
+    the mean difference in (b), in nats, None without an analytic KL. `against` says with what the
+    loss was compared.
+    """
 
     relative: float | None
     kl_difference: Estimate | None
@@ -118,7 +124,7 @@ class Check(NamedTuple):
 
     @property
     def agrees(self) -> bool:
-        """Whether (a) lies within its tolerance; a NaN does not.
+        """Whether (a) is within `TOLERANCE` or was not computed; NaN is not within it.
 
         >>> Check(math.nan, None).agrees
         False
@@ -127,7 +133,7 @@ class Check(NamedTuple):
 
     @property
     def suspicious(self) -> bool:
-        """Whether (b) is further from zero than its standard error allows.
+        """Whether (b) is more than `STANDARD_ERRORS` standard errors away from zero.
 
         >>> Check(0.0, Estimate(0.6, 0.1)).suspicious
         True
@@ -160,7 +166,7 @@ class _Draws(Messenger):
             values.append(msg["value"])
 
     def stacked(self) -> dict[str, Tensor]:
-        """By site, `(particles, B, D)`, vectorized or not."""
+        """Returns the draws by site, `(particles, B, D)`, of vectorized particles or others."""
         stacked = {name: torch.stack(values) for name, values in self.values.items()}
         return {name: z.reshape(-1, *z.shape[-2:]) for name, z in stacked.items()}
 
@@ -168,7 +174,9 @@ class _Draws(Messenger):
 def cross_check(
     svi: SVI, vae: VAE, x: Tensor, y: Tensor | None = None, *, beta: float = 1.0, seed: int = 0
 ) -> Check:
-    """Holds `svi` against the hand-written ELBO of `vae` on one batch `(B, C, H, W)`.
+    """Compares `svi` with the hand-written ELBO of `vae` on one batch `(B, C, H, W)`.
+
+    `y` is as in `vae.given`, `beta` is the weight of the KL, and `seed` selects the noise.
 
     >>> import pyro, pvae
     >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")

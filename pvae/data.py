@@ -1,9 +1,9 @@
 """Data sets held in memory, pictures as bytes, and the ways in which a model may observe them.
 
 A split of pictures is one uint8 tensor `(N, C, H, W)`; a batch is an `index_select` and a division
-by 255. A split of data of any other kind is a float32 tensor `(N, *event)`. `load` finds or reads
-the data, `observe` chooses what the model sees of it (grey, binary or dequantised pixels, or the
-numbers as they are), and `Observed.batches` gives the batches of one epoch.
+by 255. A split of data of any other kind is a float32 tensor `(N, *event)`. `load` finds and reads
+the data, `observe` chooses how the model observes them (grey, binary or dequantised pixels, or
+unchanged numbers), and `Observed.batches` gives the batches of one epoch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pvae import processes, reading, streaming
 from pvae.files import write_atomically
 from pvae.reading import NAMES as NAMES, is_found as is_found
 
-# Each use of a seed draws from its own random stream; 0, 1 and 2 are for the pixels of the splits.
+# each use of a seed draws from its own random stream; 0, 1 and 2 are for the pixels of the splits
 _EPOCHS, _SPLITTING = 3, 4
 
 
@@ -31,10 +31,10 @@ class Split(NamedTuple):
     """One part of a data set; its size is `len(split.images)`.
 
     Args:
-        images: `(N, C, H, W)`, uint8, or float32 in [0, 1] where dequantised; data of any other
-            kind `(N, *event)`, float32. In memory, or a `streaming.Streamed` tensor.
+        images: `(N, C, H, W)`, uint8, or float32 in [0, 1] if dequantised; data of any other kind
+            `(N, *event)`, float32. In memory, or a `streaming.Streamed` tensor.
         labels: `(N,)` int64, or None.
-        mask: `(N, 1 or C, H, W)` bool, True where a pixel is seen; None where all pixels are.
+        mask: `(N, 1 or C, H, W)` bool, True where the model sees a pixel; None if it sees all.
 
     >>> Split(torch.zeros(5, 1, 8, 8, dtype=torch.uint8), None).images.shape
     torch.Size([5, 1, 8, 8])
@@ -46,7 +46,7 @@ class Split(NamedTuple):
 
     @property
     def y(self) -> Tensor | None:
-        """What a model may be conditional on: the mask where there is one, else the labels.
+        """The `y` that a model may be conditional on: the mask if there is one, else the labels.
 
         >>> split = load("digits").test
         >>> split.y is split.labels
@@ -55,8 +55,9 @@ class Split(NamedTuple):
         return self.labels if self.mask is None else self.mask
 
     def first(self, n: int) -> Split:
-        """The first `n` images with their labels and masks, or all images if there are fewer;
-        raises ValueError unless `n` is at least 1.
+        """The first `n` images with their labels and masks, or all images if there are fewer.
+
+        Raises ValueError unless `n` is at least 1.
 
         >>> load("digits").test.first(3).images.shape
         torch.Size([3, 1, 28, 28])
@@ -67,9 +68,10 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images in three splits, with their SHA-256 (over pixels, labels and shapes), a `note`: one
-    line that people should read, or ""; `class_names` say what the labels stand for, where that
-    is known and they are no digits.
+    """Images in three splits.
+
+    `sha256` is that of all pixels, labels and shapes. `note` is one line for the user, or "".
+    `class_names` are the names of the labels, if the labels have other names than their numbers.
 
     >>> digits = load("digits")
     >>> len(digits.train.images), digits.image_shape, digits.num_classes
@@ -95,7 +97,7 @@ class Dataset:
 
     @property
     def pictures(self) -> bool:
-        """Whether the data are pictures, bytes `(C, H, W)`, and not numbers of any other kind.
+        """Whether the data are pictures, bytes `(C, H, W)`, and not data of any other kind.
 
         >>> load("digits").pictures
         True
@@ -113,7 +115,7 @@ class Dataset:
 
     @property
     def mean_image(self) -> Tensor:
-        """The mean of the training images, float32 `(C, H, W)` in [0, 1]; or of other data.
+        """The mean of the training images, float32 `(C, H, W)` in [0, 1], or of other data `event`.
 
         >>> load("digits").mean_image.shape
         torch.Size([1, 28, 28])
@@ -122,7 +124,7 @@ class Dataset:
 
     @property
     def num_classes(self) -> int | None:
-        """One more than the largest label in any split, or None where there are no labels.
+        """One more than the largest label in any split, or None without labels.
 
         >>> load("digits").num_classes
         10
@@ -131,7 +133,7 @@ class Dataset:
         return max((1 + int(y.max()) for y in labels if y is not None), default=None)
 
     def require_same(self, name: str, sha256: str, where: object) -> None:
-        """Raise ValueError unless this is the data, by its SHA-256, of the run in `where`.
+        """Raise ValueError unless `sha256`, of the run in `where`, is the SHA-256 of these data.
 
         >>> digits = load("digits")
         >>> digits.require_same("digits", digits.sha256, "runs/1")
@@ -158,43 +160,46 @@ def load(
     """Load a data set of `NAMES`, or the images or data at a path, in three splits.
 
     - None: MNIST, found or downloaded as below; offline the digits, and `note` says so.
-    - "mnist", "fashion-mnist", "kmnist", "cifar10": looked for, in torchvision's layout, in
+    - "mnist", "fashion-mnist", "kmnist", "cifar10": searched for, in torchvision's layout, in
       `root`, `$PVAE_DATA`, `./data` and the user's cache folder, in this order; IDX files may be
-      packed by gzip. If none of them has it, it is downloaded into the cache (never with
-      `download=False`). The last sixth of the training images (of CIFAR-10: the last tenth) is for
-      validation.
+      packed by gzip. If none of these folders has the data set, it is downloaded into the cache
+      (never with `download=False`). The last sixth of the training images (of CIFAR-10: the last
+      tenth) is for validation.
     - "digits": scikit-learn's 1,797 digits, 8x8, scaled to 28x28; needs no network.
     - "patches": 64x64 RGB patches, one every 8 pixels, of scikit-learn's two photographs (a temple
       and a flower: the two labels); needs no network. Patches overlap, but each split has its own
       strips of the photographs, so no pixel is in two splits.
     - a `.npy` or `.npz` file: uint8, bool, or float in [0, 1] (rounded to 255ths), of shape
       `(N, H, W)`, `(N, C, H, W)` or `(N, H, W, C)` with C 1 or 3; if the shape can be read in both
-      ways, axis 1 is the channels. In a `.npz` the images are "images", "x" or the only array;
-      labels, optional, are "labels" or "y".
-    - such a file of any other data, `(N, D)` or `(N, *event)`: integers, bool or floats, which stay
-      as they are. What has the shape and type of pictures is data too with `as_is=True`.
-    - a `.npz` file of splits: "train", "test" and, or not, "validation" (or "val"), with
-      "train_labels" and so on for all of them or none. The names of MedMNIST ("train_images") and
-      Keras ("x_train", "y_train") are known too. Without "validation" as below.
+      ways, axis 1 is the channels. In a `.npz` the key of the images is "images" or "x", or they
+      are the only array; the key of the labels, which are optional, is "labels" or "y".
+    - such a file of any other data, `(N, D)` or `(N, *event)`: integers, bool or floats, whose
+      values stay unchanged. With `as_is=True`, arrays of the shape and type of pictures are read in
+      this way too.
+    - a `.npz` file of splits: the keys "train" and "test", and optionally "validation" (or "val"),
+      with "train_labels" and so on for all splits or for none. The keys of MedMNIST
+      ("train_images") and Keras ("x_train", "y_train") work too.
     - a folder of png, jpg, jpeg, bmp or webp images of one size, at any depth. Its subfolders, if
-      any, are the labels, in sorted order, and name them. Hidden files are left out.
-    - a folder with subfolders `train` and `test`, and `validation` (or `val`) or not: the splits as
-      they are, each with the same subfolders (the labels) or none. Without `validation`, a tenth of
-      the training images, drawn by `seed`, is for validation, and `note` says so.
+      any, are the labels, in sorted order, and name them. Hidden files are ignored.
+    - a folder of splits, with subfolders `train` and `test`, and optionally `validation` (or
+      `val`); all have the same subfolders (the labels), or all have none.
 
-    Digits, files and other folders are split 80/10/10, or by the fractions in `split`, at random by
-    `seed`; the global random state stays as it is. Where data has splits of its own, `note` says
-    how many data are, byte for byte, in two of them. A name of `NAMES` means the data set even if
-    a file or folder has that name too: write `./digits` for the folder.
+    If a file or folder of splits has no validation split, a tenth of the training images, drawn by
+    `seed`, is for validation, and `note` says so. `note` also says how many data are, byte for
+    byte, in two splits. The digits and all other files and folders are split 80/10/10, or by the
+    fractions in `split`, at random by `seed`; the global random state stays unchanged. A name of
+    `NAMES` means the data set even if a file or folder has that name too: write `./digits` for the
+    folder.
 
     With `stream`, the bytes of a `.npy` file, or the images of a folder, are not kept in memory,
-    but read when they are needed (`pvae.streaming`); so it is without being asked where they would
-    take more than a quarter of the machine's memory, and `note` says so. `workers` processes read
-    ahead (None: 2 for a folder, none for a file).
+    but read when they are needed (`pvae.streaming`). Data that would take more than a quarter of
+    the machine's memory are streamed even without `stream`; `note` says if data are streamed.
+    `workers` processes read ahead (None: 2 for a folder, none for a file).
 
-    Raises FileNotFoundError where a named data set is neither on disk nor to be downloaded, and
-    ValueError for an unknown name, for files that cannot be used, for fractions that are none,
-    where `split` is given for data that has splits of its own, and `workers` for data in memory.
+    Raises:
+        FileNotFoundError: a named data set is neither on the disk nor can be downloaded.
+        ValueError: the name is unknown, the files cannot be used, `split` is not three fractions,
+            `split` is given for data with their own splits, or `workers` for data in memory.
 
     >>> load("digits").test.images.shape
     torch.Size([179, 1, 28, 28])
@@ -230,9 +235,9 @@ def _in_three(
 
 
 def pixels(images: Tensor) -> Tensor:
-    """Turn uint8 images into float32 in [0, 1] by a division by 255; floats pass as they are.
+    """Turn uint8 images into float32 in [0, 1] by a division by 255; floats stay unchanged.
 
-    What is streamed is read. Raises ValueError for any other dtype.
+    Streamed images are read into memory. Raises ValueError for any other dtype.
 
     >>> pixels(torch.tensor([0, 51, 255], dtype=torch.uint8))
     tensor([0.0000, 0.2000, 1.0000])
@@ -246,8 +251,10 @@ def pixels(images: Tensor) -> Tensor:
 
 
 def chunks(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Walk through a split in order, at most `size` images at a time: float32 `(B, C, H, W)`, and
-    their part of `split.y`; raises ValueError unless `size` is at least 1.
+    """Walk through a split in order, at most `size` images at a time.
+
+    Gives float32 images `(B, C, H, W)` or data `(B, *event)`, and their part of `split.y`. Raises
+    ValueError unless `size` is at least 1.
 
     >>> [len(x) for x, y in chunks(load("digits").test, 100)]
     [100, 79]
@@ -258,15 +265,15 @@ def chunks(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     return zip(map(pixels, streaming.gathered(split.images, rows)), ys, strict=False)
 
 
-# ----- what the model sees ------------------------------------------------------------------------
+# ----- how the model observes the data ------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """A data set as the model sees it; `how` is a name of `OBSERVATIONS`.
+    """A data set as the model observes it; `how` is a name of `OBSERVATIONS`.
 
     The splits stay fixed. `redraw`, if not None, draws the pixels of each uint8 training batch
-    anew, from a generator.
+    anew, from a generator. `scaling`, if not None, has standardised the data.
 
     >>> binary = observe(load("digits"), "dynamic")
     >>> x, y = next(binary.batches(100, seed=0, epoch=0))
@@ -283,7 +290,7 @@ class Observed:
 
     @property
     def label(self) -> str:
-        """How the data is observed, in words for people.
+        """How the data are observed, in words.
 
         >>> observe(load("digits"), "static").label
         'statically binarised'
@@ -292,7 +299,7 @@ class Observed:
 
     @property
     def unit(self) -> str:
-        """What one of the data is called: "image" or "datum".
+        """The word for one of the data: "image" or "datum".
 
         >>> observe(load("digits"), "grey").unit
         'image'
@@ -302,7 +309,7 @@ class Observed:
 
     @property
     def units(self) -> str:
-        """What some of the data are called: "images" or "data".
+        """The plural of `unit`: "images" or "data".
 
         >>> observe(load("digits"), "grey").units
         'images'
@@ -311,8 +318,8 @@ class Observed:
 
     @property
     def mean_image(self) -> Tensor:
-        """The mean of what the model sees in training, float32 `(C, H, W)` or `event`; of what is
-        redrawn that of the grey images.
+        """The mean of the training images as the model observes them, float32 `(C, H, W)` or
+        `event`; for redrawn pixels, the mean of the grey images.
 
         >>> observe(load("digits"), "as_is").mean_image.max() > 1
         tensor(True)
@@ -320,7 +327,7 @@ class Observed:
         return _mean(self.train.images)
 
     def to(self, device: torch.device | str) -> Observed:
-        """Move the three splits to a device, where `batches` then works too.
+        """Move the three splits to a device; `batches` then gives batches on this device.
 
         >>> observe(load("digits"), "grey").to("cpu").train.images.device
         device(type='cpu')
@@ -332,16 +339,18 @@ class Observed:
     def batches(
         self, batch_size: int, *, seed: int, epoch: int, skip: int = 0
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """One epoch: every training image once, in random order, as float32 `(B, C, H, W)`, with
-        its part of `train.y`; the last batch may be smaller. The first `skip` batches are left out.
+        """The batches of one epoch, in random order: float32 `(B, C, H, W)`, and their `train.y`.
 
-        Each of several processes gets its part of each batch, with the pixels that a single one
-        would get; of a last batch of fewer images than processes, some get none.
+        Every training image is in one batch; the last batch may be smaller. The first `skip`
+        batches are left out. Data that are not pictures come as `(B, *event)`.
+
+        Each of several processes gets its part of each batch, with the pixels that a single process
+        would get. If the last batch has fewer images than there are processes, some get none.
 
         Order and redrawn pixels depend only on `seed`, `epoch`, the batch size and the device, so
-        a resumed run sees the batches of an uninterrupted one. The global random state stays as
-        it is. Raises ValueError unless `batch_size` is at least 1 and `seed`, `epoch` and `skip` at
-        least 0.
+        a resumed run gets the batches of an uninterrupted run. The global random state stays
+        unchanged. Raises ValueError unless `batch_size` is at least 1 and `seed`, `epoch` and
+        `skip` are at least 0.
 
         >>> grey = observe(load("digits"), "grey")
         >>> sum(len(x) for x, y in grey.batches(100, seed=0, epoch=7))
@@ -362,11 +371,11 @@ class Observed:
         blank = torch.zeros((), dtype=images.dtype, device=images.device)
         mine = (batch[processes.part(len(batch))] for batch in batches[skip:])
         if redraw is not None:
-            for batch in batches[:skip]:  # as if they had been seen
+            for batch in batches[:skip]:  # move the generator past the skipped batches
                 redraw(blank.expand(len(batch), *images.shape[1:]), generator)
         for batch, x in zip(batches[skip:], streaming.gathered(images, mine), strict=True):
             part = processes.part(len(batch))
-            if redraw is not None:  # all of the batch, so that any number draws the same pixels
+            if redraw is not None:  # the whole batch: the draws do not depend on the processes
                 whole = blank.repeat(len(batch), *images.shape[1:])
                 whole[part] = x
                 x = redraw(whole, generator)[part]
@@ -382,11 +391,10 @@ def _mean(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Scaling:
-    """Mean and standard deviation of each element over the training data, both `(*event)`; of an
-    element that never changes the deviation is 1.
+    """Mean and standard deviation of each element over the training data, both `(*event)`.
 
-    A density of standardised data is one of `(x - mean) / sd`: per datum, it exceeds that of the
-    data themselves by `sum log sd` nats.
+    The standard deviation of an element that never changes is set to 1. The density of the
+    standardised data `(x - mean) / sd` exceeds that of the data `x` by `sum log sd` nats per datum.
 
     >>> scaling = Scaling.of(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
     >>> scaling.apply(torch.tensor([[3.0, 6.0]]))
@@ -400,7 +408,7 @@ class Scaling:
     def of(cls, x: Tensor) -> Scaling:
         """The scaling of data `(N, *event)`."""
         sd, mean = torch.std_mean(x.double(), 0, correction=0)
-        # what rounding leaves of a constant is no deviation
+        # a constant element has a deviation of 0, up to rounding
         constant = sd <= 1e-6 * mean.abs()
         return cls(mean.float(), sd.masked_fill(constant, 1.0).float())
 
@@ -426,24 +434,26 @@ def observe(
     standardize: bool = False,
     numpy_seed: int | None = None,
 ) -> Observed:
-    """Choose what the model sees of a uint8 image with value k in 0..255, or of other data.
+    """Choose how the model observes a uint8 image with pixel values k in 0..255, or other data.
 
     - "grey": k / 255.
     - "threshold": 1 where k >= 128, else 0.
     - "static": 1 with probability k / 255, drawn once.
     - "dynamic": the same, but training images are drawn anew for every batch.
     - "dequantized": (k + u) / 256 with u uniform in (0, 1), anew for every training batch.
-    - "as_is": k itself, a count; of data that are no pictures the numbers as they are. Such data
-      are observed in no other way.
+    - "as_is": k itself, a count; the unchanged numbers of data that are not pictures.
 
-    What is drawn once is drawn by `seed`, each split from its own random stream. With `numpy_seed`,
-    the binary pixels of validation, then test images are drawn by NumPy's legacy generator of that
-    seed instead: with 777 they are those of the published tables (VAE with a VampPrior, 2017,
-    arXiv:1705.07120). Masks and labels stay. With `standardize`, each element has mean 0 and
-    standard deviation 1 over the training data; `Observed.scaling` holds both.
+    Float data that are not pictures can be observed as "grey" or "as_is", both of which leave them
+    unchanged. Pixels that are drawn once are drawn by `seed`, each split from its own random
+    stream. With `numpy_seed`, NumPy's legacy generator of that seed draws instead the binary pixels
+    of the validation images, and then those of the test images: with 777 they are those of the
+    published tables (VAE with a VampPrior, 2017, arXiv:1705.07120). Masks and labels stay
+    unchanged. With `standardize`, each element gets mean 0 and standard deviation 1 over the
+    training data; `Observed.scaling` holds the mean and standard deviation before.
 
-    Raises ValueError where `how` is none of `OBSERVATIONS` or only for pictures, where what is
-    redrawn is to be standardised, and where `numpy_seed` is given and no binary pixels are drawn.
+    Raises:
+        ValueError: `how` is not a name of `OBSERVATIONS`, or is only for pictures; `standardize`
+            with pixels that are redrawn; or `numpy_seed` without binary pixels that are drawn.
 
     >>> observe(load("digits"), "threshold").test.images.unique()
     tensor([  0, 255], dtype=torch.uint8)
@@ -496,7 +506,7 @@ def _threshold(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _binarize(images: Tensor, generator: torch.Generator) -> Tensor:
-    # P(U < k) = k / 255 exactly for U uniform on 0..254, without a float copy of the data set.
+    # P(U < k) = k / 255 exactly for U uniform on 0..254, without a float copy of the data set
     uniform = torch.randint(
         255, images.shape, dtype=torch.uint8, generator=generator, device=images.device
     )
@@ -504,15 +514,16 @@ def _binarize(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _binarize_by(draw: np.random.RandomState, split: Split) -> Split:
-    """The published draw takes its probabilities in float32."""
+    """Draws binary pixels as the published tables do: by NumPy, with float32 probabilities."""
     grey = split.images.cpu().numpy().astype(np.float32) / np.float32(255)
     drawn = torch.from_numpy(draw.binomial(1, grey).astype(np.uint8) * np.uint8(255))
     return split._replace(images=drawn.to(split.images.device))
 
 
 def _dequantize(images: Tensor, generator: torch.Generator) -> Tensor:
-    # A float32 sum 255 + u rounds up to 256, out of its bin, for u near 1. The odd 2**-16ths have
-    # mean 1/2, lie strictly between 0 and 1, and their sum with a byte is exact in 24 bits.
+    # The float32 sum 255 + u, with u near 1, rounds up to 256, out of its bin. So u is an odd
+    # multiple of 2**-16: these have mean 1/2, are strictly between 0 and 1, and their sum with a
+    # byte is exact in 24 bits.
     odd = 1 + 2 * torch.randint(
         2**15, images.shape, dtype=torch.int32, generator=generator, device=images.device
     )
@@ -520,7 +531,7 @@ def _dequantize(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 _Draw = Callable[[Tensor, torch.Generator], Tensor]
-STANDARDIZED = ", standardised"  # in the label of what is observed so
+STANDARDIZED = ", standardised"  # added to the label of standardised data
 _PIXELS = ("binary", "levels", "continuous")
 KINDS = (*_PIXELS, "counts")
 
@@ -529,13 +540,13 @@ class Observation(NamedTuple):
     """One way to observe uint8 images, or other data.
 
     Args:
-        label: its name for people.
-        fix: what it makes of a split that stays fixed.
-        redraw: how it draws a training batch anew; None where its pixels stay fixed too.
-        suits: the kinds of likelihood for which it is right: "binary" (0 and 1), "levels" (256 grey
-            levels k / 255), "continuous" (any number, of pictures in [0, 1]), "counts" (whole
-            numbers of at least 0).
-        only_pictures: whether it is of uint8 images alone.
+        label: its name in words.
+        fix: makes the fixed images of a split, from a generator.
+        redraw: draws the pixels of a training batch anew; None if they stay fixed too.
+        suits: the kinds of likelihood that it is for: "binary" (0 and 1), "levels" (256 grey levels
+            k / 255), "continuous" (any number; in [0, 1] for pictures), "counts" (whole numbers of
+            at least 0).
+        only_pictures: whether it is only for uint8 images.
 
     >>> OBSERVATIONS["dequantized"].suits
     ('continuous',)
@@ -548,10 +559,10 @@ class Observation(NamedTuple):
     only_pictures: bool = True
 
 
-#: The ways to observe grey images, by name.
-#: For each kind of likelihood the usual observation is the first that suits it.
+#: The ways to observe images and other data, by name.
+#: The usual observation for a kind of likelihood is the first one that suits it.
 OBSERVATIONS: Mapping[str, Observation] = {
-    # floats in [0, 1] stay as they are too
+    # "grey" also leaves floats in [0, 1] unchanged
     "grey": Observation("grey", _as_they_are, None, ("levels", "continuous"), False),
     "dynamic": Observation("dynamically binarised (one fixed draw)", _binarize, _binarize, _PIXELS),
     "static": Observation("statically binarised", _binarize, None, _PIXELS),
@@ -562,8 +573,9 @@ OBSERVATIONS: Mapping[str, Observation] = {
 
 
 def usual_observation(kind: str) -> str:
-    """The usual observation of pictures for a kind of likelihood, one of `KINDS`; raises ValueError
-    for any other kind.
+    """The usual observation of pictures for a kind of likelihood, one of `KINDS`.
+
+    Raises ValueError for any other kind.
 
     >>> usual_observation("binary"), usual_observation("levels")
     ('dynamic', 'grey')
@@ -577,7 +589,7 @@ def _generator(
     device: torch.device | str, *, seed: int, stream: int, epoch: int = 0
 ) -> torch.Generator:
     _check_at_least(0, seed=seed, epoch=epoch)
-    # SeedSequence mixes its words, where a sum would give (0, 1) and (1, 0) the same stream.
+    # SeedSequence mixes its words; a sum of them would give (0, 1) and (1, 0) the same stream
     mixed = np.random.SeedSequence((seed, stream, epoch)).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(mixed[0]))
 
@@ -621,18 +633,22 @@ def from_torch(
     workers: int | None = None,
     stream: bool = False,
 ) -> Dataset:
-    """Data sets or loaders of torch as a `Dataset`: those for training, validation and test, or one
-    that is split 80/10/10 at random by `seed`.
+    """Data sets or loaders of torch as a `Dataset`: three (training, validation, test) or one.
 
-    Each is map-style, as torchvision's are; an item is an image `(C, H, W)`, uint8 or float32 in
-    [0, 1], or data of any other shape, float32; or a pair of one and an integer label. It is the
-    same whenever it is asked for. All items are read here, for the labels and the SHA-256; then
-    they are in memory, or, with `stream` and where they would take more than a quarter of the
-    machine's memory, are read again when they are needed. `workers` processes read ahead (None: as
-    many as a loader has, else none). Of a loader the data set is taken; order and size of the
-    batches are the Trainer's. Raises ValueError for another number of parts, for items of another
-    kind, for parts that differ in it, and for a loader with a sampler, batch_sampler, collate_fn or
-    worker_init_fn of its own.
+    A single one is split 80/10/10 at random by `seed`. Each is map-style, as torchvision's are. An
+    item is an image `(C, H, W)`, uint8 or float32 in [0, 1], or data of any other shape, float32;
+    or a pair of such a tensor and an integer label. It must be the same whenever it is read.
+
+    All items are read here, for the labels and the SHA-256. They are then kept in memory; with
+    `stream`, or if they would take more than a quarter of the machine's memory, they are instead
+    read again when they are needed. `workers` processes read ahead (None: as many as a loader has,
+    none for a data set). Only the data set of a loader is used: the Trainer chooses the order and
+    the size of the batches.
+
+    Raises:
+        ValueError: there are neither one nor three parts, an item is of another kind, the parts
+            differ in dtype, shape or labels, or a loader has its own sampler, batch_sampler,
+            collate_fn or worker_init_fn.
 
     >>> items = [(torch.zeros(1, 4, 4, dtype=torch.uint8), i % 3) for i in range(20)]
     >>> from_torch("mine", items).num_classes

@@ -2,9 +2,9 @@
 
     python -m pvae.evaluate runs/mnist_svi
 
-It prints the table, with what each number is and is not, and leaves `evaluation.json`,
-`calibration.png` and `posterior.png` in the folder of the run. The model is the run's best, the
-images are its test set.
+It prints the table and says what each number is and is not. It writes `evaluation.json`,
+`calibration.png` and `posterior.png` into the folder of the run. The model is the best one of the
+run, and the images are its test set.
 """
 
 import argparse
@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
 from tqdm import tqdm
 
 from pvae import captured, checkpoint, cli, data, evaluate, memory, plots, results, run
 from pvae.evaluate import Estimate, estimate
+from pvae.objectives import latent_names
 from pvae.results import Row, Subject, codes, tail_rows
 from pvae.study import find_device
 
@@ -74,10 +76,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def opened(args: argparse.Namespace) -> tuple[Subject, str]:
-    """The run's best model with its data, and the data's name.
+    """The run's best model with its data, and the name of the data.
 
     Raises:
-        ValueError: the folder is not that of one run, or the data found is not the run's.
+        ValueError: the folder is not that of one run, or the data found are not those of the run.
+        FileNotFoundError: the run has no `best.pt`, or its data are not found.
     """
     config = run.read_config(args.run)
     run.check_alone(args.run)
@@ -106,19 +109,20 @@ def opened(args: argparse.Namespace) -> tuple[Subject, str]:
     return Subject(vae, observed, args.seed, args.quiet), dataset.name
 
 
-# ---- the sections of the table that are not those of every run; their docstrings are printed ----
+# ---- the sections that only this table has; `main` prints their docstrings ----
 
 
 def annealed_rows(subject: Subject, args: argparse.Namespace) -> list[Row]:
-    """AIS: annealed importance sampling, a lower bound in expectation that checks IWAE-k by other
-    means. Its chains start at the guide's draws and move to the posterior. From the prior it does
-    not use the guide at all, and needs many more steps. On images drawn from the model there is an
-    upper bound too: the width between the two is the most that AIS lacks there. On real images
-    nobody knows it. A chain whose numbers overflow stays where it was; the table counts those.
-    A proposal of its own: a normal with a full covariance, optimized for each image alone, draws
-    in the guide's place. What IWAE-k by the guide lacks of it, the guide lacks. Where AIS agrees
-    with it, both are probably near log p(x). That is no proof: both are lower bounds, and unless
-    AIS is from the prior, both start from the guide.
+    """AIS: annealed importance sampling, a lower bound in expectation that checks IWAE-k by another
+    method. Its chains start at draws from the guide and move to the posterior. Chains that start at
+    the prior do not use the guide at all, and need many more steps. On images drawn from the model
+    there is an upper bound too: the width between the two bounds is the most that AIS can lack
+    there. On real images this is unknown. A move whose numbers overflow is rejected; the table
+    shows the share of such moves.
+    A proposal of its own: a normal with a full covariance, optimized for each image alone, replaces
+    the guide. If its IWAE-k is higher than that of the guide, the guide is the reason. If AIS
+    agrees with it, both are probably near log p(x). That is no proof: both are lower bounds, and
+    both start from the guide, unless AIS starts from the prior.
     """
     model, guide, k = subject.vae.model, subject.vae.guide, args.num_samples
     split = subject.subset(args.annealed_images)
@@ -137,7 +141,7 @@ def annealed_rows(subject: Subject, args: argparse.Namespace) -> list[Row]:
         bounds = forward.log_evidence, iwae, both.lower, both.upper
         return torch.stack([*bounds, forward.diverged], dim=1)
 
-    # the chains of 100 images move at once
+    # the chains of 100 images move together
     ais, iwae, lower, upper, diverged = subject.over(split, found, 100).T
     start, n = "the prior" if args.from_prior else "the guide", len(split.images)
     rows = [
@@ -160,9 +164,11 @@ def annealed_rows(subject: Subject, args: argparse.Namespace) -> list[Row]:
 
 
 def has_one_latent(subject: Subject) -> bool:
-    """Whether the pair has the single latent `z`."""
-    recipe = subject.vae.recipe
-    return recipe is None or not recipe.layered
+    """Whether the guide draws a single latent."""
+    guide = subject.vae.guide
+    x, y = next(data.chunks(subject.shown(subject.data.test), 1))
+    with evaluate.evaluating(guide), evaluate.fixed_noise(x.device, 0):
+        return len(latent_names(poutine.trace(guide).get_trace(x, y))) == 1
 
 
 def _by_factors(
@@ -191,8 +197,9 @@ def _bar(title: str, steps: int, subject: Subject) -> Any:
 
 
 def gap_rows(subject: Subject, args: argparse.Namespace) -> list[Row]:
-    """gaps: the first is what one encoder for all images costs, the second what the family of q
-    costs. Factors that are not at their optimum make the first too small, the second too large.
+    """gaps: the amortization gap is the cost of one encoder for all images, the approximation gap
+    that of the family of q. Factors short of their optimum make the first gap too small and the
+    second too large.
     """
     split = subject.shown(subject.subset(args.gap_images))
     x, seed = data.pixels(split.images), args.seed
@@ -213,14 +220,14 @@ def gap_rows(subject: Subject, args: argparse.Namespace) -> list[Row]:
 
 
 def calibration_rows(subject: Subject, args: argparse.Namespace) -> list[Row]:
-    """calibration: whether q(z|x) is the posterior of images that the model makes. Then, for each
-    unit, the rank of the latent that made an image among 100 draws of q(z|x) is uniform. The
-    p-value is that of the worst unit, corrected for the number of units: below 0.05, q(z|x) is not
-    the posterior. A large one is no proof: the test sees each unit alone, and q(z|x) = p(z) passes
-    it. It says nothing of real images. calibration.png shows the ranks.
+    """calibration: tests whether q(z|x) is the posterior of images that the model makes. If it is,
+    then for each unit the rank of the latent that made an image, among 100 draws of q(z|x), is
+    uniform. The p-value is that of the worst unit, corrected for the number of units: below 0.05,
+    q(z|x) is not the posterior. A large p-value is no proof: the test looks at each unit alone, and
+    q(z|x) = p(z) passes it. It says nothing about real images. calibration.png shows the ranks.
     """
     test, n = subject.shown(subject.data.test), args.simulated_images
-    which = torch.arange(n) % len(test.images)  # their labels; the images are not used
+    which = torch.arange(n) % len(test.images)  # for the labels; the images are not used
     x, y = test.images[which], None if test.y is None else test.y[which]
     with evaluate.fixed_noise(x.device, subject.seed):
         found = evaluate.calibration(subject.vae.model, subject.vae.guide, data.pixels(x), y)
@@ -236,28 +243,17 @@ def calibration_rows(subject: Subject, args: argparse.Namespace) -> list[Row]:
 
 
 def latent_rows(subject: Subject) -> list[Row]:
-    """active units: those whose posterior mean varies over images by more than 0.01. The number
-    does not say how much each of them tells.
-    I(x; z): the information about which of these images x is. It cannot exceed log N: near that,
-    it is a lower bound, and the KL of q(z) an upper one.
-    probe: accuracies of two classifiers of the posterior means; no measure of the density. It
-    needs validation data of two classes or more.
+    """active units: those whose posterior mean has a variance above 0.01 over images. Their number
+    does not say how much each of them tells about x.
+    probe: the accuracies of two classifiers of the posterior means; they do not measure the
+    density. The probe needs validation data of two classes or more.
     """
-    vae, test, held_out = subject.vae, subject.data.test, subject.data.validation
+    test, held_out = subject.data.test, subject.data.validation
     n, means = len(test.images), codes(subject, test, "codes")
     rows = results.unit_rows(means)
-    if has_one_latent(subject):
-        with evaluate.fixed_noise(means.device, subject.seed):
-            known = evaluate.information(
-                vae.model, vae.guide, subject.shown(test), title=subject.title("information")
-            )
-        rows += [
-            Row("mutual_information", f"I(x; z), at most {math.log(n):.2f}", known.mutual, n),
-            Row("aggregate_kl", "KL(q(z) || p(z))", known.aggregate, n),
-        ]
     y, test_y = held_out.labels, test.labels
     if y is not None and test_y is not None and evaluate.can_probe(y):
-        # fitted to validation images: the pair was not trained on them, as on the test's
+        # fitted to validation images, on which the pair was not trained, as on the test images
         found = evaluate.probe(codes(subject, held_out, "probe"), y, means, test_y)
         rows += [
             Row("knn", "probe: 5 nearest neighbours", found.nearest_neighbours, n, 4),
@@ -266,9 +262,23 @@ def latent_rows(subject: Subject) -> list[Row]:
     return rows
 
 
+def information_rows(subject: Subject) -> list[Row]:
+    """I(x; z): the information of z about which of the N images x is. It cannot exceed log N: near
+    log N it is only a lower bound, and KL(q(z) || p(z)) only an upper bound.
+    """
+    vae, test = subject.vae, subject.shown(subject.data.test)
+    n, title = len(test.images), subject.title("information")
+    with evaluate.fixed_noise(test.images.device, subject.seed):
+        known = evaluate.information(vae.model, vae.guide, test, title=title)
+    return [
+        Row("mutual_information", f"I(x; z), at most {math.log(n):.2f}", known.mutual, n),
+        Row("aggregate_kl", "KL(q(z) || p(z))", known.aggregate, n),
+    ]
+
+
 def picture(subject: Subject, args: argparse.Namespace) -> plots.Figure:
-    """The posterior of one test image by NUTS beside the guide's; the two units shown are those
-    that the posterior correlates most."""
+    """Draws the posterior of one test image by NUTS beside that of the guide, in the two units with
+    the largest correlation under the posterior."""
     vae, which, draws, seed = subject.vae, args.image, args.nuts_samples, args.seed
     test = subject.shown(subject.data.test)
     x = data.pixels(test.images[which : which + 1])
@@ -284,7 +294,7 @@ def picture(subject: Subject, args: argparse.Namespace) -> plots.Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Evaluates a run: the table on the screen, `evaluation.json` in its folder."""
+    """Evaluates a run: prints the table, and writes `evaluation.json` into its folder."""
     args = arguments(argv)
     start = time.perf_counter()
     memory.keep_freed_memory()
@@ -294,23 +304,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(
             f"--image must be below {images}, the number of test images, not {args.image}"
         )
-    if not has_one_latent(subject):
-        print("several latent layers: what is of a single latent z is left out")
+    one = has_one_latent(subject)
+    if not one:
+        print("several latent layers: numbers that need a single latent z are left out")
         args.gap_images = args.simulated_images = args.nuts_samples = 0
     compiler = captured.inductor if args.captured else None
-    sections: list[tuple[int, Callable[..., list[Row]], Any]] = [  # how many images, of what
+    sections: list[tuple[int, Callable[..., list[Row]], Any]] = [  # how much, section, arguments
         (True, results.elbo_rows, ()),
         (args.images, results.importance_rows, (args.images, args.num_samples, compiler)),
         (args.annealed_images, annealed_rows, (args,)),
         (args.gap_images, gap_rows, (args,)),
         (args.simulated_images, calibration_rows, (args,)),
         (True, latent_rows, ()),
+        (one, information_rows, ()),
     ]
     asked = [(section, given) for how_many, section, given in sections if how_many]
     rows = [row for section, given in asked for row in section(subject, *given)]
     print(results.table(rows, subject, name))
     print("what they are, and are not:")
-    for section, _ in asked:  # each says in its docstring what its numbers are
+    for section, _ in asked:  # its docstring says what its numbers are
         print(textwrap.indent(inspect.getdoc(section) or "", "  "))
     numbers = {"arguments": vars(args), "numbers": results.as_json(rows, subject.data.units)}
     run.write_json(folder / "evaluation.json", numbers)

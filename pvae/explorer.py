@@ -1,7 +1,7 @@
-"""What the page of a run shows of its latent space: images that are decoded beforehand.
+"""The latent explorer of a run's page: images that are decoded beforehand.
 
-A page has no network to decode with, so one picture holds, cell by cell, what its sliders and its
-plane can ask for.
+The page cannot run the decoder. So one picture, the sprite, holds in its cells all images that the
+sliders and the plane of the page can show.
 """
 
 import io
@@ -21,26 +21,28 @@ from pvae.data import Observed, pixels
 from pvae.report import Drawing
 from pvae.vae import VAE
 
-_BYTES = 500_000  # of all cells, before they are packed
+_BYTES = 500_000  # of all cells, before the PNG packs them
 _STARTS, _UNITS = 3, 6  # test images to start from; units that have a slider
 _REACH = 3  # standard deviations of the codes to either side of their mean
-_POINTS = 400  # codes that are shown on the plane
+_POINTS = 400  # codes on the plane
 
 
 @dataclass(frozen=True)
 class Explorer:
-    """Decoded images, and which is which.
+    """Decoded images, and the layout of their cells.
 
     Args:
         sprite: a PNG of equal cells, row by row.
-        layout: for the page's script: the cells' size and columns; `side`, how many values a unit
-            takes; `joined`, how many units move together; `values` by unit; of each start, the
-            first cell (the image, its code decoded, the joined units, each other unit alone) and
-            its code.
-        units, starts: what people read of them.
-        points: codes of test images on the plane, in steps from its lower left corner, with the
-            places of their classes in `classes`.
-        codes: how many test images the values are of. shrunk: by how much each side of an image is.
+        layout: for the page's script: the size of a cell and the number of columns; `side`, the
+            number of values of a unit; `joined`, the number of units that move together; `values`
+            of each unit; and for each start its code and its first cell. The cells of a start are
+            the image, its decoded code, the joined units, and then each other unit alone.
+        units, starts: their names on the page.
+        points: codes of test images on the plane, in steps from its lower left corner, each with
+            the index of its class in `classes`.
+        classes: the names of the classes.
+        codes: the number of test images from whose codes the values are computed.
+        shrunk: the factor by which each side of an image is reduced.
     """
 
     sprite: bytes
@@ -56,11 +58,11 @@ class Explorer:
 def explore(
     vae: VAE, data: Observed, *, class_names: Sequence[str] | None = None, seed: int = 0
 ) -> Explorer | None:
-    """Decodes what an explorer of the pair's (first) latent shows; None where data are no images.
+    """Decodes the images of an explorer of the pair's (first) latent; None if data are no images.
 
-    The two most active units move together, on a plane; each other one moves alone, from the code
-    of a test image. A unit's values reach 3 standard deviations to either side of the mean of the
-    test images' codes, whatever the prior.
+    The two most active units move together, on a plane. Each other unit moves alone, from the code
+    of a test image. A unit's values reach from 3 standard deviations below the mean of the test
+    images' codes to 3 above it, whatever the prior is.
 
     >>> import pvae
     >>> from pvae.data import load, observe
@@ -81,14 +83,14 @@ def explore(
         count = min(_UNITS, codes.shape[1], max(2, evaluate.active_units(codes)))
         units, joined = variances.argsort(descending=True)[:count], min(2, count)
         units[:2] = units[:2].sort().values
-        whole = codes.shape[1] <= 2 and y is None  # what moves together is all, from any start
+        whole = codes.shape[1] <= 2 and y is None  # the plane is then the same for all starts
         side, shrunk = _fitting(x[0].numel(), joined, count - joined, whole)
         cells = 2 + side**joined + side * (count - joined)  # of each start
         room = _BYTES * shrunk**2 // (x[0].numel() * cells)
         starts = _of_other_classes(of, len(x), 1 if whole else min(_STARTS, room))
         steps = torch.linspace(-_REACH, _REACH, side).to(codes)
         values = codes.mean(0)[units, None] + variances.sqrt()[units, None] * steps  # (U, side)
-        drawing = Drawing.of(data)  # in the units of the data, where these are standardised
+        drawing = Drawing.of(data)  # scales standardised data back to their units
         images: list[Tensor] = []
         for start in starts:
             z = _moved(codes[start], units, values, joined)
@@ -123,7 +125,8 @@ def explore(
 
 
 def _fitting(size: int, joined: int, alone: int, whole: bool) -> tuple[int, int]:
-    """How many values a unit takes, and by how much images shrink, so that one start has room."""
+    """The number of values of a unit, and the factor by which images shrink, so that the cells of
+    one start fit into `_BYTES`."""
     for shrunk in itertools.count(1):
         for side in (21, 15, 11, 9, 7) if whole else (11, 9, 7):
             if (2 + side**joined + side * alone) * size <= _BYTES * shrunk**2:
@@ -132,8 +135,8 @@ def _fitting(size: int, joined: int, alone: int, whole: bool) -> tuple[int, int]
 
 
 def _classes(labels: Tensor | None, names: Sequence[str] | None) -> tuple[list[int], list[str]]:
-    """The place of each label among the classes that there are, and what people call these; none
-    of labels that are not whole numbers."""
+    """The index of each label among the classes, and the names of the classes; both are empty if
+    the labels are not whole numbers."""
     if labels is None or labels.dim() != 1 or labels.is_floating_point():
         return [], []
     classes, of = labels.unique(return_inverse=True)
@@ -141,14 +144,14 @@ def _classes(labels: Tensor | None, names: Sequence[str] | None) -> tuple[list[i
 
 
 def _of_other_classes(of: Sequence[int], images: int, count: int) -> list[int]:
-    """The first images, each of another class as long as there are others."""
+    """The indices of the first images of different classes, then those of other first images."""
     fresh = [i for i, k in enumerate(of) if k not in of[:i]][:count]
     return [*fresh, *(i for i in range(images) if i not in fresh)][:count]
 
 
 def _moved(code: Tensor, units: Tensor, values: Tensor, joined: int) -> Tensor:
-    """Codes `(N, D)`: the code itself, the joined units at all their values, the last of them
-    slowest, and then each other unit alone."""
+    """Codes `(N, D)`: the code itself, the joined units at all combinations of their values (the
+    last joined unit changes slowest), and then each other unit alone."""
     own = code[units]
     grid = torch.cartesian_prod(*values[:joined].flip(0)).reshape(-1, joined).flip(1)
     rows = [own[None], torch.cat([grid, own[joined:].expand(len(grid), -1)], 1)]
@@ -163,7 +166,7 @@ def _moved(code: Tensor, units: Tensor, values: Tensor, joined: int) -> Tensor:
 
 
 def _points(codes: Tensor, values: Tensor, of: Sequence[int]) -> list[tuple[float, float, int]]:
-    """Codes `(N, 2)` in steps of the plane, with their classes; those beyond it are left out."""
+    """Codes `(N, 2)` in steps of the plane, each with its class; codes beyond it are left out."""
     last, low, high = values.shape[1] - 1, values[:, 0], values[:, -1]
     steps = (codes - low) / (high - low).clamp(min=1e-30) * last
     inside = ((steps >= -0.5) & (steps <= last + 0.5)).all(1).tolist()
@@ -176,7 +179,7 @@ def _points(codes: Tensor, values: Tensor, of: Sequence[int]) -> list[tuple[floa
 
 
 def _png(images: Tensor, columns: int) -> bytes:
-    """Images `(N, C, H, W)` in [0, 1], row by row, as a PNG."""
+    """A PNG of images `(N, C, H, W)` in [0, 1], row by row."""
     missing = -len(images) % columns
     cells = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
     cells = cells.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # rows, H, columns, W, C

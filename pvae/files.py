@@ -14,13 +14,13 @@ def write_atomically(
     write: Callable[[BinaryIO], object],
     previous: Path | None = None,
 ) -> None:
-    """Writes a file so that at any moment, a crash included, the old one or the new one is whole.
+    """Writes a file so that at any moment, even in a crash, the old or the new file is complete.
 
-    With `previous`, the old file is kept there, once the new one is whole.
+    With `previous`, the old file is kept there once the new file is complete.
 
     Raises:
         OSError: the folder does not exist, cannot be written to, or the disk is full; the old
-            file is then as it was.
+            file then stays unchanged.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -31,7 +31,7 @@ def write_atomically(
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
-    # beside the target: a rename is atomic only within one file system
+    # in the folder of the target, as a rename is atomic only within one file system
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         with open(temporary, "xb") as file:
@@ -47,7 +47,8 @@ def write_atomically(
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Removes what killed processes left of `write_atomically` in a folder and below it.
+    """Removes the temporary files of `write_atomically` that killed processes left in a folder or
+    in its subfolders.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -63,12 +64,12 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Puts the names of files on the disk; a rename alone may be lost with the power."""
+    """Writes the names of a folder's files to the disk, as a power cut may lose a mere rename."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # a file system that cannot
+        with contextlib.suppress(OSError):  # some file systems cannot
             os.fsync(descriptor)
     finally:
         os.close(descriptor)

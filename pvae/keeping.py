@@ -1,4 +1,4 @@
-"""What keeps a run folder sound: one process at a time, no leftovers, two checkpoints."""
+"""Keeps a run folder sound: a lock for one process at a time, and two checkpoints."""
 
 import errno
 import os
@@ -8,16 +8,16 @@ from typing import Any
 
 from pvae import checkpoint
 
-_locked: set[Path] = set()  # by this process, until it ends
+_locked: set[Path] = set()  # the folders that this process has locked, until it ends
 
 
 def lock(folder: Path) -> None:
-    """Keeps other processes out of a run folder until this one ends, however it ends.
+    """Locks a run folder against other processes until this process ends, also by a crash.
 
-    A file system without locks, or Windows, keeps nobody out.
+    On Windows, and on a file system without locks, it does nothing.
 
     Raises:
-        ValueError: another process is at work in the folder.
+        ValueError: another process has locked the folder.
     """
     try:
         import fcntl
@@ -28,7 +28,7 @@ def lock(folder: Path) -> None:
         return
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
     try:
-        # not flock: children that a killed process leaves behind would hold that on
+        # not flock: child processes that outlive a killed process would keep its lock
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
@@ -41,11 +41,11 @@ def lock(folder: Path) -> None:
 
 
 def write(folder: Path, state: Mapping[str, Any]) -> None:
-    """Writes `checkpoint.pt`; the one that was there becomes `checkpoint.previous.pt`, once the
-    new one is whole.
+    """Writes `checkpoint.pt`; the old one becomes `checkpoint.previous.pt` once the new one is
+    complete.
 
     Raises:
-        OSError: the disk is full, say; both checkpoints are then as they were.
+        OSError: the file cannot be written, as on a full disk; both old files then stay unchanged.
     """
     newest = folder / "checkpoint.pt"
     checkpoint.write(newest, state, previous=_previous(newest))
@@ -58,10 +58,12 @@ def exists(folder: Path) -> bool:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A checkpoint; where it is damaged or missing, the one before it, and a line that says so.
+    """Reads a checkpoint; if it is damaged or missing, the one before it, and prints a warning.
+
+    A damaged file is renamed to `checkpoint.damaged.pt`.
 
     Raises:
-        FileNotFoundError, ValueError: neither can be read.
+        FileNotFoundError, ValueError: neither checkpoint can be read.
     """
     previous = _previous(path)
     try:
@@ -71,7 +73,7 @@ def read(path: Path) -> dict[str, Any]:
             raise
         state = checkpoint.read(previous)
         print(f"warning: {error}; {previous}, the checkpoint before it, takes its place")
-    if path.exists():  # aside, or the next write would put it in the place of the good one
+    if path.exists():  # else the next write would replace the good previous one by it
         os.replace(path, path.with_name(f"{path.stem}.damaged{path.suffix}"))
     return state
 

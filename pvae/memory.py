@@ -1,4 +1,4 @@
-"""The memory of the process: whether the C allocator keeps what is freed."""
+"""The memory of the process: lets the C allocator keep freed memory."""
 
 import ctypes
 import sys
@@ -8,11 +8,11 @@ _MOST = 2**31 - 1  # bytes; mallopt takes an int, so a block of 2 GiB still goes
 
 
 def keep_freed_memory() -> bool:
-    """Asks glibc to keep freed blocks instead of returning their pages; says whether it does.
+    """Asks glibc to keep freed blocks, instead of returning their pages; returns whether it does.
 
-    By default glibc returns every big block to the system, and each training step on a CPU faults
-    its pages in again. A setting of the whole process, so it is made by an explicit call, never
-    by an import. Does nothing where the C library is not glibc.
+    By default glibc returns every big block to the system, and each training step on a CPU has to
+    fault its pages in again. The setting is one of the whole process, so a program must call this
+    function; an import never does. It does nothing where the C library is not glibc.
 
     >>> isinstance(keep_freed_memory(), bool)
     True

@@ -14,9 +14,9 @@ from pvae import processes
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups of parameters for `torch.optim.AdamW`: what has two dimensions or more, the
-    weights of layers, decays; biases and scales do not.
+    """Returns two groups of parameters for `torch.optim.AdamW`: one decays, the other does not.
 
+    Parameters with two dimensions or more (the weights of layers) decay; biases and scales do not.
     Source: Decoupled Weight Decay Regularization (2017), arXiv:1711.05101.
 
     >>> [len(group["params"]) for group in decay_groups(nn.Linear(2, 3), 0.01)]
@@ -31,7 +31,7 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
 
 
 class NotFinite(ArithmeticError):
-    """A number that must be finite is not; `parameters` are those with such a gradient."""
+    """A number that must be finite is not; `parameters` are those whose gradient is not."""
 
     def __init__(self, message: str, parameters: Sequence[Tensor] = ()) -> None:
         super().__init__(message)
@@ -42,23 +42,23 @@ class SingleOptimizer(PyroOptim):
     """Lets stock SVI step one torch optimizer over all parameters at once.
 
     `PyroOptim` builds one torch optimizer for each parameter, which is slow, gains nothing from
-    fused kernels, and keys its state by store names. The wrapped optimizer stays yours: its
-    `param_groups`, schedulers and `state_dict` are torch's own. Of several processes
-    (`pvae.processes`) the gradients are summed before the step.
+    fused kernels, and keys its state by store names. The wrapped optimizer stays a torch optimizer:
+    its `param_groups`, schedulers and `state_dict` work as usual. If there are several processes
+    (`pvae.processes`), their gradients are summed before the step.
 
-    A step whose gradients are not all finite is never taken, and leaves the moments as they are.
+    A step whose gradients are not all finite is never taken, and does not change the moments.
 
     Args:
-        optimizer: a torch optimizer of all parameters.
-        clip_norm: gradients whose norm, over all parameters, is larger are scaled down to it.
+        optimizer: a torch optimizer that holds all parameters.
+        clip_norm: the largest norm of all gradients together; larger ones are scaled down to it.
         on_nan: what to do about gradients that are not finite: "stop" raises, "skip" leaves the
             step out and counts it in `left_out`. A fused optimizer on a GPU counts in both cases
-            and does not raise: to look at a number on a GPU is to wait for it.
+            and does not raise, because to read a number from a GPU is to wait for the GPU.
 
     Raises:
-        ValueError: an argument out of its range; or SVI found a parameter that the optimizer does
-            not hold: it would never train.
-        NotFinite: a gradient is not finite, where `on_nan` is "stop".
+        ValueError: an argument is out of its range; or SVI found a parameter that the optimizer
+            does not hold, and that would never train.
+        NotFinite: a gradient is not finite, and `on_nan` is "stop".
 
     >>> import pyro, pvae
     >>> from pyro.infer import SVI, Trace_ELBO
@@ -82,8 +82,8 @@ class SingleOptimizer(PyroOptim):
             raise ValueError(f"on_nan must be one of stop, skip, not {on_nan!r}")
         super().__init__(type(optimizer), {})
         self.optimizer, self.clip_norm, self.on_nan = optimizer, clip_norm, on_nan
-        self.left_out: int | Tensor = 0  # steps; on a GPU a tensor there
-        # in the same order in all processes
+        self.left_out: int | Tensor = 0  # a number of steps; on a GPU, a tensor there
+        # a dictionary keeps the order, which must be the same in all processes
         self._held = dict.fromkeys(p for group in optimizer.param_groups for p in group["params"])
         self._sums: dict[Tensor, Tensor] | None = None
 
@@ -98,10 +98,10 @@ class SingleOptimizer(PyroOptim):
         if self._sums is not None:
             self._add(params)
             return
-        # a gradient that only other processes have is not to be there at the next step
+        # the sum gives this process gradients that only others have: remove them after the step
         trained, own = self._trained(), set(params)
         foreign = {p: p.grad for p in trained if p not in own}
-        # the order: gradients of all processes, are they finite, clip, step
+        # the order: sum over processes, test for finite values, clip, step
         processes.sum_gradients(trained)
         self._step(trained)
         for p, gradient in foreign.items():
@@ -110,7 +110,7 @@ class SingleOptimizer(PyroOptim):
     def _step(self, trained: list[Tensor]) -> None:
         for p in trained:
             # torch's fused kernels pair the elements of weight and gradient by their order in
-            # memory, and are silently wrong where one is channels_last and the other is not
+            # memory, and are silently wrong if one is channels_last and the other is not
             if p.grad is not None and p.grad.stride() != p.stride():
                 p.grad = torch.empty_like(p).copy_(p.grad)
         norm = get_total_norm([p.grad for p in trained if p.grad is not None])
@@ -130,7 +130,7 @@ class SingleOptimizer(PyroOptim):
         self.left_out += 1
 
     def _leave_out_on_gpu(self, norm: Tensor) -> None:
-        """Lets torch's fused kernel leave the step out, as it does for a `GradScaler`."""
+        """Tells torch's fused kernel to leave the step out, as a `GradScaler` does."""
         found = (~norm.isfinite()).float()
         if not isinstance(self.left_out, Tensor):
             self.left_out = torch.tensor(float(self.left_out), device=norm.device)
@@ -139,10 +139,10 @@ class SingleOptimizer(PyroOptim):
 
     @contextlib.contextmanager
     def summing(self) -> Iterator[None]:
-        """SVI's steps inside only add up their gradients; the optimizer's step is at the end.
+        """Sums the gradients of SVI's steps inside the block; steps the optimizer once at its end.
 
-        It is taken where there was no step of SVI inside, too: by a process that has no image of a
-        last, small batch, but takes part in the sum over processes.
+        The optimizer steps even if SVI took no step inside: a process may have no image of a small
+        last batch, but it must take part in the sum over processes.
         """
         sums = self._sums = {}
         try:

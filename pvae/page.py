@@ -1,4 +1,4 @@
-"""One page that shows a run, `report.html`: it needs no network and no other file."""
+"""The page of a run, `report.html`, which needs no network and no other file."""
 
 import base64
 import json
@@ -16,8 +16,8 @@ from pvae.explorer import Explorer
 from pvae.files import write_atomically
 from pvae.results import Row
 
-_CHARTS = ("curves", "latents")  # of dark lines on white, not of images
-_HUES = 137.5  # degrees between two classes: no two of the first ten are alike
+_CHARTS = ("curves", "latents")  # pictures of dark lines on white, not of images
+_HUES = 137.5  # degrees between the hues of two classes: the first ten all differ clearly
 
 
 def write(
@@ -31,18 +31,21 @@ def write(
     remarks: Sequence[str] = (),
     pair: str = "",
 ) -> None:
-    """Writes the page of the run in a folder, whose `config.json` says how the run was made.
+    """Writes the page of the run in a folder; its settings come from the folder's `config.json`.
 
     Args:
-        rows: of the table, with what each number means.
-        heading: what the numbers are, and on which data.
+        folder: of the run.
+        rows: the rows of the table, with the meaning of each number.
+        heading: the line that says what the numbers are, and of which data.
         pictures: PNG files, which become part of the page.
-        explorer: of the latent space; None leaves it out.
-        units: what the numbers are over, "images" or "data".
-        remarks: what people should know of the numbers. pair: what the pair is made of.
+        explorer: the explorer of the latent space; None leaves it out.
+        units: the word for the data that the numbers are means over, "images" or "data".
+        remarks: warnings about the numbers.
+        pair: a description of the parts of the pair.
 
     Raises:
-        ValueError: the folder is not that of a run. OSError: the page cannot be written.
+        ValueError: the folder is not that of a run.
+        OSError: the page cannot be written.
     """
     config = run.read_config(folder)
     template = Template(resources.files("pvae").joinpath("page.html").read_text("utf-8"))
@@ -84,7 +87,7 @@ def _png(content: bytes) -> str:
 
 
 def _settings(config: Mapping[str, Any], pair: str) -> dict[str, str]:
-    """What a run was made of, in words."""
+    """The settings of a run, in words."""
     data = config["dataset"]
     versions = config.get("versions", {})
     given = {k: v for k, v in config["arguments"].items() if v is not None and k != "resume"}
@@ -115,7 +118,7 @@ def _explorer(explorer: Explorer) -> str:
         f'<label><input type="radio" name="start"{"" if i else " checked"}> {escape(text)}</label>'
         for i, text in enumerate(explorer.starts)
     )
-    # in a script "</script>" would end it, and "<!--" too may
+    # inside a script, "</script>" ends it, and "<!--" may
     data = json.dumps(layout).replace("<", "\\u003c")
     return f"""
 <h2>Latent explorer</h2>
@@ -134,7 +137,7 @@ def _explorer(explorer: Explorer) -> str:
 
 
 def _what(explorer: Explorer) -> str:
-    """What the explorer shows, for people."""
+    """The text that tells the reader what the explorer shows."""
     joined, others = explorer.units[:2], explorer.units[2:]
     texts = [
         "Mean images, decoded beforehand. A unit's values reach from 3 standard deviations below "
@@ -161,7 +164,7 @@ def _slider(unit: str, side: int) -> str:
 
 
 def _plane(explorer: Explorer) -> str:
-    """The codes of test images; the marker is a step wide."""
+    """The plane of the two most active units, with the codes of test images and a marker."""
     side, (across, upward) = explorer.layout["side"], explorer.units[:2]
     points = "".join(
         f'<circle cx="{i + 0.5:g}" cy="{side - 0.5 - j:g}" r="{side / 90:.2f}" '

@@ -1,8 +1,8 @@
 """Figures from tensors: image grids, latent spaces and learning curves, drawn with matplotlib.
 
-Nothing here knows of models, Pyro or data sets. Images are float tensors in [0, 1] with one channel
-(grey) or three (RGB), on any device; `drawn` makes such images of data of any other kind. Every
-other function returns a `Figure` that belongs to no pyplot state: it is freed like any other
+This module uses no models, Pyro or data sets. Images are float tensors in [0, 1] with one channel
+(grey) or three (RGB), on any device; `drawn` makes such images from data of any other kind. The
+other functions return a `Figure` that is not part of pyplot's state: it is freed like any other
 object, and importing this module changes nothing outside it.
 """
 
@@ -28,12 +28,12 @@ from torch import Tensor
 from pvae.files import write_atomically
 
 _DPI = 150
-_CELL = 120  # small images are enlarged to this many pixels on their longer side, room permitting
+_CELL = 120  # small images are enlarged to this many pixels on their longer side, if they fit
 _SIDE = 1600  # the most pixels that a grid is wide or high
-_TOLERANCE = 1e-4  # how far outside [0, 1] an image may lie: rounding in a decoder's last layer
+_TOLERANCE = 1e-4  # how far pixels may be outside [0, 1], by rounding in a decoder's last layer
 
-# Petroff's ten colours (arXiv:2107.02270), made to be told apart with any colour vision. A second
-# marker doubles them to twenty classes.
+# Petroff's ten colours (arXiv:2107.02270) can be told apart with any colour vision. A second marker
+# makes them enough for twenty classes.
 _COLOURS = [to_hex(colour) for colour in color_sequences["petroff10"]]
 _MARKERS = ("o", "^")
 
@@ -44,7 +44,7 @@ _HISTORY = (
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure to a file whole or not at all; the suffix of `path` names the format.
+    """Write a figure to a file, completely or not at all; the suffix of `path` names the format.
 
     Raises:
         ValueError: if matplotlib cannot write files with that suffix.
@@ -76,8 +76,8 @@ def grid(
     """Draw images `(N, C, H, W)` row by row, with labels left of the rows and above the columns.
 
     Raises:
-        ValueError: if the images are no such tensor in [0, 1], if `columns` is below 1, or if there
-            are labels, but not one for each row or column.
+        ValueError: if `images` is not of this shape or not in [0, 1], if `columns` is below 1, or
+            if there are labels, but not one for each row or column.
 
     Example:
         >>> import torch
@@ -99,7 +99,7 @@ def grid(
     scale = min(
         max(1, _CELL / max(height, width)), _SIDE / (columns * width), _SIDE / (rows * height)
     )
-    # Whole screen pixels for each image pixel, or some of them would look wider than others.
+    # whole screen pixels for each image pixel, else some image pixels would look wider than others
     scale = math.floor(scale) if scale >= 1 else scale
     size = (columns * width * scale / _DPI, rows * height * scale / _DPI)
     figure = Figure(size, dpi=_DPI)
@@ -120,20 +120,22 @@ def grid(
     return figure
 
 
-_PANEL, _FINE = (90, 140), 3  # pixels of a drawn datum; the lines are drawn so much finer
+_PANEL, _FINE = (90, 140), 3  # pixels of a drawn datum; it is drawn on a grid 3 times finer
 _GREY, _UPON = "#a0a0a0", (_COLOURS[2], _COLOURS[0], _COLOURS[4], _COLOURS[6])
 
 
 def drawn(
     values: Tensor, over: Tensor | None = None, *, low: float, high: float, bars: bool = False
 ) -> Tensor:
-    """Images `(N, 3, H, W)` of signals `(N, C, L)`: a line for each channel, in a colour of its
-    own, or a bar from 0 for each of the L values. A panel reaches from `low` to `high`.
+    """Images `(N, 3, H, W)` of signals `(N, C, L)`, as lines or bars.
 
-    With `over` `(N, C, L)` the values are grey, and those of `over` are lines upon them.
+    Each channel is a line in its own colour or, with `bars`, has a bar from 0 for each of its L
+    values. A panel reaches from `low` to `high`. With `over` `(N, C, L)` the values are grey, and
+    those of `over` are lines drawn over them.
 
     Raises:
-        ValueError: if a shape is another one, the two differ, or `high` is not above `low`.
+        ValueError: if `values` is not of this shape, `over` has another shape, or `high` is not
+            above `low`.
 
     Example:
         >>> import torch
@@ -164,20 +166,20 @@ def drawn(
 
 
 def _fine_grid() -> tuple[Tensor, Tensor]:
-    """Heights `(H, 1)` of the fine pixels, from 1 at the top to 0, and their places `(W,)` in
-    [0, 1]."""
+    """Heights `(H, 1)` of the pixels of the fine grid, from 1 at the top to 0, and their
+    horizontal places `(W,)` in [0, 1]."""
     rows, columns = (size * _FINE for size in _PANEL)
     heights = 1 - (torch.arange(rows) + 0.5) / rows
     return heights[:, None], (torch.arange(columns) + 0.5) / columns
 
 
 def _coarse(inked: Tensor) -> Tensor:
-    """The share of ink of each pixel, of fine ones `(N, H, W)`."""
+    """The share of ink in each pixel, from the ink of the fine grid `(N, H, W)`."""
     return torch.nn.functional.avg_pool2d(inked.float()[:, None], _FINE)[:, 0]
 
 
 def _bars(height: Tensor, base: float) -> Tensor:
-    """Bars from `base` to `height` `(N, L)`, with gaps where there is room for them."""
+    """The ink of bars from `base` to `height` `(N, L)`, with gaps between them if there is room."""
     heights, places = _fine_grid()
     at = places * height.shape[1]
     top = height[:, at.long()][:, None]  # (N, 1, W)
@@ -187,10 +189,10 @@ def _bars(height: Tensor, base: float) -> Tensor:
 
 
 def _lines(height: Tensor) -> Tensor:
-    """Straight lines through `height` `(N, L)`."""
+    """The ink of straight lines through `height` `(N, L)`."""
     heights, places = _fine_grid()
     ends = []
-    for side in (-0.5, 0.5):  # of each fine column
+    for side in (-0.5, 0.5):  # the two edges of each fine column
         at = (places + side / len(places)) * height.shape[1] - 0.5
         at = at.clamp(0, height.shape[1] - 1)
         first = at.long()
@@ -199,7 +201,7 @@ def _lines(height: Tensor) -> Tensor:
     low, high = (f(*ends)[:, None] for f in (torch.minimum, torch.maximum))
     half = 0.5 / len(heights)
     thin = (heights >= low - half) & (heights <= high + half)
-    # as thick where it is steep as where it is flat
+    # thicken the line equally where it is steep and where it is flat
     return _coarse(torch.nn.functional.max_pool2d(thin.float(), 5, stride=1, padding=2))
 
 
@@ -207,7 +209,8 @@ def reconstructions(originals: Tensor, reconstructed: Tensor, *, title: str = ""
     """Draw each original `(N, C, H, W)` above its reconstruction, at most 16 pairs side by side.
 
     Raises:
-        ValueError: if the two shapes differ or either holds no images in [0, 1].
+        ValueError: if the two shapes differ, or are not `(N, C, H, W)`, or pixels are outside
+            [0, 1].
 
     Example:
         >>> import torch
@@ -238,7 +241,7 @@ def samples(images: Tensor, *, title: str = "") -> Figure:
     """Draw images `(N, C, H, W)` in about as many rows as columns.
 
     Raises:
-        ValueError: if the images are no such tensor in [0, 1].
+        ValueError: if `images` is not of this shape or not in [0, 1].
 
     Example:
         >>> import torch
@@ -252,9 +255,9 @@ def samples(images: Tensor, *, title: str = "") -> Figure:
 
 
 def manifold(images: Tensor, axis: Tensor, *, title: str = "") -> Figure:
-    """Draw images `(S, S, C, H, W)` decoded over a square grid of two latents, z2 growing upward.
+    """Draw images `(S, S, C, H, W)` decoded on a square grid of two latent units; z1 grows upward.
 
-    `images[i, j]` was decoded from z1 = `axis[j]` and z2 = `axis[i]`, with `axis` of shape `(S,)`.
+    `images[i, j]` was decoded from z0 = `axis[j]` and z1 = `axis[i]`, with `axis` of shape `(S,)`.
 
     Raises:
         ValueError: if the shapes do not fit, if `axis` is not finite, or if the images do not lie
@@ -272,7 +275,7 @@ def manifold(images: Tensor, axis: Tensor, *, title: str = "") -> Figure:
     if images.shape[1] != side or axis.shape != (side,):
         raise _misfit("images must have shape (S, S, C, H, W) and axis shape (S,)", images, axis)
     _check_finite("axis", axis)
-    every = math.ceil(side / 16)  # more labels than that run into one another
+    every = math.ceil(side / 16)  # more than 16 labels would overlap
     labels = [text if i % every == 0 else "" for i, text in enumerate(_numbers(axis))]
     figure = grid(
         images.flip(0).flatten(0, 1),
@@ -290,7 +293,9 @@ def manifold(images: Tensor, axis: Tensor, *, title: str = "") -> Figure:
 
 
 def traversals(images: Tensor, values: Tensor, labels: Sequence[str], *, title: str = "") -> Figure:
-    """Draw images `(U, T, C, H, W)`, a row for each latent unit as it takes the `values` `(T,)`.
+    """Draw images `(U, T, C, H, W)`: a row for each latent unit, a column for each of its `values`.
+
+    `values` has shape `(T,)`.
 
     Raises:
         ValueError: if the shapes do not fit, if there is not one label for each of the U rows, if
@@ -318,10 +323,10 @@ def traversals(images: Tensor, values: Tensor, labels: Sequence[str], *, title: 
 
 
 def interpolations(images: Tensor, *, title: str = "") -> Figure:
-    """Draw images `(P, T, C, H, W)`, a row for each pair, from the one (0) to the other (1).
+    """Draw images `(P, T, C, H, W)`: a row for each pair, from its one end (0) to the other (1).
 
     Raises:
-        ValueError: if the images are no such tensor in [0, 1], or if T is below 2.
+        ValueError: if `images` is not of this shape or not in [0, 1], or if T is below 2.
 
     Example:
         >>> import torch
@@ -348,14 +353,14 @@ def latents(
 ) -> Figure:
     """Scatter posterior means `(N, 2)`, coloured by their labels `(N,)` if there are any.
 
-    Up to 20 classes of integer labels get a colour, a marker and a place in the legend each. A
-    class is also named at its median, unless that name would lie on another one. `names[k]` is the
-    name of class `k`; without `names` it is its number. More classes, or labels that are not
-    integers, get a colour bar.
+    Up to 20 classes of integer labels each get a colour, a marker and an entry in the legend. The
+    name of a class is also written at its median, unless it would overlap another name. `names[k]`
+    is the name of class `k`; without `names` its number is its name. More classes, or labels that
+    are not integers, get a colour bar.
 
     Raises:
-        ValueError: if the shapes do not fit, if a mean or label is not finite, or if a class has no
-            place in `names`.
+        ValueError: if the shapes do not fit, if a mean or label is not finite, or if a class is not
+            an index of `names`.
 
     Example:
         >>> import torch
@@ -392,11 +397,11 @@ def latents(
 
 
 def posterior(exact: Tensor, guide: Tensor, units: tuple[int, int], *, title: str = "") -> Figure:
-    """Draw draws `(S, D)` of one image's posterior beside draws `(S', D)` of the guide's.
+    """Plot draws `(S, D)` of one image's posterior beside draws `(S', D)` of the guide.
 
-    Left: two `units` against each other, with each cloud's mean and the ellipse of two standard
-    deviations. Right: mean and two standard deviations of every unit (or of the 20 that the
-    posterior is surest of).
+    Left: the draws of the two `units`, and for both distributions the mean and the ellipse of two
+    standard deviations. Right: mean and two standard deviations of every unit, or of the 20 units
+    with the smallest posterior standard deviation.
 
     Raises:
         ValueError: if the shapes do not fit, a draw is not finite, or a unit is not among the `D`.
@@ -449,13 +454,13 @@ def posterior(exact: Tensor, guide: Tensor, units: tuple[int, int], *, title: st
 
 
 def calibration(ranks: Tensor, num_draws: int, p_values: Tensor, *, title: str = "") -> Figure:
-    """Draw how far the ranks `(N, D)` of each unit, 0 to `num_draws`, are from uniform: the share
-    of ranks up to each level less the level.
+    """Draw how far the ranks `(N, D)` of each unit, 0 to `num_draws`, are from uniform.
 
-    The grey band holds the lines of all `D` units of an exact guide in 95 % of cases (Dvoretzky,
-    Kiefer and Wolfowitz's inequality). Units whose p-value, of `p_values` `(D,)`, is below 0.05 are
-    in colour. A guide that is too narrow rises before the middle and falls below zero after it, one
-    that is too wide does the reverse, and one that is shifted stays on one side.
+    A line shows the share of a unit's ranks up to each level, minus the level. The grey band
+    contains the lines of all `D` units of an exact guide in 95 % of cases (Dvoretzky, Kiefer and
+    Wolfowitz's inequality). Units whose p-value, in `p_values` `(D,)`, is below 0.05 are in colour.
+    If the guide is too narrow, the line rises before the middle and falls below zero after it; if
+    it is too wide, the reverse; if it is shifted, the line stays on one side.
 
     Raises:
         ValueError: if there are no ranks from 0 to `num_draws`, or not one p-value for each unit.
@@ -490,7 +495,7 @@ def calibration(ranks: Tensor, num_draws: int, p_values: Tensor, *, title: str =
         exact = ""
     accused = (p_values.cpu() < 0.05).nonzero().flatten()
     worst = accused[p_values.cpu()[accused].argsort()]
-    for i, unit in enumerate(worst.tolist()):  # only the first ten have names
+    for i, unit in enumerate(worst.tolist()):  # only the first ten get a label
         label = f"unit {unit}" if i < len(_COLOURS) else ""
         axes.plot(
             expected, lines[unit], color=_COLOURS[i % 10], linewidth=1.2, zorder=3, label=label
@@ -503,7 +508,7 @@ def calibration(ranks: Tensor, num_draws: int, p_values: Tensor, *, title: str =
 
 
 def _ellipse(z: Tensor) -> Tensor:
-    """The two standard deviations of draws `(S, 2)` around their mean, a closed line `(2, 100)`."""
+    """The ellipse of two standard deviations of draws `(S, 2)` around their mean, `(2, 100)`."""
     angle = torch.linspace(0, 2 * math.pi, 100)
     values, vectors = torch.linalg.eigh(z.T.cov())
     circle = torch.stack([angle.cos(), angle.sin()])
@@ -517,14 +522,15 @@ def curves(
     objective: str = "ELBO",
     unit: str = "image",
 ) -> Figure:
-    """Draw the learning curves of a run: the ELBO, and the two terms that it is made of.
+    """Draw the learning curves of a run: the ELBO and its two terms.
 
     Each epoch is one mapping with the keys `epoch`, `train_objective`, `validation_elbo`,
     `validation_reconstruction`, `validation_kl` and `beta`, in nats per `unit`; further keys are
-    ignored. Early epochs far off the rest are left out of view, and the panel then says so.
+    ignored. Values of early epochs that are far from the others are out of view, and the panel says
+    so.
 
-    `objective` names what was trained. Where it is the ELBO, at beta = 1 in every epoch, it shares
-    the panel of the validation ELBO. Any other objective has another scale, and its own panel.
+    `objective` is the name of the trained objective. The ELBO, if beta = 1 in every epoch, shares
+    the panel of the validation ELBO. Any other objective has another scale, and so its own panel.
 
     Raises:
         ValueError: if there are no epochs, or if a key is missing or not finite in one of them.
@@ -548,7 +554,7 @@ def curves(
     )
 
     elbo = panels["elbo"]
-    elbo.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)  # shared by all
+    elbo.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)  # shared by all panels
     _line(panels[left[1]], epochs, train, _COLOURS[0], "train")
     _line(elbo, epochs, validation, _COLOURS[6], "validation")
     best_label = f"best: {validation[best]:.2f}, epoch {epochs[best]:g}"
@@ -577,12 +583,15 @@ def curves(
 
 
 def _misfit(wanted: str, *tensors: Tensor) -> ValueError:
-    """The error that tensors have other shapes than those wanted."""
+    """The error for tensors that do not have the wanted shapes."""
     return ValueError(f"{wanted}, not {' and '.join(str(tuple(t.shape)) for t in tensors)}")
 
 
 def _checked(name: str, images: Tensor, sizes: str) -> Tensor:
-    """The images on the CPU, clamped to [0, 1], if they are that but for rounding."""
+    """The images on the CPU, clamped to [0, 1] if they exceed it only by rounding.
+
+    Raises ValueError if they exceed it by more, or do not have `sizes`.
+    """
     images = images.detach().cpu().float()
     shape = images.shape
     if len(shape) != len(sizes.split(",")) or 0 in shape or shape[-3] not in (1, 3):
@@ -606,12 +615,12 @@ def _check_count(name: str, labels: Sequence[str], count: int) -> None:
 
 
 def _as_they_are(labels: Sequence[str]) -> list[str]:
-    """The labels, of which matplotlib would set what is between two dollar signs as a formula."""
+    """The labels with escaped dollar signs, between which matplotlib would set a formula."""
     return [label.replace("$", r"\$") for label in labels]
 
 
 def _numbers(values: Tensor) -> list[str]:
-    """Labels with three digits in the largest of them, and as many decimals in the others."""
+    """Labels for values: three digits for the largest, and the same number of decimals for all."""
     listed = values.detach().tolist()
     largest = max(map(abs, listed))
     decimals = 2 - math.floor(math.log10(largest)) if largest else 0
@@ -619,7 +628,7 @@ def _numbers(values: Tensor) -> list[str]:
 
 
 def _fill(images: Tensor, count: int) -> Tensor:
-    """Append white images up to `count` of them."""
+    """Append white images until there are `count` images."""
     return torch.cat([images, images.new_ones(count - len(images), *images.shape[1:])])
 
 
@@ -630,7 +639,7 @@ def _canvas(images: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _separate(axes: Axes, rows: int, columns: int) -> None:
-    """Thin lines between the cells, over the canvas and not in it."""
+    """Draw thin lines between the cells, on top of the canvas."""
     axes.set_xticks(range(1, columns), minor=True)
     axes.set_yticks(range(1, rows), minor=True)
     axes.tick_params(which="minor", length=0)
@@ -639,15 +648,15 @@ def _separate(axes: Axes, rows: int, columns: int) -> None:
 
 
 def _fit(figure: Figure) -> None:
-    """Resize the figure around its only axes, which keep their pixels, so that no label is cut."""
+    """Resize the figure so that no label is cut; its only axes keep their size in pixels."""
     (axes,) = figure.axes
     labels = axes.get_xticklabels()
     boxes = [label.get_window_extent() for label in labels]
     if any(left.x1 > right.x0 for left, right in pairwise(boxes)):
         axes.tick_params(axis="x", labelrotation=90)
-    # Frozen, since an axes' box is a view that follows the figure's size.
+    # frozen, as an axes' box is a view that follows the size of the figure
     inner, outer = axes.get_window_extent().frozen(), figure.get_tightbbox()
-    # Whole pixels, so that the image's own keep falling on those of the screen.
+    # whole pixels, so that the image's pixels stay aligned with those of the screen
     left, below = math.ceil(inner.x0 - outer.x0 * _DPI), math.ceil(inner.y0 - outer.y0 * _DPI)
     right, above = math.ceil(outer.x1 * _DPI - inner.x1), math.ceil(outer.y1 * _DPI - inner.y1)
     margin = 8
@@ -662,21 +671,21 @@ def _scatter(
     axes: Axes, points: Tensor, colours: str | list[float] | list[str], marker: str, size: float
 ) -> PathCollection:
     x, y = points.numpy().T
-    # Without smooth edges the file of ten thousand points is a third as large.
+    # without smooth edges the file of ten thousand points is a third as large
     return axes.scatter(
         x, y, c=colours, marker=marker, s=size, alpha=0.8, linewidths=0, antialiased=False
     )
 
 
 def _size(means: Tensor) -> float:
-    """Few points are drawn large, many small."""
+    """The size of a point: the more points, the smaller."""
     return min(30, max(5, 15_000 / len(means)))
 
 
 def _scatter_classes(
     axes: Axes, means: Tensor, labels: Tensor, names: Sequence[str] | None
 ) -> list[Text]:
-    """Scatter all classes together, or the last one would lie on top; name each at its median."""
+    """Scatter all classes together, so that none covers the others; name each at its median."""
     classes, index = labels.unique(return_inverse=True)
     low, high = int(classes[0]), int(classes[-1])
     if names is not None and not 0 <= low <= high < len(names):
@@ -706,8 +715,8 @@ def _scatter_classes(
 
 
 def _remove_overlapping(figure: Figure, texts: Sequence[Text]) -> None:
-    """Remove each text that lies on one before it."""
-    figure.draw_without_rendering()  # only the layout tells where they lie
+    """Remove each text that overlaps an earlier one."""
+    figure.draw_without_rendering()  # only the layout gives the places of the texts
     kept: list[Bbox] = []
     for text in texts:
         box = text.get_window_extent()
@@ -718,7 +727,7 @@ def _remove_overlapping(figure: Figure, texts: Sequence[Text]) -> None:
 
 
 def _columns(history: Sequence[Mapping[str, float]]) -> list[list[float]]:
-    """The history by key, in the order of `_HISTORY`, once it is known to be whole."""
+    """The values of the history by key, in the order of `_HISTORY`; checks that none is missing."""
     if not history:
         raise ValueError("history must hold at least one epoch, not none")
     for i, epoch in enumerate(history):
@@ -737,7 +746,7 @@ def _background(axes: Axes) -> None:
 
 
 def _line(axes: Axes, epochs: list[float], values: list[float], colour: str, label: str) -> None:
-    # With markers, or a single epoch would not be seen.
+    # with markers, else a single epoch would be invisible
     axes.plot(epochs, values, ".-", color=colour, label=label, markersize=4, linewidth=1.3)
 
 
@@ -752,9 +761,9 @@ def _finish_panel(axes: Axes, title: str, *series: list[float]) -> None:
 
 
 def _crop(axes: Axes, *series: list[float]) -> None:
-    """Leave early values out of view that would flatten the rest, and say so.
+    """Leave early values that would flatten the curve out of view, and say so in the panel.
 
-    The later half of the epochs is always in view, and what lies within twenty times its range.
+    In view are the later half of the epochs, and all values within twenty times its range.
     """
     start = len(series[0]) // 2 if len(series[0]) > 2 else 0
     late = [value for values in series for value in values[start:]]
@@ -766,14 +775,14 @@ def _crop(axes: Axes, *series: list[float]) -> None:
     if cut == 0 or reach == 0:
         return
     span = max(kept) - min(kept)
-    axes.set_ylim(min(kept) - 0.15 * span, max(kept) + 0.05 * span)  # room for the note below
+    axes.set_ylim(min(kept) - 0.15 * span, max(kept) + 0.05 * span)  # room for the note
     farthest = max(everything, key=lambda value: max(low - value, value - high))
     note = f"{cut} early value{'s' * (cut > 1)} out of view, farthest {farthest:.4g}"
     axes.text(0.02, 0.02, note, transform=axes.transAxes, fontsize=7, color="0.4")
 
 
 def _shade(axes: Axes, epochs: list[float], beta: list[float]) -> None:
-    """Beta as a light area behind the curve, on an axis of its own."""
+    """Draw beta as a light area behind the curve, on its own axis."""
     twin = axes.twinx()
     twin.fill_between(epochs, beta, color="0.93")
     twin.plot(epochs, beta, ".-", color="0.7", linewidth=1, markersize=2)

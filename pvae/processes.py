@@ -1,7 +1,8 @@
 """Several processes that train one pair: each takes its part of a batch, and sums are over all.
 
-`torchrun` starts the processes and tells each its rank by the environment; `start` makes a group of
-them. In a program of one process there is no group, and all of this leaves everything as it is.
+`torchrun` starts the processes and gives each its rank in the environment; `start` joins them into
+a group. In a program of one process there is no group, and these functions change nothing. Those
+that communicate raise ConnectionError if another process has ended or does not answer.
 """
 
 import atexit
@@ -24,16 +25,18 @@ T = TypeVar("T")
 
 
 def start(device: torch.device, timeout: float = TIMEOUT) -> torch.device:
-    """Joins the group of the processes that `torchrun` started, until the program ends; returns
-    this process's device.
+    """Joins the group of the processes that `torchrun` started; returns this process's device.
+
+    The process leaves the group when the program ends.
 
     Args:
-        device: of all processes: the CPU (by gloo), or "cuda" (by NCCL), a GPU for each process.
-        timeout: seconds after which a process that does not answer ends the run.
+        device: the device of all processes: the CPU (by gloo), or "cuda" (by NCCL), which gives
+            each process its own GPU.
+        timeout: the seconds to wait for another process, before the run ends.
 
     Raises:
-        ValueError: a device that several processes cannot use, or more processes than GPUs.
-        ConnectionError: the others do not answer.
+        ValueError: several processes cannot use the device, or there are more processes than GPUs.
+        ConnectionError: another process does not answer.
 
     >>> start(torch.device("cpu"))
     device(type='cpu')
@@ -60,9 +63,9 @@ def start(device: torch.device, timeout: float = TIMEOUT) -> torch.device:
 
 
 def _end() -> None:
-    """Leaves the group as the program ends: a signal that came now would leave its threads, and
-    these would abort the process."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends one where another has failed
+    """Leaves the group when the program ends, and ignores SIGTERM meanwhile: a signal now would
+    leave the threads of the group running, and they would abort the process."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it when another process failed
     stop()
 
 
@@ -70,7 +73,7 @@ def stop() -> None:
     """Leaves the group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-        gc.collect()  # its threads are to end before Python does
+        gc.collect()  # the group's threads must end before Python does
 
 
 def count() -> int:
@@ -83,7 +86,7 @@ def count() -> int:
 
 
 def rank() -> int:
-    """The number of this process, from 0.
+    """The number of this process, counted from 0.
 
     >>> rank()
     0
@@ -92,7 +95,7 @@ def rank() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and prints.
+    """Whether this is the first process, the one that writes and prints.
 
     >>> is_first()
     True
@@ -101,8 +104,10 @@ def is_first() -> bool:
 
 
 def part(n: int) -> slice:
-    """This process's share of `n` things: the shares are in the order of ranks, together all of
-    them, and their sizes differ by 1 at most.
+    """This process's share of `n` items.
+
+    The shares of all processes, in the order of their ranks, cover all items; their sizes differ by
+    at most 1.
 
     >>> part(10)
     slice(0, 10, None)
@@ -113,7 +118,7 @@ def part(n: int) -> slice:
 
 
 def seed(base: int, step: int = 0) -> int:
-    """A seed of this process's own noise at a step; of a single process, `base`.
+    """The seed of this process's own noise at a step; `base` if there is only one process.
 
     >>> seed(3)
     3
@@ -124,7 +129,7 @@ def seed(base: int, step: int = 0) -> int:
 
 
 def total(number: float) -> float:
-    """The sum of one number of each process.
+    """The sum of `number` over all processes.
 
     >>> total(2.5)
     2.5
@@ -135,7 +140,7 @@ def total(number: float) -> float:
 
 
 def any_of(*flags: bool) -> list[bool]:
-    """Whether a flag is set in any process, for each flag.
+    """For each flag, whether it is set in any process.
 
     >>> any_of(True, False)
     [True, False]
@@ -146,7 +151,7 @@ def any_of(*flags: bool) -> list[bool]:
 
 
 def gather(found: Tensor, n: int) -> Tensor:
-    """All `n` rows, of which each process has found its `part(n)`.
+    """All `n` rows `(n, ...)`; each process gives the rows of its `part(n)`.
 
     >>> gather(torch.ones(3), 3)
     tensor([1., 1., 1.])
@@ -159,21 +164,21 @@ def gather(found: Tensor, n: int) -> Tensor:
 
 
 def sum_gradients(parameters: Sequence[Tensor]) -> None:
-    """Puts in the place of each gradient its sum over all processes, by one all-reduce.
+    """Replaces each gradient by its sum over all processes, with one all-reduce.
 
-    All processes hand over the same parameters in the same order. One that has no gradient of a
-    parameter adds zeros to it.
+    All processes must give the same parameters in the same order. A process without a gradient for
+    a parameter adds zeros to the sum.
     """
     if count() == 1:
         return
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    sums = _summed(torch.cat([g.reshape(-1) for g in gradients]))  # in the order of indices
+    sums = _summed(torch.cat([g.reshape(-1) for g in gradients]))  # in index, not memory, order
     for p, g in zip(parameters, sums.split([p.numel() for p in parameters]), strict=True):
         p.grad = g.view(p.shape).to(p.dtype)
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make()` returns on the first process, on all of them; what it raises, all raise.
+    """Runs `make()` on the first process; all processes return its result, or raise its error.
 
     >>> from_first(lambda: "runs/a")
     'runs/a'
@@ -184,7 +189,7 @@ def from_first(make: Callable[[], T]) -> T:
     if is_first():
         try:
             made[0] = make()
-        except Exception as error:  # the others wait for it, and are to stop as well
+        except Exception as error:  # the others wait for the first, and must stop too
             made[1] = error
     with _answered():
         dist.broadcast_object_list(made, device=_device())
@@ -194,7 +199,7 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def copy_from_first(tensors: Iterable[Tensor]) -> None:
-    """Gives tensors of all processes the values that they have on the first."""
+    """Gives the tensors of all processes the values that they have on the first process."""
     if count() == 1:
         return
     for tensor in tensors:
@@ -205,7 +210,7 @@ def copy_from_first(tensors: Iterable[Tensor]) -> None:
 
 
 def wait() -> None:
-    """Waits until all processes are here."""
+    """Waits until all processes have called this function."""
     if count() > 1:
         with _answered():
             dist.barrier()
@@ -218,7 +223,7 @@ def _summed(tensor: Tensor) -> Tensor:
 
 
 def _device() -> torch.device:
-    """Where the group's own tensors are to be."""
+    """The device on which the group communicates."""
     gpu = dist.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
 
@@ -227,8 +232,8 @@ def _device() -> torch.device:
 def _answered() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # whatever gloo or NCCL says of a lost connection
+    except RuntimeError as error:  # gloo and NCCL raise it for a lost connection
         raise ConnectionError(
-            "another process of this run has ended, or does not answer: what it says, if "
-            f"anything, is the reason ({str(error).splitlines()[0]})"
+            "another process of this run has ended, or does not answer: its output, if any, gives "
+            f"the reason ({str(error).splitlines()[0]})"
         ) from error

@@ -417,10 +417,10 @@ def _product(p: Any, q: Any) -> dist.Distribution:
                 "a ladder's priors and estimates must be diagonal normals, not a "
                 f"{type(normal).__name__}"
             )
-    precisions = [normal.scale**-2 for normal in normals]
-    variance = 1 / (precisions[0] + precisions[1])
-    loc = variance * (precisions[0] * normals[0].loc + precisions[1] * normals[1].loc)
-    return dist.Normal(loc, variance.sqrt()).to_event(1)
+    (m, s), (n, t) = [(normal.loc, normal.scale) for normal in normals]
+    # variance 1 / (1/s^2 + 1/t^2), loc weighted by precision, without a power that overflows
+    root = torch.hypot(s, t)
+    return dist.Normal(m + (n - m) * (s / root) ** 2, s * (t / root)).to_event(1)
 
 
 class LadderGuide(_Inference):

@@ -1,8 +1,8 @@
-"""Reads data sets from files: the published ones, and arrays and folders of one's own.
+"""Reads data sets from files: the published ones, and the user's own arrays and folders.
 
-Pictures become bytes, data of any other kind floats. Nothing here knows what a model sees of them,
-or how they are split: `read` returns them as they were found, and `pvae.data.load` makes a data set
-of them.
+Pictures become bytes, data of any other kind floats. This module neither chooses what a model
+observes, nor splits the data: `read` returns the parts that the files have, and `pvae.data.load`
+makes a data set from them.
 """
 
 from __future__ import annotations
@@ -44,13 +44,15 @@ from pvae.untrusted import Named, check_pickle, check_unpacked
 #: The data sets that have a name.
 NAMES = ("mnist", "fashion-mnist", "kmnist", "cifar10", "digits", "patches")
 
-# images `(N, C, H, W)`, uint8, or data `(N, *event)`, float32; and their labels `(N,)` if any
+# images `(N, C, H, W)`, uint8, or data `(N, *event)`, float32; and their labels `(N,)` or None
 Part = tuple[Tensor, Tensor | None]
 
 
 class Found(NamedTuple):
-    """What was read: `parts` are all images together, those for training and test, or those for
-    training, validation and test; `note` and `class_names` are those of `pvae.data.Dataset`.
+    """The data that were read.
+
+    `parts` holds one part (all images), two (training and test) or three (training, validation and
+    test). `note` and `class_names` become those of `pvae.data.Dataset`.
 
     >>> len(read("digits").parts)
     1
@@ -71,7 +73,7 @@ def read(
     workers: int | None = None,
     as_is: bool = False,
 ) -> Found:
-    """Read what `pvae.data.load` loads, by its arguments; raises as it does.
+    """Read the data that `pvae.data.load` loads; it shares the arguments and errors of `load`.
 
     >>> images, labels = read("digits").parts[0]
     >>> images.shape, labels.shape
@@ -103,7 +105,7 @@ def read(
         try:
             return _map_array(path, workers or 0)
         except ValueError:
-            if stream:  # else what it holds is read into memory
+            if stream:  # without it, the array is read into memory
                 raise
     return _read_arrays(path, as_is)
 
@@ -118,8 +120,12 @@ def is_found(name: str, root: str | os.PathLike[str] | None = None) -> bool:
 
 
 def hold_out(train: Part, one_in: int, source: object) -> tuple[Part, Part]:
-    """What is kept for training, and the last images, one in `one_in`, which validate; raises
-    ValueError where there are fewer than `one_in`.
+    """Splits off the last `1 / one_in` of the training images for validation.
+
+    Returns the part for training and the part for validation.
+
+    Raises:
+        ValueError: there are fewer than `one_in` images.
 
     >>> [len(images) for images, labels in hold_out(read("digits").parts[0], 10, "digits")]
     [1618, 179]
@@ -145,7 +151,7 @@ def _unknown(name: str) -> str:
 
 
 def _digits(note: str = "") -> Found:
-    from sklearn.datasets import load_digits  # here, as it takes 1.5 s and few runs need it
+    from sklearn.datasets import load_digits  # imported here: it takes 1.5 s, and few runs need it
 
     digits = load_digits()
     small = np.rint(digits.images * (255 / 16)).astype(np.uint8)
@@ -157,7 +163,7 @@ def _digits(note: str = "") -> Found:
 
 
 _PATCH, _STRIDE = 64, 8  # pixels
-# Columns of the photographs, not rows: the upper rows are sky.
+# strips of columns, not of rows, as the upper rows are sky
 _STRIPS = (
     ((0, 192), (256, 384), (448, 640)),  # training
     ((192, 256),),  # validation
@@ -166,9 +172,9 @@ _STRIPS = (
 
 
 def _patches() -> Found:
-    from sklearn.datasets import load_sample_images  # here, as it takes 1.5 s
+    from sklearn.datasets import load_sample_images  # imported here: it takes 1.5 s
 
-    # a copy of each: Pillow's arrays cannot be written to, of which torch warns
+    # copies: torch warns of Pillow's arrays, which are read-only
     photographs = [torch.tensor(x).permute(2, 0, 1) for x in load_sample_images().images]
 
     def part(strips: Sequence[tuple[int, int]]) -> Part:
@@ -193,9 +199,9 @@ def _patches_of(photograph: Tensor) -> Tensor:
 
 
 class _Published(NamedTuple):
-    reader: str  # the torchvision data set
-    files: tuple[str, ...]  # what it needs under its root
-    held_out: int  # the last images of the training split, one in so many, are for validation
+    reader: str  # the name of torchvision's data set
+    files: tuple[str, ...]  # the files that it needs under its root
+    held_out: int  # the last 1 / held_out of the training images are for validation
     class_names: tuple[str, ...] | None = None
 
 
@@ -239,7 +245,7 @@ def _mnist_or_digits(root: str | os.PathLike[str] | None, download: bool) -> Fou
 
 
 def _obtain(name: str, root: str | os.PathLike[str] | None, download: bool) -> Path:
-    """The first folder that holds all the files of `name`, downloading them if need be."""
+    """The first folder that holds all files of `name`; downloads them if there is none."""
     folders = _folders(root)
     for folder in folders:
         if not _missing(name, folder):
@@ -249,7 +255,7 @@ def _obtain(name: str, root: str | os.PathLike[str] | None, download: bool) -> P
     try:
         return _download(name)
     except (OSError, RuntimeError, HTTPException) as error:
-        # the last line, as torchvision's message lists what went wrong at every mirror
+        # the last line only: torchvision's message lists the errors of all mirrors
         why = (str(error).strip() or repr(error)).splitlines()[-1]
         reason = f"it cannot be downloaded ({why})"
         raise FileNotFoundError(_not_found(name, folders, reason)) from error
@@ -260,7 +266,7 @@ def _missing(name: str, folder: Path) -> list[str]:
 
 
 def _found(path: Path) -> Path:
-    """The file, or, where only that is there, the same packed by gzip."""
+    """The path of the file, or of its gzip version if only that exists."""
     packed = path.with_name(f"{path.name}.gz")
     return packed if packed.is_file() and not path.is_file() else path
 
@@ -294,23 +300,25 @@ _PATIENCE = 3  # seconds
 
 
 def _await_answer(server: str) -> None:
-    """Raises what `urlopen` raises where `server` gives no answer within a few seconds, so that a
-    download that cannot be had is given up soon."""
+    """Raises the error of `urlopen` if `server` does not answer within a few seconds, so that a run
+    without a network does not wait long."""
     try:
-        urllib.request.urlopen(server, timeout=_PATIENCE).close()  # for each of its addresses
-    except urllib.error.HTTPError as answer:  # "forbidden" or "not found" is an answer too
+        urllib.request.urlopen(server, timeout=_PATIENCE).close()  # the timeout is per address
+    except urllib.error.HTTPError as answer:  # "forbidden" and "not found" are answers too
         answer.close()
 
 
 def _download(name: str) -> Path:
-    """Let torchvision fetch and check `name`, then move it into the cache file by file: a download
-    that is cut off leaves nothing there."""
+    """Let torchvision download and check `name`, then move its files into the cache.
+
+    An interrupted download leaves no file in the cache.
+    """
     cache = _cache()
     print(f"downloading {name} into {cache}", file=sys.stderr)
     reader = _torchvision(PUBLISHED[name].reader)
     _await_answer(reader.mirrors[0] if hasattr(reader, "mirrors") else reader.url)
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10)  # seconds for each connection: torchvision would wait for ever
+    socket.setdefaulttimeout(10)  # seconds per connection; torchvision would wait forever
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="download-", dir=cache) as partial:
@@ -342,7 +350,7 @@ def _read_published(name: str, folder: Path) -> Found:
 
 
 def _torchvision(reader: str) -> Any:
-    from torchvision import datasets  # here, as it takes 4 s, and --help should not
+    from torchvision import datasets  # imported here: it takes 4 s, for which --help need not wait
 
     return getattr(datasets, reader)
 
@@ -381,8 +389,10 @@ def _read_idx(path: Path) -> np.ndarray:
 
 
 def _read_bytes(file: Any, size: int) -> np.ndarray:
-    """The next bytes of a file, fewer where it ends, of which at most a MiB is in memory twice;
-    plain, gzip and zip files share no type that has `readinto`."""
+    """The next `size` bytes of a file, or fewer if it ends; at most 1 MiB is in memory twice.
+
+    `file` is a plain, gzip or zip file, which share no type that has `readinto`.
+    """
     content = np.empty(size, np.uint8)
     left = content.data
     while count := file.readinto(left[: 2**20]):
@@ -398,7 +408,7 @@ def _of_length(sizes: Sequence[int], expected: int, found: int) -> str:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Calls nothing that a pickle names: NumPy's arrays are read as what they are made of."""
+    """Calls nothing that a pickle names; reads NumPy's arrays as the arguments that build them."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
@@ -410,7 +420,7 @@ _CIFAR_BYTES = 2**26  # a published batch has 31 million
 
 
 def _read_cifar(folder: Path, batches: Sequence[Sequence[str]]) -> Part:
-    """The published batches, which are pickles, by their names and MD5 sums."""
+    """Reads the published batches, which are pickles; `batches` are their names and MD5 sums."""
     images, labels = zip(*(_read_batch(folder / name, md5) for name, md5 in batches), strict=True)
     tensor = torch.from_numpy(np.concatenate(images))
     return tensor, _labels(np.concatenate(labels), len(tensor), folder)
@@ -429,7 +439,7 @@ def _read_batch(path: Path, md5: str) -> tuple[np.ndarray, np.ndarray]:
         check_pickle(content)
         batch = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
         _, shape, dtype, fortran, pixels = batch["data"].state
-        if isinstance(pixels, str):  # bytes, to Python 2
+        if isinstance(pixels, str):  # the bytes that Python 2 wrote
             pixels = pixels.encode("latin1")
         if dtype.arguments[0] != "u1" or fortran:
             raise ValueError("its pixels must be bytes, row by row")
@@ -437,12 +447,12 @@ def _read_batch(path: Path, md5: str) -> tuple[np.ndarray, np.ndarray]:
         labels = np.array(batch["labels"])
         if shape != (len(images), 3072) or labels.shape != (len(images),):
             raise ValueError(f"it must have 3072 bytes and one label an image, not {shape}")
-    except Exception as error:  # whatever the unpickler or NumPy say
+    except Exception as error:  # the unpickler and NumPy raise many errors
         raise ValueError(f"{path} is no batch of CIFAR-10: {error!r}") from error
     return images, labels
 
 
-# ----- arrays and folders of one's own ------------------------------------------------------------
+# ----- the user's own arrays and folders ----------------------------------------------------------
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _GREY = ("1", "L", "LA")  # modes of Pillow
@@ -453,10 +463,10 @@ def _read_arrays(path: Path, as_is: bool) -> Found:
     if path.suffix.lower() not in (".npy", ".npz"):
         raise ValueError(f"name, where it is a file, must be a .npz or .npy file, not {path}")
     try:
-        with warnings.catch_warnings():  # NumPy warns of headers as Python 2 wrote them
+        with warnings.catch_warnings():  # NumPy warns of headers that Python 2 wrote
             warnings.simplefilter("ignore")
             arrays = _load_arrays(path)
-    except Exception as error:  # whatever NumPy, zipfile or zlib say of a damaged file
+    except Exception as error:  # NumPy, zipfile and zlib raise many errors for a damaged file
         raise ValueError(f"{path} cannot be read as NumPy arrays: {error}") from error
     every = [array for array, _ in arrays.values()]
     for what, found in (
@@ -478,7 +488,7 @@ def _read_arrays(path: Path, as_is: bool) -> Found:
 
 
 def _map_array(path: Path, workers: int) -> Found:
-    """The bytes in a `.npy` file, to be read when they are needed."""
+    """The images of a `.npy` file of bytes, which are read when they are needed."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -491,13 +501,13 @@ def _map_array(path: Path, workers: int) -> Found:
             raise ValueError(f"images must have axes of at least 1, not {shape}")
         arrange = partial(_channels_first, source=path)
         images = streaming.stream(streaming.Mapped(path, offset, shape, dtype, arrange), workers)
-    except Exception as error:  # whatever NumPy says of a damaged file
+    except Exception as error:  # NumPy raises many errors for a damaged file
         raise ValueError(f"{path} cannot be read as a NumPy array: {error}") from error
     return Found(path.name, ((images, None),))
 
 
 def _load_arrays(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
-    """The arrays and their labels by the key of the array, in the order of the splits."""
+    """Each array and its labels (or None) by the key of the array, in the order of the splits."""
     size = path.stat().st_size
     if path.suffix.lower() == ".npy":
         with open(path, "rb") as file:
@@ -516,8 +526,13 @@ def _load_arrays(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
 
 
 def _split_keys(keys: Sequence[str]) -> list[tuple[str, str]]:
-    """The keys of the data and the labels (or "") of each split, in their order; none where there
-    are no splits. The names are ours, MedMNIST's or those of Keras."""
+    """The keys of the data and of the labels (or "") of each split, in the order of the splits.
+
+    The list is empty for a file without splits. The names are pvae's, MedMNIST's or Keras's.
+
+    Raises:
+        ValueError: a split is missing, or only some splits have labels, or there are other keys.
+    """
     found, others = [], set(keys)
     for names in (("train",), ("validation", "val"), ("test",)):
         values = [k for n in names for k in (n, f"{n}_images", f"x_{n}") if k in others]
@@ -551,10 +566,10 @@ def _only_keys(keys: Sequence[str]) -> tuple[str, str]:
 
 
 def _overlap(parts: Sequence[Part], names: Sequence[str], source: Path) -> str:
-    """A note of how many data are, byte for byte, in two splits of one's own, or "".
+    """A note of how many data are, byte for byte, in two of the user's own splits, or "".
 
     Raises:
-        ValueError: a whole split is another one.
+        ValueError: two splits hold the same data.
     """
     seen = [
         np.fromiter(
@@ -579,7 +594,7 @@ def _overlap(parts: Sequence[Part], names: Sequence[str], source: Path) -> str:
 
 
 def _npy_header(file: Any, length: int) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether it is column by column, and dtype, held against the length of what follows."""
+    """Shape, whether the order is by columns, and dtype; checked with the bytes that follow."""
     version = np.lib.format.read_magic(file)
     headers = {
         (1, 0): np.lib.format.read_array_header_1_0,
@@ -608,7 +623,10 @@ def _read_npy(file: Any, length: int, packed: int) -> np.ndarray:
 
 
 def _is_picture(array: np.ndarray) -> bool:
-    """By shape and type alone: pixels that are out of range are a mistake, and no other data."""
+    """Whether an array holds pictures, by shape and type alone.
+
+    Pixels out of range are an error, and do not make the array another kind of data.
+    """
     shape, kind = array.shape, array.dtype.kind
     of_pictures = len(shape) == 3 or (
         len(shape) == 4 and (shape[1] in (1, 3) or shape[3] in (1, 3))
@@ -616,7 +634,7 @@ def _is_picture(array: np.ndarray) -> bool:
     return of_pictures and (kind in "bf" or array.dtype == np.uint8)
 
 
-_EXACT = 2**24  # float32 holds every whole number up to it
+_EXACT = 2**24  # float32 holds every whole number up to this one
 
 
 def _numbers(array: np.ndarray, source: Path) -> Tensor:
@@ -712,7 +730,8 @@ def _read_folder(path: Path, stream: bool, workers: int | None) -> Found:
 
 
 def _split_names(path: Path, files: Sequence[Path]) -> list[str]:
-    """The subfolders of training, validation (if any) and test images; none without such names."""
+    """The names of the subfolders of training, validation (if any) and test images, in this order;
+    an empty list if no subfolder has such a name."""
     order = {"train": 0, "val": 1, "validation": 1, "test": 2}
     top = {file.parts[0] for file in files}  # subfolders, and images beside them
     numbers, names = zip(*sorted((order.get(name.lower(), -1), name) for name in top), strict=True)
@@ -738,7 +757,7 @@ def _listed(names: Sequence[str], most: int = 4) -> str:
 
 
 def _read_images(path: Path, files: Sequence[Path]) -> Tensor:
-    # delay: no bar where it would be gone at once; disable=None: none where nobody watches
+    # delay: no bar for short work; disable=None: no bar where the output is not a terminal
     bar = tqdm(files, desc="reading images", unit="image", delay=1, leave=False, disable=None)
     packed = sum((path / file).stat().st_size for file in files)
     images: list[Tensor] = []
@@ -748,7 +767,7 @@ def _read_images(path: Path, files: Sequence[Path]) -> Tensor:
         _check_size(path, (files[0], images[0].shape), (file, image.shape))
         if len(images) == 1:
             _check_folder(path, 3 * len(files) * image[0].numel(), packed)
-    channels = max(len(image) for image in images)  # grey only where all are grey
+    channels = max(len(image) for image in images)  # grey only if all are grey
     return torch.stack([image.expand(channels, -1, -1) for image in images])
 
 
@@ -766,7 +785,7 @@ def _is_large(path: Path, files: Sequence[Path]) -> bool:
 
 
 def _stream_images(path: Path, files: Sequence[Path], workers: int | None) -> Tensor:
-    """Looks at the headers of all files; their pixels are read when they are needed."""
+    """Reads the headers of all files now, and their pixels when they are needed."""
     bar = tqdm(files, desc="looking at images", unit="image", delay=1, leave=False, disable=None)
     first = _shape(path / files[0])
     channels = first[0]
@@ -785,7 +804,7 @@ class _Pictures:
 
     def __init__(self, path: Path, files: Sequence[Path], shape: tuple[int, int, int]) -> None:
         self.path, self.shape = path, (len(files), *shape)
-        # one array: workers share it with this process, where each of many objects would be copied
+        # one array, which workers share with this process; many objects would be copied
         self.names = np.array([os.fsencode(file) for file in files])
 
     def read(self, rows: Tensor) -> Tensor:
@@ -809,7 +828,10 @@ def _check_folder(path: Path, unpacked: int, packed: int) -> None:
 def _folder_labels(
     path: Path, files: Sequence[Path], depth: int = 0
 ) -> tuple[Tensor | None, tuple[str, ...] | None]:
-    """The number of each file's folder, `depth` folders below `path`, and the folders' names."""
+    """The label of each file, `(N,)`, and the names of the labels; None twice without subfolders.
+
+    A label is the number, in sorted order, of the file's folder, `depth` folders below `path`.
+    """
     classes = sorted({file.parts[depth] for file in files if len(file.parts) > depth + 1})
     if not classes:
         return None, None
@@ -824,33 +846,33 @@ def _folder_labels(
 
 
 def _read_image(path: Path) -> Tensor:
-    """`(1, H, W)` uint8 where the file is grey, else `(3, H, W)`."""
+    """The image of a file, uint8: `(1, H, W)` if it is grey, else `(3, H, W)`."""
     with _opened(path) as image:
-        if image.mode == "P":  # straight to RGB, Pillow warns where it has transparency
+        if image.mode == "P":  # converted to RGB at once, Pillow warns about transparency
             image = image.convert("RGBA")
         array = np.array(image.convert("L" if image.mode in _GREY else "RGB"))
     return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)
 
 
 def _shape(path: Path) -> tuple[int, int, int]:
-    """Of the image that `_read_image` reads, by the head of the file."""
+    """The shape of the image that `_read_image` reads, from the header of the file."""
     with _opened(path) as image:
         return 1 if image.mode in _GREY else 3, image.height, image.width
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """An image whose head is sound; whatever is wrong with it, or inside, is told of its file."""
+    """Opens an image and checks its header; an error here or in the context names the file."""
     try:
-        # no other formats by these names: of some Pillow starts a program of the machine
+        # only these formats: for some others, Pillow starts a program of the machine
         with Image.open(path, formats=("PNG", "JPEG", "BMP", "WEBP")) as image:
             if image.width * image.height > _PIXELS:
                 raise ValueError(
                     f"it must have at most {_PIXELS:,} pixels, not {image.width}x{image.height}"
                 )
-            # ";16B": colours of 16 bits in a PNG, which Pillow would cut to 8 without a word
+            # ";16B": colours of 16 bits in a PNG, which Pillow would silently cut to 8 bits
             if image.mode.startswith(("I", "F")) or ";16B" in str(image.tile):
                 raise ValueError(f"its pixels must have 8 bits, not as in {image.tile}")
             yield image
-    except Exception as error:  # whatever Pillow says: of a broken PNG it is a SyntaxError
+    except Exception as error:  # Pillow raises many errors, such as SyntaxError for a broken PNG
         raise ValueError(f"{path} cannot be read as an image: {error}") from error

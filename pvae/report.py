@@ -17,8 +17,10 @@ from pvae.vae import VAE
 
 @dataclass(frozen=True)
 class Drawing:
-    """How data become images in [0, 1]: pictures as they are, other data as lines or bars between
-    `low` and `high`, in their own units."""
+    """Draws data as images in [0, 1]: pictures as pictures, other data as lines or bars.
+
+    A panel of other data reaches from `low` to `high`, in the units of the data.
+    """
 
     pictures: bool
     low: float
@@ -28,12 +30,13 @@ class Drawing:
 
     @classmethod
     def of(cls, data: Observed) -> "Drawing":
-        """By the first validation data: counts become bars, events `(1 or 3, H, W)` pictures."""
+        """Chooses by the first 1,000 validation data: counts become bars, events `(1 or 3, H, W)`
+        pictures."""
         x = pixels(data.validation.first(1000).images)
         pictures = data.unit == "image"
         x = x if data.scaling is None else data.scaling.undo(x)
         bars = bool((x == x.round()).all() and (x >= 0).all())
-        rounding = 1e-6  # of standardised pixels that are brought back
+        rounding = 1e-6  # of pixels that were standardised and scaled back
         if pictures and x.min() >= -rounding and x.max() <= 1 + rounding:
             return cls(True, 0.0, 1.0, bars, data.scaling)
         some = x.flatten()[:: max(1, x.numel() // 10**6)].sort().values
@@ -43,7 +46,7 @@ class Drawing:
 
     @property
     def note(self) -> str:
-        """What a title says of the range."""
+        """The words of a title about the range; "" for pictures."""
         return "" if self.pictures else f"; heights from {self.low:.3g} to {self.high:.3g}"
 
     @property
@@ -51,7 +54,7 @@ class Drawing:
         return "images" if self.pictures else "data"
 
     def __call__(self, x: Tensor, over: Tensor | None = None) -> Tensor:
-        """Images `(N, C, H, W)` of data `(N, *event)`; with `over`, of both in one panel."""
+        """Images `(N, C, H, W)` of data `(N, *event)`; with `over`, both are in one panel."""
         if self.pictures:
             x = x if self.scaling is None else self.scaling.undo(x)
             return ((x - self.low) / (self.high - self.low)).clamp(0, 1)
@@ -59,12 +62,12 @@ class Drawing:
         return plots.drawn(*shown, low=self.low, high=self.high, bars=self.bars)
 
     def _signals(self, x: Tensor) -> Tensor:
-        """`(N, C, L)`: few channels are lines of their own, all else is one long line."""
+        """The data as signals `(N, C, L)`: up to 4 channels stay apart, all else is one signal."""
         x = x if self.scaling is None else self.scaling.undo(x)
         return x if x.dim() == 3 and x.shape[1] <= 4 else x.flatten(1).unsqueeze(1)
 
     def reconstructions(self, x: Tensor, again: Tensor, title: str) -> plots.Figure:
-        """Each image above its reconstruction; of other data both in one panel."""
+        """Draws each image above its reconstruction, or other data and theirs in one panel."""
         if self.pictures:
             return plots.reconstructions(self(x), self(again), title=title)
         title += f"\n{'bars' if self.bars else 'grey'}: x; line: reconstruction{self.note}"
@@ -72,8 +75,10 @@ class Drawing:
 
 
 def progress(data: Observed, folder: Path, epochs: int) -> Callable[[Trainer], None]:
-    """What draws, after about ten epochs spread over all, the reconstructions of the first
-    validation images: a trainer's `on_epoch`, which leaves `progress/epoch_NNN.png`."""
+    """An `on_epoch` for a trainer, which draws reconstructions of the first validation images.
+
+    It does so after about ten epochs, evenly spread, and writes `progress/epoch_NNN.png`.
+    """
     pictured, drawing = spread(epochs, 10), Drawing.of(data)
 
     def draw(trainer: Trainer) -> None:
@@ -91,11 +96,11 @@ def progress(data: Observed, folder: Path, epochs: int) -> Callable[[Trainer], N
 
 
 def tensorboard(data: Observed, folder: Path, epochs: int) -> Callable[[Trainer], None]:
-    """What logs the numbers of each epoch for TensorBoard, and, after about 25 epochs spread over
-    all, reconstructions of the first validation images and samples: a trainer's `on_epoch`.
+    """An `on_epoch` for a trainer, which logs the numbers of each epoch for TensorBoard.
 
-    A resumed run goes on in the log of its folder: what was logged of a step that comes again is
-    taken back.
+    After about 25 epochs, evenly spread, it also logs samples, and reconstructions of the first
+    validation images. A resumed run continues the log in its folder; entries of epochs that are
+    trained again are replaced.
 
     Raises:
         ValueError: the package tensorboard is not installed.
@@ -108,7 +113,7 @@ def tensorboard(data: Observed, folder: Path, epochs: int) -> Callable[[Trainer]
             "brings: pip install tensorboard"
         ) from None
     pictured = spread(epochs, 25)
-    writers: list[SummaryWriter] = []  # one, from the first epoch on
+    writers: list[SummaryWriter] = []  # empty before the first epoch, then one
 
     def log(trainer: Trainer) -> None:
         if not writers:
@@ -127,7 +132,7 @@ def tensorboard(data: Observed, folder: Path, epochs: int) -> Callable[[Trainer]
 
 
 def _grids(vae: VAE, data: Observed) -> dict[str, Tensor]:
-    """Images `(C, H, W)` of 16 validation data above their reconstructions, and of samples."""
+    """Two grids `(C, H, W)`: 16 validation data above their reconstructions, and 16 samples."""
     first, drawing = data.validation.first(16), Drawing.of(data)
     x, y = pixels(first.images), vae.given(first.y)
     with evaluate.evaluating(vae):
@@ -149,13 +154,17 @@ def pictures(
     class_names: Sequence[str] | None = None,
     seed: int = 0,
 ) -> list[Path]:
-    """Saves the figures of a trained pair and returns their paths: reconstructions, samples,
-    the manifold of a 2-D latent or else traversals, interpolations, latents and curves.
+    """Saves the figures of a trained pair and returns their paths.
 
-    `history` is the trainer's and `objective` the name of its training column; `elbo` is the test
-    set's, in nats per image; `class_names` say what the labels stand for. Of a pair that takes
-    labels the samples are by label, and interpolations stay within one; of one that takes side
-    vectors they have those of test data.
+    The figures are reconstructions, samples, interpolations, latents, curves, and the manifold of a
+    2-D latent or else traversals. If the pair takes labels, samples are sorted by label, and an
+    interpolation stays within one label. If it takes side vectors, both use those of test data.
+
+    Args:
+        history: that of the trainer.
+        elbo: of the test set, in nats per image.
+        objective: the name of the history's column `train_objective`.
+        class_names: the names of the labels.
     """
     first, drawing = data.test.first(1000), Drawing.of(data)
     x, y = pixels(first.images), vae.given(first.y)
@@ -205,8 +214,8 @@ def _interpolations(
     drawing: Drawing,
     pairs: int = 8,
 ) -> plots.Figure:
-    """Between `pairs` images and as many others: of other labels where there are labels, but of
-    the same one where the pair is conditional on it."""
+    """Interpolates between `pairs` images and as many others, which have another label if there
+    are labels, but the same label if the pair is conditional on it."""
     pairs, within = min(pairs, len(x) - 1), y is not None
     ends = []
     for i in range(pairs):
@@ -226,7 +235,8 @@ def _interpolations(
 def _latents(
     means: Tensor, labels: Tensor | None, names: Sequence[str] | None, what: str
 ) -> plots.Figure:
-    """Posterior means: the plane itself, or its two principal components (or the one there is)."""
+    """Draws posterior means `(N, D)`: a 2-D latent, or the first two principal components (or the
+    only one)."""
     title = f"Posterior means of test {what}"
     if means.shape[1] == 2:
         return plots.latents(means, labels, names=names, title=title)
@@ -246,7 +256,7 @@ def _latents(
 
 
 def _manifold(vae: VAE, y: Tensor | None, drawing: Drawing) -> plots.Figure:
-    """The plane of a conditional pair is that of the first of `y`."""
+    """Draws the decoded plane of a 2-D latent; a conditional pair decodes it with the first `y`."""
     label, size = None if y is None else y[0], 20 if drawing.pictures else 10
     axis = torch.linspace(-2.5, 2.5, size)
     z = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)  # [i, j] = axis[j], axis[i]
@@ -264,7 +274,7 @@ def _traversals(
     units: int = 10,
     steps: int = 11,
 ) -> plots.Figure:
-    """The most active units, each moved through the prior's range from one image's posterior."""
+    """Moves each of the most active units from -3 to 3, from one image's posterior mean."""
     variances = evaluate.unit_variances(means)
     most = variances.argsort(descending=True)[:units]
     values = torch.linspace(-3, 3, steps)

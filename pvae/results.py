@@ -1,7 +1,7 @@
 """The numbers of a trained pair: computed by section, with one set of keys, shown as one table.
 
-The end of a run and the full evaluation both take them from here. All are nats per image, means
-over images, never over batches.
+The end of a run and the full evaluation both take their numbers from here. Bounds are in nats per
+image; all means are over images, never over batches.
 """
 
 import math
@@ -21,16 +21,26 @@ from pvae.evaluate import Estimate, estimate
 from pvae.untrusted import read_json
 from pvae.vae import VAE
 
-_SUBSET = 1000  # test images of the importance-weighted bound at the end of a run
+BATCH = 200  # images of one evaluated batch; larger ones do not fit the processor's cache
+_SUBSET = 1000  # test images for the importance-weighted bound at the end of a run
 _ELBO = "A lower bound on log p(x), the log probability or density of x; higher is better."
 _IWAE = "A tighter lower bound on log p(x), by {:,} draws for each x of a random subset."
 _SAME = "The ELBO of that subset, to compare the two bounds."
-_FEW = 0.1  # share of active units below which the table says what usually helps
+_FEW = 0.1  # below this share of active units, a warning says what usually helps
 
 
 class Row(NamedTuple):
-    """One number: its key in the JSON file, what the table calls it, over how many images, out of
-    how many it counts, and in one sentence what it means."""
+    """One number of the table.
+
+    Args:
+        key: its key in the JSON file.
+        label: its name in the table.
+        value: its mean and standard error.
+        images: the number of images that the mean is over.
+        digits: the number of decimals in the table.
+        out_of: of a count, the largest that it can be.
+        meaning: one sentence that says what the number means.
+    """
 
     key: str
     label: str
@@ -41,7 +51,7 @@ class Row(NamedTuple):
     meaning: str = ""
 
     def cells(self) -> list[str]:
-        """The row as the table shows it.
+        """The row as text for the table: label, mean, standard error, number of images.
 
         >>> Row("elbo", "ELBO", Estimate(-94.054, math.nan), 1000).cells()
         ['ELBO', '-94.05', '', '1,000']
@@ -51,7 +61,7 @@ class Row(NamedTuple):
         return [label, mean, se, "" if self.images is None else f"{self.images:,}"]
 
     def json(self, count: str = "images") -> dict[str, float | int | str | None]:
-        """The row as the file keeps it, with how many it is over under `count`: JSON has no NaN.
+        """The row for the JSON file, where None replaces NaN; `count` is the key of `images`.
 
         >>> Row("elbo", "ELBO", Estimate(-94.0, math.nan)).json()
         {'label': 'ELBO', 'mean': -94.0, 'se': None, 'images': None}
@@ -62,7 +72,10 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Subject:
-    """A trained pair, the data that it is measured on, and the seed of the noise."""
+    """A trained pair, the data that it is measured on, and the seed of the noise.
+
+    `quiet` switches progress bars off.
+    """
 
     vae: VAE
     data: Observed
@@ -70,15 +83,16 @@ class Subject:
     quiet: bool = False
 
     def shown(self, split: Split) -> Split:
-        """The split as the pair sees it: without labels where it takes no `y`."""
+        """The split that the pair gets: without labels and masks if the pair takes no `y`."""
         return split if self.vae.takes_y else Split(split.images, None)
 
     def over(
         self, split: Split, function: Callable[..., Any], batch_size: int, title: str = ""
     ) -> Any:
-        """`function(x, y)` over a split, as `evaluate.over`; `y` is None for a pair without it.
+        """`function(x, y)` over a split, as `evaluate.over` computes it.
 
-        Several processes share the images, and each has all results.
+        `y` is None if the pair takes none. Several processes share the images, and each of them
+        gets all results.
         """
         images, *rest = self.shown(split)
         part = processes.part(len(images))
@@ -94,7 +108,7 @@ class Subject:
         return type(found)(*(processes.gather(t, len(images)) for t in found))
 
     def title(self, text: str) -> str:
-        """What a progress bar is called; nothing where none is wanted."""
+        """The title of a progress bar; "", which means no bar, if the subject is quiet."""
         return "" if self.quiet else text
 
     def subset(self, count: int) -> Split:
@@ -117,11 +131,11 @@ class Subject:
 
 
 def elbo_rows(subject: Subject) -> list[Row]:
-    """ELBO: a lower bound on log p(x), at beta = 1, over the whole test set. It is distortion and
-    rate together; neither alone says how good a model is.
+    """ELBO: a lower bound on log p(x), at beta = 1, over the whole test set. It is minus the sum of
+    distortion and rate; neither of the two alone says how good a model is.
     """
     pair, test = (subject.vae.model, subject.vae.guide), subject.data.test
-    bound = subject.over(test, lambda x, y: evaluate.elbo(*pair, x, y), 500, "ELBO")
+    bound = subject.over(test, lambda x, y: evaluate.elbo(*pair, x, y), BATCH, "ELBO")
     n = len(test.images)
     rows = [
         Row("elbo", "ELBO", estimate(bound.elbo), n, meaning=_ELBO),
@@ -151,8 +165,10 @@ def elbo_rows(subject: Subject) -> list[Row]:
 
 
 def grey_levels(vae: VAE, data: Observed) -> int | None:
-    """What `evaluate.bits_per_dimension` needs: 1 where the likelihood gives probabilities, 256
-    where it gives the density of dequantised 8-bit pixels; None where there are no bits.
+    """The number of levels that `evaluate.bits_per_dimension` needs.
+
+    It is 1 if the likelihood gives probabilities, 256 if it gives the density of dequantised 8-bit
+    pixels, and None if bits per dimension are not defined.
 
     >>> import pvae
     >>> from pvae.data import load, observe
@@ -169,16 +185,16 @@ def grey_levels(vae: VAE, data: Observed) -> int | None:
 def importance_rows(
     subject: Subject, images: int, num_samples: int, compiler: Any = None
 ) -> list[Row]:
-    """IWAE-k: the importance-weighted bound, tighter than the ELBO, of a random subset of the test
-    set. It equals log p(x) only as k grows.
-    k-hat: the tail of the importance weights. Above 0.7 an image's IWAE-k and its effective sample
-    size are not to be believed. Below 0.7 the error of the bound is small, but it keeps a bias.
+    """IWAE-k: the importance-weighted bound with k draws, tighter than the ELBO, on a random subset
+    of the test set. It approaches log p(x) only as k grows.
+    k-hat: the shape of the tail of the importance weights. Above 0.7, do not trust the image's
+    IWAE-k and effective sample size. Below 0.7 the error of the bound is small, but a bias remains.
     """
     split, k = subject.subset(images), num_samples
     pair = subject.vae.model, subject.vae.guide
     sampler = evaluate.ImportanceSampler(*pair, num_samples=k, compiler=compiler)
     found = subject.over(split, sampler, 20, f"IWAE-{k:,}")
-    elbo = subject.over(split, lambda x, y: evaluate.elbo(*pair, x, y).elbo, 500)
+    elbo = subject.over(split, lambda x, y: evaluate.elbo(*pair, x, y).elbo, BATCH)
     n = len(split.images)
     return [
         Row(f"iwae_{k}", f"IWAE-{k:,}", estimate(found.log_evidence), n, meaning=_IWAE.format(k)),
@@ -189,7 +205,8 @@ def importance_rows(
 
 
 def tail_rows(pareto_k: Tensor, key: str, indent: str) -> list[Row]:
-    """k-hat, and how often it is too large; none where no image had weights enough for it."""
+    """The mean k-hat, and the share of images whose k-hat is too large; no rows if no image had
+    enough weights to compute it."""
     tails = pareto_k[~pareto_k.isnan()]
     if not len(tails):
         return []
@@ -201,20 +218,20 @@ def tail_rows(pareto_k: Tensor, key: str, indent: str) -> list[Row]:
 
 
 def codes(subject: Subject, split: Split, title: str = "") -> Tensor:
-    """The posterior means of a split, `(N, D)`: of the first latent."""
+    """The posterior means of the first latent for a split, `(N, D)`."""
     guide = subject.vae.guide
-    return subject.over(split, lambda x, y: evaluate.posterior_means(guide, x, y), 500, title)
+    return subject.over(split, lambda x, y: evaluate.posterior_means(guide, x, y), BATCH, title)
 
 
 def unit_rows(means: Tensor) -> list[Row]:
-    """How many units are active, of posterior means `(N, D)`."""
+    """The number of active units, from posterior means `(N, D)`."""
     active = Estimate(float(evaluate.active_units(means)), math.nan)
     what = "Units whose posterior mean varies with x: its variance is above 0.01."
     return [Row("active_units", "active units", active, len(means), 0, means.shape[1], what)]
 
 
 def end_of_run(subject: Subject) -> list[Row]:
-    """The test set's numbers at the end of a run.
+    """The numbers on the test set at the end of a run.
 
     >>> import pvae
     >>> from pvae.data import load, observe
@@ -228,18 +245,18 @@ def end_of_run(subject: Subject) -> list[Row]:
     return [*elbo_rows(subject), bound, of_same_images, *units]
 
 
-# ---- shown and kept ----
+# ---- rows as text and as JSON ----
 
 
 def table(rows: Sequence[Row], subject: Subject, name: str) -> str:
-    """The rows as text, with what they are and on which data; `name` is that of the data set."""
+    """The rows as text, under a heading; `name` is that of the data set."""
     title, cells = heading(subject, name), [row.cells() for row in rows]
     head = ["", "mean", "se", subject.data.units]
     return "\n".join([tables.columns(title, head, cells), *remarks(rows)])
 
 
 def heading(subject: Subject, name: str) -> str:
-    """What the rows are, and on which data; `name` is that of the data set."""
+    """The heading: what the rows are, and of which data; `name` is that of the data set."""
     what = f"{name} test set, {subject.data.label}; nats per {subject.data.unit} and their se"
     if not subject.vae.normalized:
         what += "\n  p(x|z) is not a likelihood: compare these numbers with no other likelihood's"
@@ -247,14 +264,14 @@ def heading(subject: Subject, name: str) -> str:
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
-    """What to say where the latents are hardly used."""
+    """The warnings about rows, such as that the pair hardly uses its latents."""
     found = [row for row in rows if row.key == "active_units" and row.images != 1]
     texts = [collapse(row.value.mean, row.out_of or 0) for row in found]
     return [text for text in texts if text]
 
 
 def collapse(active: float, units: int) -> str:
-    """A warning where fewer than a tenth of the units are active, or none; else nothing.
+    """A warning if no unit, or fewer than a tenth of the units, is active; else "".
 
     >>> collapse(4, 32)
     ''
@@ -268,12 +285,12 @@ def collapse(active: float, units: int) -> str:
 
 
 def as_json(rows: Sequence[Row], count: str = "images") -> dict[str, Any]:
-    """The rows by key, as results.json and evaluation.json keep them under "numbers"; `count` says
-    what they are over, "images" or "data"."""
+    """The rows by key, as results.json and evaluation.json keep them under "numbers"; `count` is
+    the word for what the means are over, "images" or "data"."""
     return {row.key: row.json(count) for row in rows}
 
 
-# the keys of version 0.1, and the sign by which its numbers differ
+# the keys of version 0.1: today's key, and the sign that turns its number into today's
 _OLD = {
     "test_elbo": ("elbo", 1),
     "test_reconstruction": ("distortion", -1),
@@ -285,10 +302,10 @@ _OLD = {
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Estimate]:
-    """The numbers of a results.json or evaluation.json by key, those of version 0.1 too.
+    """The numbers of a results.json or evaluation.json by key; it reads files of version 0.1 too.
 
     Raises:
-        ValueError: the file is not one of them.
+        ValueError: the file is not one of these files.
     """
     try:
         content = read_json(path)
@@ -303,7 +320,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Estimate]:
 
 
 def _number(value: Any) -> float:
-    """A number as JSON keeps it: None where it is none."""
+    """A number from JSON as a float; NaN for None."""
     if value is None:
         return math.nan
     if type(value) not in (int, float):

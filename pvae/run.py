@@ -1,4 +1,4 @@
-"""The folder of one run: its configuration, its results, and never another run's."""
+"""The folder of a run: no two runs share one; it holds the run's configuration and results."""
 
 import contextlib
 import importlib.metadata
@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 
 
 def processor(device: torch.device) -> str:
-    """What computes on a device, by its maker's name.
+    """The maker's name of the processor of a device.
 
     >>> processor(torch.device("cpu")) != ""
     True
@@ -45,7 +45,7 @@ def processor(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text()
-        # makers give one name to several generations, which the two numbers tell apart
+        # makers give one name to several generations; family and model tell them apart
         found = [
             re.search(rf"^{key}\s*: (.+)", text, re.MULTILINE)
             for key in ("model name", "cpu family", "model")
@@ -56,17 +56,17 @@ def processor(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-# all that a run leaves which was refused before it trained
+# the only files that a run leaves if it was refused before it trained
 _BEFORE_TRAINING = {".lock", "config.json"}
 
 
 def new_folder(out: str | os.PathLike[str] | None, name: str) -> Path:
     """A new, empty, writable folder: `out`, or the first free of `runs/name`, `runs/name-2`, ...
 
-    One of a run that was refused before it trained counts as empty.
+    The folder of a run that was refused before it trained counts as empty.
 
     Raises:
-        ValueError: `out` holds something already.
+        ValueError: `out` holds files already.
         OSError: the folder cannot be made or written to.
     """
     if out is None:
@@ -91,7 +91,7 @@ def _first_free(folder: Path) -> Path:
     for number in itertools.count(1):
         free = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
         try:
-            free.mkdir(parents=True)  # fails where it exists: two runs at once get two folders
+            free.mkdir(parents=True)  # fails if it exists, so two runs at once get two folders
         except FileExistsError:
             continue
         except OSError as error:
@@ -104,7 +104,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The `config.json` of a run folder.
 
     Raises:
-        ValueError: the folder is not that of a run, or the file is damaged.
+        ValueError: the folder is not the folder of a run, or the file is damaged.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -131,7 +131,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: split must be fractions, not {reprlib.repr(split)}")
     seeds = {
         "seed": config.get("seed"),
-        "data_seed": config.get("data_seed", config.get("seed")),  # version 0.1 had one for all
+        "data_seed": config.get("data_seed", config.get("seed")),  # version 0.1 had one seed
         "numpy_seed": arguments.get("numpy_seed") or 0,
     }
     for name, seed in seeds.items():
@@ -144,10 +144,10 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_alone(folder: str | os.PathLike[str]) -> None:
-    """Refuses the folder of a study of several runs, each in a folder inside it.
+    """Refuses the folder of a study whose several runs each have a folder inside it.
 
     Raises:
-        ValueError: it names one of them.
+        ValueError: the folder holds several runs; the message names one of them.
 
     >>> check_alone(".")
     """

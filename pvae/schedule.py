@@ -10,12 +10,12 @@ class Schedule(NamedTuple):
 
     Args:
         beta: the weight of the KL after its warm-up; 1 is the ELBO.
-        kl_warmup: the fraction of training (of each cycle) in which the weight rises; one for all
-            latent layers, or a sequence with one for each, that of `z1` first.
-        kl_cycles: how often it does so. Source: Cyclical Annealing Schedule (2019),
-            arXiv:1903.10145.
+        kl_warmup: the fraction of training (of each cycle) in which the weight rises: one fraction
+            for all latent layers, or a sequence with one for each layer, `z1` first.
+        kl_cycles: the number of cycles; in each of them the weight rises from 0. Source: Cyclical
+            Annealing Schedule (2019), arXiv:1903.10145.
         lr_warmup: the fraction of training in which the learning rate rises.
-        cosine: whether the learning rate falls to 0 afterwards, or stays.
+        cosine: whether the learning rate falls to 0 after its warm-up; else it stays constant.
     """
 
     beta: float = 1.0
@@ -26,7 +26,7 @@ class Schedule(NamedTuple):
 
     @property
     def warmups(self) -> tuple[float, ...]:
-        """`kl_warmup` as a tuple, of one number or of one for each latent layer.
+        """`kl_warmup` as a tuple: one fraction, or one for each latent layer.
 
         >>> Schedule(kl_warmup=0.1).warmups
         (0.1,)
@@ -36,7 +36,7 @@ class Schedule(NamedTuple):
         return tuple(self.kl_warmup)
 
     def check(self, epochs: int) -> None:
-        """Raises `ValueError` where a field is out of its range for so many epochs.
+        """Raises `ValueError` if a field is out of its range for a run of `epochs` epochs.
 
         >>> Schedule(kl_warmup=1.0).check(10)
         Traceback (most recent call last):
@@ -58,7 +58,7 @@ class Schedule(NamedTuple):
             )
 
     def kl_weight(self, step: int, total: int, layer: int = 0) -> float:
-        """The weight of the KL at a step of `total`; of a layer, where each has its own warm-up.
+        """The weight of the KL at a step of `total`; `layer` selects a layer's own warm-up.
 
         >>> [Schedule(kl_warmup=0.1).kl_weight(step, 100) for step in (0, 5, 10, 99)]
         [0.0, 0.5, 1.0, 1.0]
@@ -73,7 +73,7 @@ class Schedule(NamedTuple):
         return self.beta * min(1.0, step % length / (warmup * length))
 
     def learning_rate_factor(self, step: int, total: int) -> float:
-        """What multiplies the learning rate at a step of `total`.
+        """The factor of the learning rate at a step of `total`.
 
         >>> rise = Schedule(lr_warmup=0.1)
         >>> [round(rise.learning_rate_factor(step, 100), 2) for step in (0, 4, 10, 55, 99)]

@@ -1,4 +1,4 @@
-"""A run that is asked to stop: the step is finished first, then the state is kept."""
+"""Signals that ask a run to stop: the run first finishes its step and keeps its state."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was stopped by a signal; the message says what is kept.
+    """A signal stopped the run; the message says which state is kept.
 
     >>> Stopped("", signal.SIGTERM).status
     143
@@ -21,24 +21,24 @@ class Stopped(KeyboardInterrupt):
 
     @property
     def status(self) -> int:
-        """The exit status by which a shell knows the signal."""
+        """The exit status that tells a shell the signal: 128 and the signal's number."""
         return 128 + self.signum
 
 
 class Asked:
-    """Whether a signal asked to stop: `signum` is None, or which one."""
+    """The signal that asked the run to stop: `signum` is its number, or None without one."""
 
     signum: int | None = None
 
 
 @contextlib.contextmanager
 def asked_to_stop() -> Iterator[Asked]:
-    """Inside, the first SIGINT or SIGTERM is only noted; the second stops at once.
+    """Inside this context the first SIGINT or SIGTERM is only noted; the second stops at once.
 
-    In a thread that is not the main one, signals are left as they are.
+    In a thread other than the main one, it does nothing.
 
     Raises:
-        KeyboardInterrupt: by the second signal.
+        KeyboardInterrupt: at the second signal.
 
     >>> with asked_to_stop() as asked:
     ...     signal.raise_signal(signal.SIGTERM)
@@ -51,14 +51,15 @@ def asked_to_stop() -> Iterator[Asked]:
         again, asked.signum = asked.signum is not None, signum
         if again:
             raise KeyboardInterrupt
-        # print may be in the middle of another line, and must not be entered twice
+        # not print: the signal may have interrupted a print, which must not be entered twice
         os.write(2, b"\nstopping after this step; the same again stops at once\n")
 
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    # a shell makes its background jobs ignore Ctrl-C, and None is a handler that is not Python's
+    # ignored signals stay ignored, as a shell makes its background jobs ignore Ctrl-C; a handler
+    # of None was not set by Python, so Python could not restore it
     heard = [s for s, handler in before.items() if handler not in (signal.SIG_IGN, None)]
     for signum in heard:
         signal.signal(signum, note)

@@ -1,9 +1,9 @@
-"""Images that stay where they are until they are needed: data larger than memory.
+"""Images that are read only when they are needed: data larger than memory.
 
-A `Streamed` tensor has the shape and dtype of all images, but holds none of them. What is asked of
-it in the course of training (a batch, a slice, a split, a shuffle) keeps it so; anything else reads
-it. Its images come from a source: a mapped file (`Mapped`), the items of a torch `Dataset`
-(`Items`), or any object with a `shape`, a `dtype` and a `read`.
+A `Streamed` tensor has the shape and dtype of all images, but holds none of them. The operations of
+training (to take a batch, a slice, a split or a shuffle) do not read all images; any other
+operation of torch does. The images come from a source: a mapped file (`Mapped`), the items of a
+torch `Dataset` (`Items`), or any object with a `shape`, a `dtype` and a `read`.
 """
 
 from __future__ import annotations
@@ -30,16 +30,19 @@ from torch.utils.data import (
     default_collate,
 )
 
-_MAPPED = 128  # rows that are read before their pages are dropped: the system maps 64 KiB for each
-_AT_ONCE = 256  # items that are read for their labels
-_PIECE = 2**18  # bytes that a walk through all images has in memory at once
+_MAPPED = 128  # rows read before their pages are dropped: the system maps 64 KiB for each row
+_AT_ONCE = 256  # items read at once for their labels
+_PIECE = 2**18  # bytes of images in memory at once while all of them are read
 
 Draw = Callable[[Tensor, torch.Generator], Tensor]
 
 
 class Source(Protocol):
-    """Where images are: `shape` is `(N, *event)`, and `read` gives the rows of these numbers, in
-    this order, `(B, *event)`. With workers it is pickled, or forked with the process."""
+    """A place that images are read from.
+
+    `shape` is `(N, *event)`. `read(rows)` returns the images of the row numbers `(B,)`, in their
+    order, as `(B, *event)`. For workers the source is pickled, or forked with the process.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -53,26 +56,30 @@ class Source(Protocol):
 class Streamed(Tensor):
     """A tensor of images that are read from a `source` when they are needed.
 
-    Indices, slices, `split` and `to(device)` give another one. `index_select` and `batches` give
-    the images themselves; any other operation of torch reads all of them first, and is refused
-    where that would take more than a quarter of the machine's memory.
+    An index tensor, a slice, `split` and `to(device)` give another `Streamed` tensor.
+    `index_select` and `batches` give the images themselves. Any other operation of torch reads all
+    images first, and is refused if they would take more than a quarter of the machine's memory.
 
     Raises:
-        ValueError: the images are more than can be read at once.
-        OSError: they cannot be read, or a worker has ended.
+        ValueError: there are too many images to read them all into memory.
+        OSError: the images cannot be read, or a worker has ended.
 
     >>> stream(Items([torch.zeros(1, 2, 2), torch.ones(1, 2, 2)]))[1:].mean()
     tensor(1.)
     """
 
     source: Source
-    rows: Tensor  # (N,): those of the source; int32 where that is enough
+    rows: Tensor  # (N,): row numbers of the source; int32 if it is large enough
     workers: int  # processes that read ahead
-    change: Callable[[Tensor], Tensor]  # of the images, one by one, after they are read
-    total: Tensor | None  # the sum over all images, once they have been walked through
+    change: Callable[[Tensor], Tensor]  # applied to images after they are read
+    total: Tensor | None  # the sum over all images, once all of them have been read
 
     def read(self) -> Tensor:
-        """All images."""
+        """Reads all images into memory.
+
+        Raises:
+            ValueError: the images take more than a quarter of the machine's memory.
+        """
         if not self.fits():
             size = self.numel() * self.element_size() / 1e9
             raise ValueError(
@@ -86,11 +93,11 @@ class Streamed(Tensor):
         return self.numel() * self.element_size() <= bound()
 
     def pieces(self) -> Iterator[Tensor]:
-        """All images, a few at a time."""
+        """Reads all images in order, a few at a time; then keeps their sum in `total`."""
         count = max(1, _PIECE // (self[:1].numel() * self.element_size()))
         total = torch.zeros((), dtype=torch.float64 if self.is_floating_point() else torch.int64)
         indices = consecutive(len(self), count)
-        # workers are not started for a few images
+        # for a few images no workers are started
         found = map(self.batch, indices) if len(self) <= count else self.batches(indices)
         for piece in found:
             total = total + piece.sum(0, dtype=total.dtype).cpu()
@@ -98,13 +105,13 @@ class Streamed(Tensor):
         self.total = total
 
     def batches(self, indices: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The images of each index; workers read the next ones ahead."""
+        """Reads the images of each index `(B,)`; workers read those of the next ones ahead."""
         rows = (self.rows[index.cpu()] for index in indices)
         found = _loaded(partial(_read, self.source), rows, self.workers)
         return (self.change(images).to(self.device) for images in found)
 
     def batch(self, index: Tensor) -> Tensor:
-        """The images of one index `(B,)`."""
+        """Reads the images of one index `(B,)`."""
         return self.change(_read(self.source, self.rows[index.cpu()])).to(self.device)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -134,8 +141,10 @@ def stream(source: Source, workers: int = 0) -> Streamed:
 
 
 def of_items(given: Any, name: str, workers: int | None) -> tuple[Streamed, Tensor | None]:
-    """The images of a data set or loader of torch, streamed, and its labels, which are read at
-    once; `workers` None means those of the loader."""
+    """The images of a data set or loader of torch, streamed, and its labels `(N,)` or None.
+
+    The labels are read here. `workers=None` takes the loader's workers, and none for a data set.
+    """
     if isinstance(given, DataLoader):
         workers, given = given.num_workers if workers is None else workers, _items_of(given, name)
     source, workers = Items(given, name), workers or 0
@@ -146,7 +155,7 @@ def of_items(given: Any, name: str, workers: int | None) -> tuple[Streamed, Tens
 
 
 def consecutive(count: int, size: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
-    """The indices `0, ..., count - 1`, at most `size` at a time; never all of them at once.
+    """The indices `0, ..., count - 1`, at most `size` at a time.
 
     >>> [index.tolist() for index in consecutive(5, 3)]
     [[0, 1, 2], [3, 4]]
@@ -156,7 +165,7 @@ def consecutive(count: int, size: int, device: torch.device | str = "cpu") -> It
 
 
 def gathered(images: Tensor, indices: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The images of each index `(B,)`, one after another, streamed or not.
+    """The images of each index `(B,)`, one batch after another; `images` may be streamed or not.
 
     >>> [len(x) for x in gathered(torch.zeros(5, 1), torch.arange(5).split(3))]
     [3, 2]
@@ -167,12 +176,12 @@ def gathered(images: Tensor, indices: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def pieces(images: Tensor) -> Iterator[Tensor]:
-    """All images at once where they are in memory, else a few at a time, in order."""
+    """All images in order: at once if they are in memory, a few at a time if they are streamed."""
     return images.pieces() if isinstance(images, Streamed) else iter([images])
 
 
 def in_memory(value: Any) -> Any:
-    """A tensor as it is, or what is streamed read; so too in a list or tuple.
+    """Reads streamed tensors into memory, also in lists and tuples; returns all else unchanged.
 
     >>> in_memory(stream(Items([torch.ones(1, 1, 2)])))
     tensor([[[[1., 1.]]]])
@@ -183,11 +192,12 @@ def in_memory(value: Any) -> Any:
 
 
 def changed(images: Tensor, change: Draw, generator: torch.Generator) -> Tensor:
-    """`change(images, generator)`, where `change` treats each pixel by itself.
+    """`change(images, generator)`, for a `change` that treats each pixel by itself.
 
-    Of streamed images, what draws nothing is done whenever they are read. What draws is done once,
-    in order, into a file in the folder for temporary files (`$TMPDIR`), which is gone when the
-    program ends: the draws are those of the images in memory.
+    If the images are streamed and `change` draws no random numbers, it is applied whenever images
+    are read. If it draws, it is applied once to all images, in order, and the result is kept in a
+    file in the folder for temporary files (`$TMPDIR`), which is deleted when the program ends. The
+    draws are the same as for images in memory.
 
     Raises:
         OSError: the file cannot be written.
@@ -216,7 +226,7 @@ def changed(images: Tensor, change: Draw, generator: torch.Generator) -> Tensor:
 
 
 def bound() -> int:
-    """Bytes of images that are held in memory at most: a quarter of the machine's.
+    """The most bytes of images that are held in memory: a quarter of the machine's memory.
 
     >>> bound() > 2**20
     True
@@ -228,7 +238,7 @@ def bound() -> int:
 
 
 def note(name: str, images: Tensor) -> str:
-    """What a person should know of how images are read, or ""."""
+    """One line that tells the user that the images are streamed; "" for images in memory."""
     if not isinstance(images, Streamed):
         return ""
     by = f", by {images.workers} workers" if images.workers else ""
@@ -239,12 +249,14 @@ def note(name: str, images: Tensor) -> str:
 
 
 class Mapped:
-    """The rows of a NumPy array in a file, which is mapped into memory, not read.
+    """The rows of a NumPy array in a file that is mapped into memory.
 
     Args:
-        file: its path, or the open file.
-        offset: bytes before the array, whose elements are in C order.
-        arrange: what it makes of the rows that are asked for.
+        file: the path of the file, or the open file.
+        offset: the number of bytes before the array, whose elements are in C order.
+        shape: of the array, `(N, ...)`.
+        dtype: of the array.
+        arrange: turns the rows that are read into images.
     """
 
     def __init__(
@@ -271,19 +283,21 @@ class Mapped:
         found = np.empty((len(rows), *self._array.shape[1:]), self._array.dtype)
         for few in range(0, len(rows), _MAPPED):
             found[few : few + _MAPPED] = self._array[rows[few : few + _MAPPED].numpy()]
-            # the pages stay in the system's cache, but count no longer as this process's memory
+            # the pages stay in the system's cache, but no longer count as this process's memory
             if hasattr(mmap, "MADV_DONTNEED"):
                 self._map.madvise(mmap.MADV_DONTNEED)
         return self._arrange(found)
 
 
 class Items:
-    """The images of a map-style `torch.utils.data.Dataset`, whose items are an image `(*event)`,
-    uint8 or float, or a pair of one and a label; the same at each reading.
+    """The images of a map-style `torch.utils.data.Dataset`.
+
+    An item is an image `(*event)`, uint8 or float32, or a pair of an image and a label. It must be
+    the same whenever it is read.
 
     Raises:
-        ValueError: an item of another kind, or of another shape than the first; a label that is no
-            whole number of at least 0.
+        ValueError: an item is of another kind, or of another shape than the first; or a label is
+            not a whole number of at least 0.
 
     >>> Items([(torch.zeros(1, 2, 2), 3)]).read_labels(torch.tensor([0]))
     tensor([3])
@@ -339,7 +353,7 @@ class Items:
 
 
 def _items_of(loader: Any, name: str) -> Any:
-    """The data set of a loader that has nothing of its own which would be lost."""
+    """The data set of a loader; raises ValueError if the loader has a part that would be lost."""
     sampler, every = loader.sampler, isinstance(loader.dataset, IterableDataset)
     in_some_order = type(sampler) in (SequentialSampler, RandomSampler)
     each_once = in_some_order and not getattr(sampler, "replacement", False)
@@ -359,13 +373,13 @@ def _items_of(loader: Any, name: str) -> Any:
 
 
 def _read(source: Source, rows: Tensor) -> Tensor:
-    if not len(rows):  # of a last batch, a process may have none
+    if not len(rows):  # a process may get no image of a last batch
         return torch.empty((0, *source.shape[1:]), dtype=source.dtype)
     return source.read(rows)
 
 
 class _Reader(TorchDataset):
-    """What a worker does: it reads a batch; an error of reading is its answer."""
+    """Reads batches in a worker; returns an error instead of raising it, to pass it on."""
 
     def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
         self.read = read
@@ -380,7 +394,7 @@ class _Reader(TorchDataset):
 def _loaded(
     read: Callable[[Tensor], Tensor], batches: Iterable[Tensor], workers: int
 ) -> Iterator[Tensor]:
-    """`read(rows)` of each batch of rows, in order; workers read the next ones ahead."""
+    """`read(rows)` of each batch of rows, in order; workers read the next batches ahead."""
     if not workers:
         yield from map(read, batches)
         return
@@ -390,7 +404,7 @@ def _loaded(
         batch_sampler=(rows.tolist() for rows in batches),
         num_workers=workers,
         collate_fn=same,
-        generator=torch.Generator(),  # else it draws from the global one
+        generator=torch.Generator(),  # else the loader draws from the global one
     )
     try:
         for found in loader:
@@ -401,7 +415,7 @@ def _loaded(
         raise OSError(f"a worker that reads images has ended: {error}") from error
 
 
-# ----- what stays lazy ----------------------------------------------------------------------------
+# ----- operations that do not read all images -----------------------------------------------------
 
 
 def _same(images: Tensor) -> Tensor:

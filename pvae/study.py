@@ -1,4 +1,4 @@
-"""A run has one start, one fit, one finish: what every program that trains a pair goes through."""
+"""The three steps of every program that trains a pair: `start`, `fit` and `finish`."""
 
 import argparse
 import math
@@ -36,21 +36,21 @@ from pvae.schedule import Schedule
 from pvae.train import Trainer
 from pvae.vae import VAE
 
-#: What runs a step, by name.
+#: The classes of SVI that run a step, by name.
 ENGINES: Mapping[str, Callable[..., SVI]] = {
     "eager": SVI,
     "captured": captured.SVI,
     "cuda-graph": partial(captured.SVI, record=captured.cuda_graph),
 }
-PAYS_BACK = 3000  # steps; to capture takes 10 to 30 s, and saves a sixth of a step or more
+PAYS_BACK = 3000  # steps: a capture takes 10 to 30 s, and saves a sixth of each step or more
 
 DEFAULT = Schedule(kl_warmup=0.05, lr_warmup=0.05)
 
 
 @dataclass(frozen=True)
 class Study:
-    """What a run starts from: its arguments, folder and device, the data set, and what of it the
-    pair observes."""
+    """What a run starts from: its arguments, folder and device, the data set (`dataset`), and the
+    data as the pair observes them (`data`)."""
 
     args: argparse.Namespace
     folder: Path
@@ -58,15 +58,17 @@ class Study:
     dataset: data.Dataset
     data: data.Observed
     began: float  # by time.perf_counter
-    go_on: str | None = None  # what a person types to go on, where the program takes it
+    go_on: str | None = None  # what a person types to continue, if the program allows it
 
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.began
 
     def part(self, name: str, **arguments: Any) -> "Study":
-        """A study of one pair among several: a run folder of its own inside this one, which is
-        there already where the study is resumed, and what of its arguments are its own."""
+        """The study of one pair among several, with `arguments` in the place of this study's.
+
+        It has its own run folder inside this one; in a resumed study that folder may exist already.
+        """
         folder = self.folder / name
         folder.mkdir(exist_ok=self.args.resume is not None)
         config = run.read_config(self.folder)
@@ -76,24 +78,26 @@ class Study:
         return replace(self, args=args, folder=folder, began=time.perf_counter())
 
     def save(self, numbers: Mapping[str, Any], **figures: plots.Figure) -> None:
-        """Writes `results.json` and the figures, each by its name."""
+        """Writes `numbers` as `results.json`, and each figure as a PNG file of its name."""
         run.write_json(self.folder / "results.json", numbers)
         for name, figure in figures.items():
             plots.save(figure, self.folder / f"{name}.png")
 
 
 def start(args: argparse.Namespace, name: str, observe: str | None = None) -> Study:
-    """Seeds, finds the device and the data, and makes the run's folder (or opens the resumed one).
+    """Seeds, finds device and data, and makes the run's folder or opens that of a resumed run.
 
     Args:
-        args: of a `cli.parser` or `cli.study_parser`.
-        name: of the folder in `runs/`.
-        observe: one of `pvae.data.OBSERVATIONS`; None where `args.observe` is it.
+        args: the arguments of a `cli.parser` or `cli.study_parser`.
+        name: the name of the folder in `runs/`.
+        observe: one of `pvae.data.OBSERVATIONS`; None takes `args.observe`.
 
     Raises:
-        ValueError: a device that is not there, data that cannot be used or has no labels to be
-            conditional on, a folder that is in use, or a resumed run that was started on other
-            data.
+        ValueError: the device does not exist, the data cannot be used or lack the labels that
+            `--conditional` needs, the folder is in use or holds files, several processes are asked
+            for a study that runs in one, or the resumed run was started on other data.
+        OSError: the folder cannot be written.
+        ConnectionError: another process does not answer.
     """
     began = time.perf_counter()
     pyro.set_rng_seed(args.seed)
@@ -152,12 +156,13 @@ def fit(
     schedule: Schedule = DEFAULT,
     on_epoch: Callable[[Trainer], None] | None = None,
 ) -> Trainer:
-    """Trains the pair for the study's epochs, in its folder; goes on where a resumed run stopped.
+    """Trains the pair for the study's epochs, in its folder; continues a resumed run.
 
-    `on_epoch` is called after each epoch; with `--tensorboard`, what logs the epoch is too.
+    `on_epoch` is called after each epoch; with `--tensorboard`, the logger of the epoch too.
 
     Raises:
-        ValueError, pvae.train.TrainingFailed: as of `Trainer`.
+        ValueError, pvae.train.TrainingFailed, pvae.stopping.Stopped, ConnectionError: for the
+            reasons that `Trainer` and `Trainer.fit` name.
     """
     args = study.args
     if not args.quiet:
@@ -188,7 +193,7 @@ def fit(
         on_epoch=after_epoch,
         go_on=study.go_on,
     )
-    if args.resume and keeping.exists(study.folder):  # else it was stopped before the first one
+    if args.resume and keeping.exists(study.folder):  # else it stopped before the first one
         trainer.resume(study.folder / "checkpoint.pt")
     rate = "" if args.quiet else _rate_of_data(study)
     begun, step = time.perf_counter(), trainer.step
@@ -200,18 +205,18 @@ def fit(
 
 
 def finish(study: Study, trainer: Trainer, *, quiet: bool = False) -> list[Row]:
-    """The end of a run: the model of the best validation ELBO, its numbers on the test set, which
-    is touched here, once, the pictures and the table.
+    """Loads the model of the best validation ELBO, and computes its numbers on the test set.
 
-    Leaves `results.json`, the pictures and `report.html` in the study's folder. `quiet` leaves out
-    the table.
+    The test set is touched only here, once. Writes `results.json`, the pictures and `report.html`
+    into the study's folder, and returns the rows of the table. With `quiet` the table is not
+    printed.
     """
     vae, args = trainer.vae, study.args
     trainer.restore_best()
     subject = results.Subject(vae, study.data, args.seed, args.quiet)
     rows = results.end_of_run(subject)
     if not processes.is_first():
-        processes.wait()  # torchrun ends the first process where another one fails on its way out
+        processes.wait()  # torchrun ends the first process if another one fails as it exits
         return rows
     seconds, best = study.seconds, trainer.best["epoch"]
     epochs = trainer.history
@@ -252,7 +257,7 @@ def finish(study: Study, trainer: Trainer, *, quiet: bool = False) -> list[Row]:
 
 
 def _rate_of_data(study: Study, seconds: float = 2.0) -> str:
-    """How fast streamed images come where nothing is done with them; "" for those in memory."""
+    """How fast streamed images are read, without any training; "" for images in memory."""
     if not isinstance(study.data.train.images, streaming.Streamed):
         return ""
     begun, images = time.perf_counter(), 0
@@ -263,7 +268,7 @@ def _rate_of_data(study: Study, seconds: float = 2.0) -> str:
     return f"images a second: {images / took:,.0f} come from the data alone"
 
 
-# ---- what the arguments ask for ----
+# ---- what the arguments select ----
 
 
 def _check_pixels_unasked(args: argparse.Namespace, name: str) -> None:
@@ -276,10 +281,10 @@ def _check_pixels_unasked(args: argparse.Namespace, name: str) -> None:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name; `auto` is the first there is of cuda, mps, cpu.
+    """The device of a name; `auto` is the first of cuda, mps and cpu that the machine has.
 
     Raises:
-        ValueError: the device is not there.
+        ValueError: the machine does not have the device.
 
     >>> find_device("cpu")
     device(type='cpu')
@@ -293,17 +298,18 @@ def find_device(name: str) -> torch.device:
 
 
 def num_epochs(args: argparse.Namespace, images: int) -> int:
-    """`-n`, or 10 epochs, or as many as make 1,000 steps where the data set is small."""
+    """The number of epochs: `-n` if it is given, else 10, or as many as make 1,000 steps if the
+    data set is small."""
     return args.num_epochs or max(10, math.ceil(1000 / math.ceil(images / args.batch_size)))
 
 
 def engine(study: Study) -> Callable[..., SVI]:
-    """`pyro.infer.SVI`, or `captured.SVI` where `--engine` asks for it; says which.
+    """The class of SVI that `--engine` selects; prints its name.
 
-    `auto` captures where the run is long enough to pay for it.
+    `auto` selects `captured` for a run of at least `PAYS_BACK` steps, else `eager`.
 
     Raises:
-        ValueError: a CUDA graph is asked for on another device.
+        ValueError: `--engine cuda-graph` on a device other than cuda.
     """
     args = study.args
     if args.engine == "cuda-graph" and study.device.type != "cuda":
@@ -337,7 +343,7 @@ def _described(vae: VAE) -> str:
 def _folder(
     args: argparse.Namespace, name: str, dataset: data.Dataset, device: torch.device
 ) -> Path:
-    """The run's folder, new or the resumed one, for this run alone, with its configuration."""
+    """The folder of a new or resumed run, locked for this process, with its `config.json`."""
     folder = Path(args.resume) if args.resume else run.new_folder(args.out, name)
     keeping.lock(folder)
     remove_leftovers(folder)
@@ -348,7 +354,7 @@ def _folder(
 def _keep_config(
     folder: Path, args: argparse.Namespace, dataset: data.Dataset, device: torch.device
 ) -> None:
-    """Writes `config.json`; of a resumed run, once it is known that the data is still the same."""
+    """Writes `config.json`; for a resumed run it first checks that the data are the same."""
     commands: list[str] = []
     if args.resume is not None:
         before = run.read_config(folder)
@@ -375,7 +381,7 @@ def _typed() -> str:
 
 
 def _tell_changes(config: Mapping[str, Any], now: Mapping[str, str]) -> None:
-    """A warning where what a run's numbers depend on is not what it was."""
+    """Warns if the processor or a version, on which a run's numbers depend, has changed."""
     before = {"processor": config.get("processor"), **config.get("versions", {})}
     changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
     if changed:

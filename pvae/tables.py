@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A titled table with a header, as text: the first column to the left, numbers to the right.
+    """A titled table with a header, as text; the first column is aligned left, the others right.
 
     >>> print(columns("gradients", ["L", "variance"], [["1", "9.1"], ["10", "0.9"]]))
     gradients

@@ -28,24 +28,24 @@ from pvae.kinds import Fn
 from pvae.objectives import part_of_batch, temper
 from pvae.optim import NotFinite
 from pvae.programs import evaluating
-from pvae.results import Subject, collapse
+from pvae.results import BATCH, Subject, collapse
 from pvae.schedule import Schedule
 from pvae.stopping import Asked, Stopped, asked_to_stop
 from pvae.vae import VAE
 
-_LOOKS = 100  # steps after which a loss that is summed on a GPU is looked at
-_CHECKED = 250  # images of the fixed validation batch that the cross-check sees
-_CODED = 1000  # validation images whose codes say how many units are active
-_KINDS = {"optimizer": dict, "history": list, "step": int}  # in a checkpoint
-_LINES = 25  # of epochs on the screen, spread over the run; all are in metrics.csv
+_LOOKS = 100  # steps between two reads of a loss that is summed on a GPU
+_CHECKED = 250  # images in the fixed validation batch of the cross-check
+_CODED = 1000  # validation images whose codes tell how many units are active
+_KINDS = {"optimizer": dict, "history": list, "step": int}  # types of a checkpoint's entries
+_LINES = 25  # epochs that get a line on the screen; metrics.csv has all epochs
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot go on; the message says why, and what is left to go on from."""
+    """Training cannot continue; the message says why, and which state of the run is kept."""
 
 
 def spread(epochs: int, count: int) -> set[int]:
-    """About `count` epochs spread over all, the first and the last among them.
+    """The numbers of about `count` epochs, evenly spread from the first epoch to the last.
 
     >>> sorted(spread(100, 4))
     [1, 34, 67, 100]
@@ -56,55 +56,60 @@ def spread(epochs: int, count: int) -> set[int]:
 
 
 class Trainer:
-    """Trains a pair by a stock SVI object, and keeps in a folder what a resumed run needs.
+    """Trains a pair with a stock SVI object, and keeps in a folder what a resumed run needs.
 
-    After each epoch it computes the validation ELBO (always at beta = 1), cross-checks SVI
-    against the same loss by hand, and writes `metrics.csv`, `checkpoint.pt` (the last state; the
-    one before it stays as `checkpoint.previous.pt`) and, where the validation ELBO is the best so
-    far, `best.pt`. Within an epoch it writes a checkpoint every few minutes, and where SIGINT or
-    SIGTERM stops it. A resumed run is the uninterrupted one, bit for bit, on the same processor
-    and versions. Without a folder nothing is written.
-    Labels (or masks) of the data go to a pair that takes them, `vae.takes_y`.
+    After each epoch it computes the validation ELBO (always at beta = 1) and compares SVI's loss
+    with the same loss by hand. It then writes `metrics.csv`, `checkpoint.pt` (the last state; the
+    state before it stays as `checkpoint.previous.pt`) and, if the validation ELBO is the best so
+    far, `best.pt`. It also writes a checkpoint every few minutes within an epoch, and when SIGINT
+    or SIGTERM stops the run. On the same processor and versions, a resumed run ends with the same
+    bits as an uninterrupted run. Without a folder the trainer writes nothing.
+    A pair that takes labels or masks (`vae.takes_y`) gets those of the data.
 
-    Several processes (`pvae.processes`) each take their part of every batch and of the splits, and
-    the first one writes, prints and calls `on_epoch`. The noise of each is drawn from the seed, its
-    rank and the step.
+    With several processes (`pvae.processes`), each process takes its part of every batch and of
+    the splits. Only the first process writes, prints and calls `on_epoch`. Each process draws its
+    noise from the seed, its rank and the step.
 
-    Latents outside the data plate, such as Bayesian weights, are drawn once for all images: their
-    KL counts once in an epoch, so each part of a batch bears its share of it, and the objective is
-    the bound on the whole training set by image. Each part draws them anew; the sum over parts is
-    unbiased all the same. Such a pair is validated at one draw of them, without their KL.
+    Latents outside the data plate, such as Bayesian weights, are drawn once for all images. Their
+    KL counts once in an epoch, so each part of a batch bears a share of this KL, and the objective
+    is the bound on the whole training set, per image. Each part draws these latents anew; the sum
+    over the parts is still unbiased. Validation fixes these latents at one draw for each batch, and
+    leaves their KL out.
 
     Args:
         vae: the pair.
         svi: `pyro.infer.SVI` or `pvae.captured.SVI` over `vae.model` and `vae.guide`, with a
             `SingleOptimizer` over the parameters of `vae`.
         data: the observed data set, on the device of `vae`; or a data set or loader of torch,
-            which goes through `data.from_torch` and is seen as it is.
-        epochs, batch_size: how long, and how many images a step, of all processes together.
-        schedule: of the KL's weight and the learning rate.
+            which the trainer reads by `data.from_torch` and observes as "grey".
+        epochs, batch_size: the number of epochs, and of images in a step of all processes together.
+        schedule: the schedule of the KL's weight and of the learning rate.
         precision: of a training step: "fp32", "tf32" (matrix products on a GPU) or "bf16" (the
             networks, by autocast). Numbers are always reported in float32.
-        seed: of the shuffles and redrawn pixels; the guide's noise is the global random state's.
-        folder: where the run is kept; it is there.
+        seed: the seed of the shuffles and of the redrawn pixels. The guide's noise comes from the
+            global random state.
+        folder: the folder in which the run is kept; it must exist.
         checkpoint_minutes: minutes between checkpoints within an epoch.
-        quiet: no progress bar, no line an epoch.
-        accumulate: in how many parts, one after another, a process takes its part of a batch that
-            does not fit.
-        ema: the decay of a moving average of the weights (`pvae.averaging`), which then is what is
-            validated, kept in `best.pt` and shown to `on_epoch`.
-        patience: epochs without a better validation ELBO after which training stops.
-        on_epoch: called after each epoch with the trainer; the random numbers it draws are its own.
-        go_on: what a person types to go on with a stopped run, such as "--resume runs/a"; part of
-            the message that stops it.
+        quiet: print no progress bar, and no line for each epoch.
+        accumulate: the number of parts, taken one after another, into which each process splits its
+            part of a batch that does not fit into memory.
+        ema: the decay of a moving average of the weights (`pvae.averaging`). The pair with the
+            averaged weights is then validated, kept in `best.pt` and passed to `on_epoch`.
+        patience: training stops after so many epochs without a better validation ELBO.
+        on_epoch: called after each epoch with the trainer. The random numbers that it draws do not
+            change those of training.
+        go_on: what a person types to continue a stopped run, such as "--resume runs/a"; the
+            message that stops the run shows it.
 
     Raises:
-        ValueError: an argument out of its range, an `svi` of another pair or without some of its
-            parameters, data outside the likelihood's support or without the `y` that the pair
-            takes, or a last batch of one image where the pair has BatchNorm. Of batches in parts
-            also: a `batch_size` that they do not divide, a loss that is not a sum over images (an
-            ELBO of your own that is one sets `sums_over_images = True`), BatchNorm, an observed
-            site outside the data plate, a split with fewer images than processes.
+        ValueError: an argument is out of its range, `svi` is of another pair or lacks some of its
+            parameters, the data are outside the likelihood's support or lack the `y` that the pair
+            takes, or the last batch has one image and the pair has BatchNorm. With batches in
+            parts also: `batch_size` is not a multiple of the number of parts, the loss is not a sum
+            over images (if your own ELBO is such a sum, set `sums_over_images = True`), the pair
+            has BatchNorm or an observed site outside the data plate, or a split has fewer images
+            than there are processes.
+        TrainingFailed: the first cross-check fails, or a number in it is not finite.
 
     >>> import pyro, pvae
     >>> from pyro.infer import Trace_ELBO
@@ -156,7 +161,7 @@ class Trainer:
             device = next(vae.parameters()).device
             data = observe(from_torch("data", data), "grey").to(device)
         compatible.check_data(data, vae, batch_size)
-        self.parts = processes.count() * accumulate  # of a batch
+        self.parts = processes.count() * accumulate  # of a batch, over all processes
         if self.parts > 1:
             compatible.check_parts(svi, vae, data, batch_size, self.parts)
         self.vae, self.svi, self.data = vae, svi, data
@@ -170,9 +175,9 @@ class Trainer:
         self.steps_per_epoch = math.ceil(len(data.train.images) / batch_size)
         self.step = 0
         self.history: list[dict[str, float]] = []
-        self._sum: float | Tensor = 0.0  # of the epoch's losses; on a GPU a tensor there
-        self._images: int | Tensor = 0  # that are in it
-        self._asked, self._stored = Asked(), ""  # a signal to stop; what the last checkpoint is of
+        self._sum: float | Tensor = 0.0  # of the epoch's losses; on a GPU it is a tensor
+        self._images: int | Tensor = 0  # images whose losses are in the sum
+        self._asked, self._stored = Asked(), ""  # the signal; the last checkpoint's position
         self.checkpoint_minutes, self._stored_at = checkpoint_minutes, time.perf_counter()
         self._told_collapse = False
         self._shown = spread(epochs, _LINES)
@@ -183,20 +188,23 @@ class Trainer:
             parts = (data.train.images, data.validation.images, data.test.images)
             self.vae.check(*self._checked, [x for x in parts if x.is_floating_point()])
             self._shared = compatible.shared_latents(svi, vae, *self._checked, self.parts)
-        self._against = self._cross_check(1.0).against  # refused before the run, not after it
+        self._against = self._cross_check(1.0).against  # a wrong loss fails here, before the run
 
     # ---- the loop ----
 
     def fit(self, until: int | None = None) -> None:
-        """Trains from wherever the trainer stands to the last epoch, or to the epoch `until`; the
-        schedules are those of all epochs.
+        """Trains from the current step to the end of the last epoch, or of the epoch `until`.
+
+        The schedules always span all epochs, whatever `until` is.
 
         Raises:
-            TrainingFailed: the loss is not finite, or Pyro and the hand-written loss disagree.
-            pvae.stopping.Stopped: by Ctrl-C (a `KeyboardInterrupt`) or SIGTERM, once the step is
-                finished and the state kept; a message says how to go on. A second one stops at
-                once.
-            ConnectionError: another process has ended or does not answer; the same message.
+            TrainingFailed: the loss or a gradient is not finite, Pyro and the hand-written loss
+                disagree, or a file of the run cannot be written.
+            pvae.stopping.Stopped: Ctrl-C or SIGTERM stopped the run (the error is also a
+                `KeyboardInterrupt`). The step is finished and the state kept first; the message
+                says how to continue. A second signal stops at once.
+            ConnectionError: another process has ended or does not answer; the message says how to
+                continue.
         """
         processes.copy_from_first([*self.vae.parameters(), *self.vae.buffers()])
         images = len(self.data.train.images)
@@ -233,12 +241,12 @@ class Trainer:
 
     @property
     def epoch(self) -> int:
-        """Epochs that are done."""
+        """The number of finished epochs."""
         return len(self.history)
 
     @property
     def objective(self) -> str:
-        """What the column `train_objective` of the history holds."""
+        """The name of the objective in the column `train_objective` of the history."""
         return objective_of(self.svi, self.schedule.beta)
 
     @property
@@ -248,7 +256,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """The pair has the averaged weights inside, where `ema` asks for them."""
+        """Inside this context the pair has the averaged weights, if `ema` is given."""
         with contextlib.nullcontext() if self.average is None else self.average.in_place():
             yield
 
@@ -289,10 +297,10 @@ class Trainer:
                 self.on_epoch(self)
 
     def _train(self, bar: Any) -> float:
-        """One pass over the data; the mean of the (tempered) objective, nats per image."""
+        """Makes one pass over the data; returns the mean (tempered) objective, nats per image."""
         self.vae.train()
         images = len(self.data.train.images)
-        # a resumed epoch goes on behind the batches that it has seen
+        # a resumed epoch skips the batches that it has already taken
         for x, y in self.data.batches(
             self.batch_size, seed=self.seed, epoch=self.epoch, skip=self._batch
         ):
@@ -314,8 +322,8 @@ class Trainer:
         return mean
 
     def _prepare(self) -> None:
-        """Captures the step of each size of batch before the first is taken, so that all steps of
-        a run, and of one that goes on with it, are the same code."""
+        """Captures the step of each batch size before the first step, so that all steps of a run,
+        and of a run that resumes it, execute the same code."""
         if not isinstance(self.svi, captured.SVI):
             return
         self.vae.train()
@@ -333,27 +341,27 @@ class Trainer:
 
     @property
     def _batch(self) -> int:
-        """Batches of this epoch that are done."""
+        """The number of finished batches of this epoch."""
         return self.step - self.epoch * self.steps_per_epoch
 
     def _step(self, x: Tensor, y: Tensor | None) -> float | Tensor | None:
-        """The loss of a step on this process's images; None where the batch was left out."""
+        """Takes a step on this process's images; returns its loss, or None for a batch left out."""
         optim, left_out = self.svi.optim, self.svi.optim.left_out + 0
         try:
             with self._explained(x, y):
                 loss = self._launch(x, y) if self.parts == 1 else self._launch_parts(x, y)
-                # to read a number from a GPU is to wait for it
+                # reading a number from a GPU waits for all its work, so only `_look` reads it
                 if isinstance(loss, Tensor) and loss.is_cuda:
                     return loss
                 return _finite(float(loss)) if optim.left_out == left_out else None
         except TrainingFailed:
             if optim.on_nan == "stop" or optim.left_out != left_out:
                 raise
-            optim.left_out += 1  # Pyro refused the numbers of a site before there was a gradient
+            optim.left_out += 1  # Pyro refused the values of a site, so no gradient exists
             return None
 
     def _launch_parts(self, x: Tensor, y: Tensor | None) -> float | Tensor:
-        if processes.count() > 1:  # so that a resumed run needs no random state of each process
+        if processes.count() > 1:  # then a resumed run needs no random states of processes
             torch.manual_seed(processes.seed(self.seed, self.step))
         total: Any = 0.0
         with self.svi.optim.summing():
@@ -362,7 +370,7 @@ class Trainer:
         return total
 
     def _parts(self, x: Tensor, y: Tensor | None = None) -> list[tuple[Tensor, Tensor | None]]:
-        """What this process takes of a batch, in the parts that it takes one after another."""
+        """Splits this process's images of a batch into the parts that it takes one by one."""
         size = self.batch_size // self.parts
         ys = itertools.repeat(None) if y is None else y.split(size)
         return [(part, its_y) for part, its_y in zip(x.split(size), ys, strict=False) if len(part)]
@@ -383,13 +391,13 @@ class Trainer:
             yield
 
     def _by_image(self, x: Tensor) -> contextlib.AbstractContextManager[Any]:
-        """Latents of all images weigh as much as `x` is of the training set."""
+        """Weights the latents that all images share by the fraction of the training set in `x`."""
         if not self._shared:
             return contextlib.nullcontext()
         return part_of_batch(len(x) / len(self.data.train.images))
 
     def _at_one_draw(self, x: Tensor, y: Tensor | None) -> tuple[Fn, Fn]:
-        """Model and guide, in which latents of all images are fixed at a draw."""
+        """Model and guide, in which one draw fixes the latents that all images share."""
         pair = self.vae.model, self.vae.guide
         if not self._shared:
             return pair
@@ -399,7 +407,7 @@ class Trainer:
         return model, guide
 
     def _count(self, loss: float | Tensor | None, images: int) -> None:
-        """Adds a batch to the epoch's objective, but for one that was left out."""
+        """Adds the loss of a batch to the epoch's sum, unless the batch was left out."""
         if isinstance(loss, Tensor):
             finite = loss.isfinite()
             skip = self.svi.optim.on_nan == "skip"
@@ -409,7 +417,7 @@ class Trainer:
             self._sum, self._images = self._sum + loss, self._images + images
 
     def _look(self, x: Tensor, y: Tensor | None) -> None:
-        """Reads what a GPU has added up."""
+        """Reads the sum of the losses, and raises if it or a gradient was not finite."""
         with self._explained(x, y):
             _finite(float(self._sum))
             if self.svi.optim.on_nan == "stop" and int(self.svi.optim.left_out):
@@ -420,7 +428,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _explained(self, x: Tensor, y: Tensor | None) -> Iterator[None]:
-        """A number that is not finite stops the run: which site or parameter it is, in words."""
+        """Reports a number that is not finite as `TrainingFailed`, with its site or parameter."""
         try:
             yield
         except (ValueError, NotFinite) as error:
@@ -453,36 +461,36 @@ class Trainer:
             torch.set_float32_matmul_precision(before)
 
     def _validate(self) -> dict[str, float]:
-        """The means of the ELBO at beta = 1 and its terms, with fixed noise."""
+        """The validation means of the ELBO at beta = 1 and of its terms, with fixed noise."""
 
         def bound(x: Tensor, y: Tensor | None) -> evaluate.Bound:
             with self._explained(x, y), self._by_image(x):
                 return evaluate.elbo(*self._at_one_draw(x, y), x, y)
 
         subject = Subject(self.vae, self.data, self.seed, quiet=True)
-        size = min(500, len(self.data.train.images))  # no larger than a plate of all of them
+        size = min(BATCH, len(self.data.train.images))  # `_by_image` takes no larger batch
         means = subject.over(self.data.validation, bound, size)
         return {f"validation_{name}": t.mean().item() for name, t in means._asdict().items()}
 
     def _active_units(self) -> int:
-        """How many units of the (first) latent are active."""
+        """The number of active units of the (first) latent."""
 
         def means(x: Tensor, y: Tensor | None) -> Tensor:
             y = self.vae.given(y)
             return evaluate.posterior_means(self._at_one_draw(x, y)[1], x, y)
 
         first = self.data.validation.first(_CODED)
-        codes = evaluate.over(first, means, batch_size=500, seed=self.seed)
+        codes = evaluate.over(first, means, batch_size=BATCH, seed=self.seed)
         self._units = codes.shape[1]
         return evaluate.active_units(codes)
 
     def _skipped(self) -> int:
-        """Batches of this epoch that were left out."""
+        """The number of batches of this epoch that were left out."""
         before = sum(row.get("skipped", 0) for row in self.history)
         return int(self.svi.optim.left_out - before)
 
     def _tell_collapse(self, row: Mapping[str, float]) -> None:
-        """A warning, once, where hardly a unit is active after the warm-up."""
+        """Warns, once, if hardly any unit is active after the warm-up."""
         early = max(*self.schedule.warmups, self.schedule.lr_warmup, 0.1) * self.epochs
         if self.quiet or self._told_collapse or self.epoch <= early:
             return
@@ -518,10 +526,10 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = rate * factor
 
-    # ---- what is kept ----
+    # ---- files and checkpoints ----
 
     def _keep(self) -> None:
-        """What is written after an epoch, by the first process."""
+        """Writes the files of a finished epoch; only the first process writes."""
         if self.folder is None:
             return
         if processes.is_first():
@@ -537,18 +545,18 @@ class Trainer:
                     checkpoint.save(self.vae, folder / "best.pt", notes)
 
     def _store(self) -> None:
-        """Writes a checkpoint, in an epoch or after one."""
+        """Writes a checkpoint, within an epoch or after it."""
         if self.folder is None:
             return
-        state = self.state()  # of all processes
+        state = self.state()  # all processes compute it together: it holds their sums
         with self._room():
             if processes.is_first():
                 keeping.write(self.folder, state)
-        processes.wait()  # what another one reads is whole
+        processes.wait()  # until the file is complete, so that every process can read it
         self._stored, self._stored_at = self._position(), time.perf_counter()
 
     def _pause(self) -> None:
-        """Between two steps: is it time for a checkpoint, or to stop? All processes do the same."""
+        """Writes a checkpoint if it is due, and stops if a signal came; all processes agree."""
         due = time.perf_counter() - self._stored_at >= 60 * self.checkpoint_minutes
         asked, due = processes.any_of(self._asked.signum is not None, due)
         if (asked or due) and self._stored != self._position():
@@ -563,7 +571,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _room(self) -> Iterator[None]:
-        """A disk that is full stops the run, and the files that are there stay."""
+        """Turns a failed write, as on a full disk, into `TrainingFailed`."""
         try:
             yield
         except OSError as error:
@@ -580,7 +588,7 @@ class Trainer:
         alone = processes.count() == 1
         return {
             **checkpoint.pair_state(self.vae),
-            "optimizer": optimizer,  # by module path: store names differ from run to run
+            "optimizer": optimizer,  # by module path, as Pyro's store names differ between runs
             "history": self.history,
             "step": self.step,
             "sum": self._sum if alone else processes.total(float(self._sum)),
@@ -592,18 +600,24 @@ class Trainer:
         }
 
     def restore_best(self) -> None:
-        """Puts the model of the best validation ELBO into `vae`, where a folder keeps it."""
+        """Loads the model of the best validation ELBO into `vae`, if the run has a folder.
+
+        Raises:
+            FileNotFoundError, ValueError: the folder has no `best.pt`, or the file is damaged.
+        """
         if self.folder is not None:
             path = self.folder / "best.pt"
             checkpoint.restore(self.vae, checkpoint.read(path)["model"], path)
 
     def resume(self, path: str | Path) -> None:
-        """Goes back to the state of a checkpoint; nothing is changed if it does not fit.
+        """Restores the state of a checkpoint.
 
-        Where the file is damaged, the one before it takes its place, and a line says so.
+        If the file is damaged, the checkpoint before it takes its place, and a line says so. A
+        checkpoint of another architecture changes nothing.
 
         Raises:
-            FileNotFoundError, ValueError: no checkpoint, a damaged one, or of another architecture.
+            FileNotFoundError, ValueError: there is no checkpoint, or it is damaged or of another
+                architecture.
         """
         state = processes.from_first(lambda: keeping.read(Path(path)))
         try:
@@ -643,13 +657,13 @@ class Trainer:
         paths = {p: path for path, p in self.vae.named_parameters()}
         return [paths[p] for group in self.optimizer.param_groups for p in group["params"]]
 
-    # ---- what is said ----
+    # ---- messages ----
 
     def _say(self, text: str) -> None:
         if not processes.is_first():
             return
         tqdm.write(text)
-        sys.stdout.flush()  # a pipe is to see each epoch as it ends
+        sys.stdout.flush()  # so that a pipe gets the line of each epoch at once
 
     def _not_finite(self, what: str) -> str:
         batch = f"batch {self._batch + 1} of {self.steps_per_epoch}"

@@ -1,8 +1,8 @@
-"""Files of strangers: bounds that hold before anything is made of what a file claims.
+"""Checks on files from strangers, made before a reader allocates or builds what a file claims.
 
-A short file may claim a long array, and a packed one unpack to a thousand times its size. A
-pickle may name a function, and the machine then calls it. Here are the checks that the readers of
-data, checkpoints and run folders share.
+A short file may claim a long array. A packed file may unpack to a thousand times its size. A pickle
+may name a function, which the unpickler then calls. The readers of data, checkpoints and run
+folders share these checks.
 """
 
 import json
@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-JSON_BYTES = 2**24  # a run's JSON files have some thousands
-_FREE, _RATIO = 2**27, 100  # bytes that may come of any file, and how many times its own size
-_STEPS = 2**20  # of a pickle: 30 for each tensor
+JSON_BYTES = 2**24  # the most bytes of a JSON file; those of a run have some thousands
+_FREE, _RATIO = 2**27, 100  # any file may unpack to so many bytes, or to so many times its size
+_STEPS = 2**20  # the most steps of a pickle, which needs about 30 for each tensor
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -31,13 +31,16 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         content = json.loads(Path(path).read_bytes())
         if not isinstance(content, dict):
             raise ValueError("it must hold an object in braces")
-    except (ValueError, RecursionError) as error:  # a ValueError is of UTF-8 or of JSON too
+    except (ValueError, RecursionError) as error:  # UTF-8 and JSON errors are ValueErrors
         raise ValueError(f"{path} is damaged: {error}") from error
     return content
 
 
 def check_unpacked(unpacked: int, packed: int) -> None:
-    """Refuses data that would take far more memory than its file takes on disk, both in bytes.
+    """Refuses data that would take far more bytes in memory than its file takes on the disk.
+
+    Raises:
+        ValueError: more than 128 MiB, and more than 100 times the size of the file.
 
     >>> check_unpacked(unpacked=2**40, packed=1000)
     Traceback (most recent call last):
@@ -54,17 +57,21 @@ def check_unpacked(unpacked: int, packed: int) -> None:
 def check_pickle(
     content: bytes, allows: Callable[[str], bool] = lambda name: True, protocol: int = 5
 ) -> None:
-    """Walks through a pickle without unpickling it: no name but those that `allows` takes, no
-    later protocol, bounded steps and numbers of the memory that it asks for.
+    """Checks the steps of a pickle without unpickling it.
 
-    `allows` is asked for names of the protocols before 4, as "module name".
+    It may contain only names for which `allows("module name")` is true, only steps of `protocol` or
+    an earlier one, a bounded number of steps, and memo numbers no larger than its length. `allows`
+    sees only the names that pickles of protocols before 4 store.
+
+    Raises:
+        ValueError: the pickle breaks one of these rules.
 
     >>> import os, pickle
     >>> check_pickle(pickle.dumps(os.getcwd, protocol=2), lambda name: False)
     Traceback (most recent call last):
     ValueError: it names 'posix getcwd', which no file of this kind needs
     """
-    steps: Any = pickletools.genops(content)  # an argument is a text or a number, by its code
+    steps: Any = pickletools.genops(content)  # the code tells if its argument is text or a number
     for step, (code, argument, _) in enumerate(steps):
         if step >= _STEPS:
             raise ValueError(f"it must have at most {_STEPS:,} steps")
@@ -77,7 +84,7 @@ def check_pickle(
 
 
 class Named:
-    """What stands in a pickle for an object that it names: what it would be made of, not it."""
+    """The stand-in for an object that a pickle names: it holds only the arguments and the state."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments

@@ -171,7 +171,7 @@ def test_a_change_that_is_not_looked_up_is_found(monkeypatch):
     trained(svi, 2 + 5)
     assert svi.engine == "captured"
     monkeypatch.setattr(f"{__name__}.HIDDEN", 3.0)
-    with pytest.warns(UserWarning, match="the loss is by the graph not .* last 3 calls") as noted:
+    with pytest.warns(UserWarning, match="differ in the loss: .* last 3 calls") as noted:
         losses = trained(svi, 5)
     assert len(noted) == 1
     assert svi.engine == "eager"
@@ -190,7 +190,7 @@ def test_a_change_that_is_not_looked_up_is_found_strictly(monkeypatch):
     svi = made(model=hidden)
     trained(svi, 2 + 5)
     monkeypatch.setattr(f"{__name__}.HIDDEN", 3.0)
-    with pytest.raises(NotCaptured, match="the loss is by the graph not what it is by"):
+    with pytest.raises(NotCaptured, match="the graph and the programs differ in the loss"):
         trained(svi, 5)
 
 
@@ -222,7 +222,7 @@ def test_a_function_is_held_against_itself(monkeypatch):
     def calls():
         return [ours(DATA) for _ in range(5)]
 
-    with pytest.warns(UserWarning, match="a result is by the graph not what it is by the function"):
+    with pytest.warns(UserWarning, match="the graph and the function differ in a result"):
         last = calls()[-1]
     assert torch.equal(last, 3 * DATA)
 

@@ -2217,7 +2217,7 @@ def what_is_kept_only_while_tracing(svi_of):
         yield svi.step(batch(i)), list(kept), dict(named), whole.z, last
 
 
-@program(captured=False, says="the gradient of `shift` is by the graph not what it is")
+@program(captured=False, says="the graph and the programs differ in the gradient of `shift`")
 def a_gradient_that_is_zero_and_then_none(svi_of):
     def model(data):
         shift = pyro.param("shift", torch.tensor(0.5))
@@ -2979,7 +2979,7 @@ class Shy:
         return object.__getattribute__(self, name)
 
 
-@program(captured=False, says="what the programs see cannot be looked up: .* go away")
+@program(captured=False, says="what the programs read cannot be looked up: .* go away")
 def an_object_that_cannot_be_looked_at(svi_of):
     shy = Shy()
     shy.scale = 1.0
@@ -2992,7 +2992,7 @@ def an_object_that_cannot_be_looked_at(svi_of):
         yield svi.step(batch(i))
 
 
-@program(captured=False, says="`whole.x` is another at every call, and not a tensor")
+@program(captured=False, says="`whole.x` changes at every call, and is not a tensor")
 def batches_of_numpy(svi_of):
     whole = types.SimpleNamespace(x=None)
 

@@ -400,6 +400,19 @@ def test_a_ladder_trains_captured_or_not(labels):
     assert trained[0] == pytest.approx(trained[1], rel=1e-3)
 
 
+@pytest.mark.parametrize("guide", ["normal", "ladder"])
+def test_a_unit_that_the_layer_above_determines_has_gradients(guide):
+    vae = pvae.build((1, 8, 8), DIMS, "mlp", hidden=8, guide=guide)
+    with torch.no_grad():
+        vae.model.prior.net.out.bias[DIMS[0] :] = -100.0  # log variances of p(z1 | z2)
+        if guide == "ladder":  # q(z1 | z2, x) is as narrow
+            vae.guide.estimates[0].net.out.bias[DIMS[0] :] = 20.0
+        else:
+            vae.guide.posterior.net.out.bias[DIMS[0] :] = -10.0
+    Trace_ELBO().loss_and_grads(vae.model, vae.guide, X)
+    assert all(p.grad.isfinite().all() for p in vae.parameters())
+
+
 def test_a_ladder_draws_in_the_models_order():
     """So the mean-field ELBO, wrong on a guide from below, is the ELBO here."""
     vae = ladder().double()

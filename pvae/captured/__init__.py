@@ -1,7 +1,7 @@
-"""Plain Pyro programs whose handlers run once: traced, compiled, and called as code from then on.
+"""Traces plain Pyro programs once, compiles them, and then calls the code without Pyro's handlers.
 
 `captured.SVI` is a drop-in for `pyro.infer.SVI`; `captured.Function` does the same for a function
-of tensors, such as the importance weights of a batch.
+of tensors, such as one that computes the importance weights of a batch.
 """
 
 from pvae.captured.capturing import submodules

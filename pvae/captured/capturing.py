@@ -1,4 +1,4 @@
-"""When a call is captured, what its graph depends on, and when it is held against the programs."""
+"""Captures calls as graphs, finds the graph of a later call, and compares it with the programs."""
 
 import contextlib
 import operator
@@ -19,36 +19,41 @@ from pvae.captured.reasons import in_words
 from pvae.captured.seen import FLOATS, Seen, Spot, is_value, layout
 from pvae.captured.tracing import parameters, without_onednn
 
-_SIGNATURES = 100  # that are told apart; beyond it a call with a new one runs eager
-_IN_A_ROW = 4  # new signatures of the same arguments
-_TRIES = 8  # of what rounding may do to the programs' results
-_SOMETIMES = 1000  # captured calls between two that are held against the programs
+_SIGNATURES = 100  # that are kept; after so many, a call with a new one runs eager
+_IN_A_ROW = 4  # new entries for one key; after so many, a warning names what changes
+_TRIES = 8  # runs of the programs to measure what rounding does to their results
+_SOMETIMES = 1000  # captured calls; after every so many, one is compared with the programs
 
 
 class Signature(NamedTuple):
-    """What tells one graph from another before the programs are looked at, and what changes."""
+    """The arguments and surroundings of a call; calls with another `key` never share a graph."""
 
     key: Hashable
-    tensors: list[Tensor]  # of the arguments, then of the handlers around the step
-    numbers: list[tuple[Spot, Tensor]]  # where a handler holds one, and the number as a tensor
-    leaves: list[Any]  # of the arguments
-    structure: Any
-    floats: list[tuple[int, float]]  # which of the leaves are one, and its value
+    tensors: list[Tensor]  # of the arguments, then of the handlers around the call
+    numbers: list[tuple[Spot, Tensor]]  # floats of the handlers: place, and value as a tensor
+    leaves: list[Any]  # the values inside the arguments
+    structure: Any  # of the arguments, without the leaves
+    floats: list[tuple[int, float]]  # among the leaves: index and value
 
     def arguments(self, tensors: dict[int, Tensor]) -> tuple[Any, Any]:
-        """The arguments, with tensors in place of some numbers."""
+        """Returns `(args, kwargs)`, with `tensors[i]` in place of leaf `i`."""
         leaves = [tensors.get(i, leaf) for i, leaf in enumerate(self.leaves)]
-        return pytree.tree_unflatten(leaves, self.structure)  # in lists and so on of their own
+        return pytree.tree_unflatten(leaves, self.structure)  # new lists and dictionaries
 
     def is_of(self, args: Any, kwargs: Any) -> bool:
-        """Whether the arguments are what they were."""
+        """Returns whether the arguments hold the same objects as before the call."""
         leaves, structure = pytree.tree_flatten((args, kwargs))
         same = len(leaves) == len(self.leaves) and all(map(operator.is_, leaves, self.leaves))
         return bool(same and structure == self.structure)
 
 
 def signature_of(args: Any, kwargs: Any) -> Signature:
-    """What a call must have in common with another one to use its graph, and its tensors."""
+    """Returns the signature of a call.
+
+    Raises:
+        NotCaptured: an argument or a handler holds a value that cannot be compared, or a tensor
+            requires a gradient, or the call is in `torch.inference_mode`.
+    """
     leaves, structure = pytree.tree_flatten((args, kwargs))
     key: list[Hashable] = [structure, torch.get_default_dtype(), torch.get_default_device()]
     key += [torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()]
@@ -56,7 +61,7 @@ def signature_of(args: Any, kwargs: Any) -> Signature:
     for device in ("cpu", "cuda"):
         key += [torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)]
     tensors: list[Tensor] = []
-    first: dict[int, int] = {}  # a tensor that is given twice is one input
+    first: dict[int, int] = {}  # by id: `key` tells one tensor given twice from two tensors
 
     def add(value: Any, where: str) -> None:
         if isinstance(value, Tensor):
@@ -92,14 +97,17 @@ def signature_of(args: Any, kwargs: Any) -> Signature:
                 add(value, where)
     try:
         hash(tuple(key))
-    except TypeError as error:  # of a class that pytree knows and that cannot be hashed
+    except TypeError as error:  # the structure may hold an object that cannot be hashed
         raise NotCaptured(f"the arguments cannot be told apart: {error}") from error
     return Signature(tuple(key), tensors, numbers, leaves, structure, floats)
 
 
 def as_tensor(value: float, dtype: torch.dtype, beside: Sequence[Tensor]) -> Tensor:
-    """Filled where the call runs: a copy from the host would wait for the GPU, and a CUDA graph
-    would keep its value."""
+    """Returns a number as a tensor `()` on the GPU, if the call has a tensor there.
+
+    The tensor is filled on the GPU. A copy from the host would wait for the GPU, and a CUDA graph
+    would repeat the first value.
+    """
     held = (*beside, *parameters().values())
     device = next((t.device for t in held if t.is_cuda), torch.device("cpu"))
     return torch.full((), value, dtype=dtype, device=device)
@@ -107,7 +115,7 @@ def as_tensor(value: float, dtype: torch.dtype, beside: Sequence[Tensor]) -> Ten
 
 @contextlib.contextmanager
 def as_tensors(numbers: Sequence[tuple[Spot, Tensor]], before: Sequence[float]) -> Iterator[None]:
-    """The numbers are tensors inside."""
+    """Puts the tensors in the places of the numbers inside the block; after it, `before` again."""
     for spot, number in numbers:
         spot.put(number)
     try:
@@ -118,14 +126,14 @@ def as_tensors(numbers: Sequence[tuple[Spot, Tensor]], before: Sequence[float]) 
 
 
 def submodules(program: Any) -> list[nn.Module]:
-    """The modules that a program is, or is a method of."""
+    """Returns all modules of a program that is an `nn.Module` or its method; else an empty list."""
     module = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
     return list(module.modules()) if isinstance(module, nn.Module) else []
 
 
 @contextlib.contextmanager
 def called(modules: dict[nn.Module, None]) -> Iterator[None]:
-    """Notes every module that is called inside."""
+    """Adds every module that is called inside the block to `modules`."""
     hook = nn.modules.module.register_module_forward_pre_hook(
         lambda module, args: modules.setdefault(module)
     )
@@ -137,18 +145,18 @@ def called(modules: dict[nn.Module, None]) -> Iterator[None]:
 
 @dataclass
 class Entry:
-    """One signature: what is seen with it, how often it ran, and its graph."""
+    """Calls with one signature and one state of what the programs read, and their graph."""
 
-    seen: Seen
-    among: list[int | None]  # at which places of `seen` the arguments lie as well
-    floats: list[tuple[int, float]]  # among the arguments
-    free: list[int] = field(default_factory=list)  # which of them may change
-    runs: int = 0  # eager
+    seen: Seen  # what the programs read
+    among: list[int | None]  # index of each tensor of the signature in `seen.tensors`
+    floats: list[tuple[int, float]]  # among the arguments: index and value
+    free: list[int] = field(default_factory=list)  # indices of those that may change
+    runs: int = 0  # eager calls
     graph: Any = None
-    refused: bool = False
-    replays: int = 0
-    dtype: torch.dtype = torch.float64  # of numbers that may change
-    trusted: int = 0  # replays up to the last one that was held against the programs
+    refused: bool = False  # it cannot be captured
+    replays: int = 0  # calls by the graph
+    dtype: torch.dtype = torch.float64  # of the inputs that are numbers
+    trusted: int = 0  # `replays` at the last comparison with the programs
 
     def fits(self, signature: Signature) -> bool:
         return (
@@ -161,7 +169,7 @@ class Entry:
         )
 
     def inputs(self, signature: Signature) -> list[Tensor]:
-        """All that changes from call to call."""
+        """Returns the inputs of the graph: tensors, then numbers that may change."""
         beside = signature.tensors
         numbers = [value for i, value in signature.floats if i in self.free]
         numbers += [value for _, value in self.seen.numbers()]
@@ -169,23 +177,29 @@ class Entry:
 
 
 def places(seen: Seen, signature: Signature) -> list[int | None]:
-    """Where each tensor of the arguments lies in what the programs see; None where it does not."""
+    """Returns for each tensor of the signature its index in `seen.tensors`, or None."""
     return [seen.place_of(t) for t in signature.tensors]
 
 
 class Capturing:
-    """Calls that run eager, are captured once for each signature, and are a graph's from then on.
+    """Calls that run eager at first, are captured once for each signature, and then run by a graph.
 
-    A subclass says how: `_eager`, a call without a graph; `_reference`, the same up to where it
-    changes more than what the programs write themselves, and `_finish`, the rest; `_make`, a graph;
-    `_try`, what it returns, and `_accept`, the rest of a call by a graph; `_difference`, what tells
-    the two ways apart, given further outcomes with the parameters moved by their last digits;
-    `_replay`, a whole call by a graph. A graph has `tensors`, which it takes besides its inputs;
-    `bind_to` notes where they are seen, and `bind` takes what is there now.
+    A subclass defines these methods:
+
+    - `_eager` runs a call without a graph.
+    - `_reference` runs a call without a graph, but only the programs; `_finish` does the rest of
+      this call (for SVI, the optimizer's part).
+    - `_make` makes a graph; `_try` runs it, and `_accept` does the rest of this call.
+    - `_difference` names a result in which graph and programs differ. It also gets the outcomes of
+      the programs with parameters that were moved by their last digits.
+    - `_replay` does a whole call by a graph.
+
+    A graph takes its inputs and also its `tensors`. `bind_to` notes in which places the programs
+    read these tensors, and `bind` takes the tensors that are in the places now.
     """
 
-    _programs: Sequence[str]  # which attributes they are
-    _captures_of: str  # what is captured, in messages
+    _programs: Sequence[str]  # names of the attributes that hold the programs
+    _captures_of: str  # what messages call the programs
 
     def __init__(
         self,
@@ -203,22 +217,22 @@ class Capturing:
         self.compiler = compiler
         self.engine = "eager"
         self.reason: str | None = None
-        self.captures = 0  # how often a graph was made
+        self.captures = 0  # how often a capture was tried
         self._modules = dict.fromkeys(modules)
         self._begin()
 
     def _begin(self) -> None:
-        """Nothing is captured, and nothing known of the programs."""
+        """Forgets all graphs, and all that is known of the programs."""
         self._entries: dict[Hashable, list[Entry]] = {}
         self._signatures = 0
-        # numbers of which it was tried in vain to make inputs, and why they are none
+        # places of numbers that could not be made inputs of a graph, and why not
         self._frozen: list[tuple[Spot, str]] = []
-        self._frozen_floats: set[int] = set()  # of the arguments, the same
+        self._frozen_floats: set[int] = set()  # the same, for indices of arguments
         self._distrusted: str | None = None
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without graphs: a copy, or what is read from a file, captures anew."""
+        """Leaves out the graphs: a copy, or an object that `pickle` reads, captures again."""
         other = Capturing.__new__(type(self))
         other.__dict__.update(vars(self))
         other._begin()
@@ -279,14 +293,14 @@ class Capturing:
                 result = self._eager(args, kwargs)
             try:
                 self._count(entries, signature)
-            except Exception as error:  # whatever an object says to being looked at
-                self._distrusted = f"what the programs see cannot be looked up: {in_words(error)}"
+            except Exception as error:  # an object may raise anything when its attributes are read
+                self._distrusted = f"what the programs read cannot be looked up: {in_words(error)}"
                 self._refuse(self._distrusted)
             return result
         return self._capture(entry, signature, args, kwargs)
 
     def _count(self, entries: list[Entry], signature: Signature) -> None:
-        """One more eager call, with all modules known, and as they are after it."""
+        """Counts an eager call after it has run, when all modules that it calls are known."""
         entry = next((e for e in entries if e.fits(signature)), None)
         if entry is None:
             entry = self._entry(signature)
@@ -304,7 +318,7 @@ class Capturing:
         return Seen(vars(self), self._programs, list(self._modules))
 
     def _let_vary(self, entry: Entry, others: list[Entry]) -> None:
-        """Numbers that alone tell it from another entry are to be inputs of its graph."""
+        """If only numbers differ from another entry, makes them inputs of the graph of `entry`."""
         for other in others:
             varying = entry.seen.vary_from(other.seen)
             if varying is None or entry.among != other.among:
@@ -321,14 +335,14 @@ class Capturing:
                 return
 
     def _always_new(self, entries: Sequence[Entry]) -> str | None:
-        """What is another at every call, if the last of them all were new."""
+        """Says what changes at every call if the last `_IN_A_ROW` calls were all new; else None."""
         last = entries[-_IN_A_ROW:]
         if len(last) < _IN_A_ROW or any(e.runs > 1 or e.refused or e.graph for e in last):
             return None
         names = dict.fromkeys(last[-1].seen.first_change_from(e.seen) for e in last[:-1])
         named = ", ".join("a number among the arguments" if n is None else f"`{n}`" for n in names)
         why = self._frozen[-1][1] if self._frozen else ""
-        return f"{named} is another at every call, and not a tensor{why}"
+        return f"{named} changes at every call, and is not a tensor{why}"
 
     def _too_many(self, entries: Sequence[Entry]) -> str:
         names = [
@@ -337,15 +351,15 @@ class Capturing:
             if (name := self._look().first_change_from(entry.seen)) is not None
         ]
         return (
-            f"{self.captures} graphs for {self._signatures} signatures (shapes, numbers among "
-            "the arguments, and what the programs see besides them) were made; what changes from "
+            f"{self.captures} graphs were made for {self._signatures} signatures (shapes, numbers "
+            "among the arguments, other values that the programs read); a value that changes from "
             "step to step should be a tensor" + "".join(f", such as `{name}`" for name in names)
         )
 
     def _by_graph(self, entry: Entry, signature: Signature, args: Any, kwargs: Any) -> Any:
         inputs = entry.inputs(signature)
         graph = entry.graph
-        if not graph.bind(entry.seen):  # as after `clear_param_store`: the programs have to run
+        if not graph.bind(entry.seen):  # as after `clear_param_store`: run the programs
             entry.graph = None
             return self._eager(args, kwargs)
         self.engine, self.reason = "captured", None
@@ -358,7 +372,7 @@ class Capturing:
     # ---- capturing ----
 
     def _capture(self, entry: Entry, signature: Signature, args: Any, kwargs: Any) -> Any:
-        """The call as it is, against which a new graph of it is held at the same noise."""
+        """Runs the call eagerly, and makes a graph that is compared with it at the same noise."""
         outcome, end, reason = self._captured(entry, signature, args, kwargs)
         end.put_back()
         if reason:
@@ -369,7 +383,7 @@ class Capturing:
     def _captured(
         self, entry: Entry, signature: Signature, args: Any, kwargs: Any
     ) -> tuple[Any, Moment, str | None]:
-        """The call as it is but not finished, what was when it ended, and why there is no graph."""
+        """Runs the programs and makes a graph; returns outcome, end, and why there is no graph."""
         self.captures += 1
         seen = self._look()
         seen.vary_as(entry.seen)
@@ -409,7 +423,7 @@ class Capturing:
         end: Moment,
         outcome: Any,
     ) -> str | None:
-        """Makes the entry's graph, and holds it against the outcome; why there is none."""
+        """Makes the graph of `entry` and compares it with `outcome`; returns why it is refused."""
         varying = entry.seen.numbers()
         either = varying or entry.free
         for dtype in [torch.float64, torch.get_default_dtype()] if either else [torch.float64]:
@@ -417,10 +431,10 @@ class Capturing:
             reason = self._attempt(entry, signature, start, end, outcome)
             if not reason:
                 return None
-        if either:  # as numbers that stay
+        if either:  # once more, with the numbers as constants
             nowhere = Spot(None, None, "an argument")
             for spot in [spot for spot, _ in varying] or [nowhere]:
-                self._frozen.append((spot, f"; with a tensor in its place {reason}"))
+                self._frozen.append((spot, f"; with a tensor in its place, {reason}"))
             self._frozen_floats.update(entry.free)
             entry.seen.varying, entry.free = [], []
             reason = self._attempt(entry, signature, start, end, outcome)
@@ -454,10 +468,10 @@ class Capturing:
                 by_graph = self._try(graph, inputs)
             difference = self._unlike(start, graph, by_graph, outcome, args, kwargs)
             difference = difference or Moment(end.tensors).difference(end)
-        except Exception as error:  # whatever the tracer or the compiler says
+        except Exception as error:  # tracer and compiler may raise anything
             return in_words(error)
         if difference:
-            return f"by the graph {difference} is not that of the {self._captures_of}"
+            return f"the graph and the {self._captures_of} differ in {difference}"
         entry.graph = graph
         return None
 
@@ -465,12 +479,14 @@ class Capturing:
         return Moment(strided([*tensors, *parameters().values()]))
 
     def _checked(self, entry: Entry, inputs: list[Tensor], args: Any, kwargs: Any) -> Any:
-        """A call by a graph that is held against the programs; theirs, and the last by this graph,
-        where they differ."""
+        """Does a call by the graph and by the programs, and compares the two.
+
+        If they differ, the call is that of the programs, and no graph is used any more.
+        """
         graph = entry.graph
         start = self._moment([*inputs, *graph.tensors])
         elsewhere = other_random_state(entry.seen.generators)
-        with pyro.validation_enabled(False):  # as all captured calls
+        with pyro.validation_enabled(False):  # as in all captured calls
             outcome = self._reference(leaves_of(start), args, kwargs)
         end = Moment(start.tensors)
         changes = entry.seen.changes()
@@ -479,9 +495,9 @@ class Capturing:
         difference = self._unlike(start, graph, by_graph, outcome, args, kwargs)
         difference = difference or Moment(start.tensors).difference(end)
         if changes:
-            difference = f"`{changes[0]}`, which the programs change,"
+            difference = f"`{changes[0]}`, which the programs change"
         elif other_random_state(entry.seen.generators) != elsewhere:
-            difference = "what is drawn by Python or NumPy"
+            difference = "the random numbers of Python or NumPy"
         if difference is None:
             entry.trusted = entry.replays
             return self._accept(graph, by_graph)
@@ -493,10 +509,12 @@ class Capturing:
     def _unlike(
         self, start: Moment, graph: Any, by_graph: Any, outcome: Any, args: Any, kwargs: Any
     ) -> str | None:
-        """What of the graph's results is not the programs', beyond what it does to theirs to take
-        other kernels than oneDNN's and to move each parameter by its last digits. Where a sum is
-        small and its terms are large, little is left of it but rounding: oneDNN's gradient of a
-        bias may be off by a percent. And a ReLU has a kink, on whose two sides two roundings lie.
+        """Names a result in which graph and programs differ by more than rounding explains.
+
+        To measure rounding, the programs run again without oneDNN's kernels, with each parameter
+        moved by its last digits. A small sum of large terms is mostly rounding error: oneDNN's
+        gradient of a bias may be off by a percent. And a ReLU has a kink: two roundings of one
+        number may be on its two sides.
         """
         difference = self._difference(graph, by_graph, outcome, [])
         if difference is None:
@@ -518,11 +536,11 @@ class Capturing:
             after.put_back()
 
     def _distrust(self, entry: Entry, difference: str) -> None:
-        """No graph is used any more: what has changed may be seen by all of them."""
+        """Drops all graphs: each of them may depend on the value that has changed."""
         wrong = entry.replays - 1 - entry.trusted
         self._distrusted = (
-            f"{difference} is by the graph not what it is by the {self._captures_of}, which depend "
-            "on something that is not looked up at every call (see captured.SVI); the last "
+            f"the graph and the {self._captures_of} differ in {difference}: something that is not "
+            "looked up at every call has probably changed (see captured.SVI); the last "
             f"{wrong} calls by this graph may be wrong"
         )
         self._entries.clear()
@@ -540,17 +558,17 @@ class Capturing:
 
 
 def is_due(done: int) -> bool:
-    """Whether a call is held against the programs, after so many that are a graph's."""
+    """Returns whether a call is compared with the programs, after `done` calls by the graph."""
     return done > 0 and (done & (done - 1) == 0 or done % _SOMETIMES == 0)
 
 
 def spot_value(spot: Spot) -> float:
-    """The number that is held at a spot."""
+    """Returns the number at a spot."""
     return spot.holder[spot.key]
 
 
 def leaves_of(moment: Moment) -> list[Tensor]:
-    """The tensors that the programs see and that may get a gradient."""
+    """Returns the leaf tensors of `moment` that may get a gradient."""
     return [t for t in moment.tensors if t.requires_grad and t.is_leaf]
 
 

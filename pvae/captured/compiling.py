@@ -1,4 +1,4 @@
-"""Compilers: from a traced graph to code that is called in its place."""
+"""Compilers: they turn a traced graph into code that is called in its place."""
 
 import contextlib
 import logging
@@ -20,10 +20,10 @@ class NotCaptured(RuntimeError):
 
 
 def inductor(graph: GraphModule, inputs: list[Tensor]) -> Run:
-    """Compiles a traced step by torch's inductor, with torch's own random numbers.
+    """Compiles a traced step with torch's inductor, and keeps torch's own random numbers.
 
-    Inductor keeps what it compiled in a folder (`TORCHINDUCTOR_CACHE_DIR`), so that the next
-    process with the same graph, torch and machine loads the code in about two seconds.
+    Inductor keeps compiled code in a folder (`TORCHINDUCTOR_CACHE_DIR`), so the next process with
+    the same graph, torch and machine loads the code in about two seconds.
 
     Raises:
         NotCaptured: there is no C++ compiler.
@@ -31,8 +31,8 @@ def inductor(graph: GraphModule, inputs: list[Tensor]) -> Run:
     _sum_for_biases(graph)
     _without_log1p(graph)
     by_onednn(graph, amd_family())
-    # Inductor looks into its folder only where the shapes come from tensors without data. The graph
-    # was traced on such; where a version of torch keeps none of its graphs, it compiles each anew.
+    # Inductor uses its folder only if the shapes come from tensors without data, on which the graph
+    # was traced. A version of torch that keeps no such graphs compiles each of them again.
     fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     options = {"fallback_random": True}  # inductor's own generators give other noise
     try:
@@ -47,15 +47,15 @@ def inductor(graph: GraphModule, inputs: list[Tensor]) -> Run:
 
 
 def as_traced(graph: GraphModule, inputs: list[Tensor]) -> Run:
-    """Leaves a traced step as it is: the same operators one by one, nothing to wait for."""
+    """Returns a traced step without compiling it: it runs the same operators one by one."""
     return graph
 
 
 def _has_cpp_compiler() -> bool:
-    """Whether inductor finds the compiler that its settings and the variable CXX name.
+    """Returns whether inductor finds the compiler that its settings and the variable CXX name.
 
-    Private doors of torch, tried with 2.14.1: its search, and the error that ends it. Where one is
-    missing the answer is yes, and the message is torch's own.
+    Private names of torch, tested with 2.14.1: the search, and the error that ends it. If one is
+    missing, returns True, so that the user reads torch's own message.
     """
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
@@ -71,10 +71,10 @@ def _has_cpp_compiler() -> bool:
 
 @contextlib.contextmanager
 def _without_cuda_home() -> Iterator[None]:
-    """Torch does not say inside which CUDA it would use where there is no GPU to use it with.
+    """Hides the line about the folder of CUDA that torch logs if there is no GPU.
 
-    A private door of torch, tried with 2.14.1: the name of the logger. Where it is another, the
-    line is seen.
+    A private name of torch, tested with 2.14.1: the name of the logger. If torch changes it, the
+    line is printed.
     """
     logger = logging.getLogger("torch.utils.cpp_extension")
 
@@ -89,8 +89,11 @@ def _without_cuda_home() -> Iterator[None]:
 
 
 def _sum_for_biases(graph: GraphModule) -> None:
-    """The gradient of a convolution's bias is the sum of the output's gradient over all but its
-    channels. oneDNN is up to a third slower where its backward is to return that as well."""
+    """Computes the gradient of a convolution's bias by a sum, outside of oneDNN.
+
+    It is the sum of the output's gradient over all dimensions but the channels. oneDNN's backward
+    is up to a third slower if it has to return this gradient too.
+    """
     aten = torch.ops.aten
     for node in [n for n in graph.graph.nodes if n.target is aten.convolution_backward.default]:
         *given, (for_input, for_weight, for_bias) = node.args
@@ -109,11 +112,11 @@ def _sum_for_biases(graph: GraphModule) -> None:
 
 
 def _without_log1p(graph: GraphModule) -> None:
-    r"""The density of binary pixels, `-log p = (1 - x) l + max(-l, 0) + log(1 + e)` with logits `l`
-    and `e = exp(-|l|)`, by a logarithm in place of `log1p`, which takes ten times as long.
+    r"""Computes the density of binary pixels by `log`, as `log1p` takes ten times as long.
 
-    With `u = 1 + e`, rounded, `log1p(e) = log(u) e / (u - 1)` to the last digits. Source: Goldberg,
-    What every computer scientist should know about floating-point arithmetic (1991), theorem 4.
+    With logits `l` and `e = exp(-|l|)` it is `-log p = (1 - x) l + max(-l, 0) + log(1 + e)`. With
+    `u = 1 + e`, rounded, `log1p(e) = log(u) e / (u - 1)` to the last digits. Source: Goldberg, What
+    every computer scientist should know about floating-point arithmetic (1991), theorem 4.
     """
 
     def density(logits: Any, x: Any) -> Any:

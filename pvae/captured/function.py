@@ -1,4 +1,4 @@
-"""A function of tensors, traced once and compiled: for evaluation, which has no optimizer."""
+"""Traces a function of tensors once and compiles it: for evaluation, which has no optimizer."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -17,24 +17,24 @@ from pvae.captured.tracing import Leaves, compiled, touched
 
 @dataclasses.dataclass
 class _Graph:
-    """One captured call, what else it is called with, and how its results are put together."""
+    """One captured call. `run` takes the inputs, then the rest; `structure` is of the results."""
 
     run: Run
-    rest: list[Tensor]
+    rest: list[Tensor]  # other tensors that the function reads
     layouts: list[Any]  # of rest
     structure: Any
-    places: list[int | None] = dataclasses.field(default_factory=list)  # of rest
+    places: list[int | None] = dataclasses.field(default_factory=list)  # of rest, in `Seen`
 
     @property
     def tensors(self) -> list[Tensor]:
         return self.rest
 
     def bind_to(self, seen: Seen) -> None:
-        """From now on the rest is what `seen` has at the places where it is now."""
+        """Notes the place of each tensor of the rest in `seen`, from which `bind` takes it."""
         self.places = [seen.place_of(t) for t in self.rest]
 
     def bind(self, seen: Seen) -> bool:
-        """Takes the rest as it is now; whether the graph fits it."""
+        """Takes the rest of this call; returns whether the graph fits it."""
         self.rest = [
             t if place is None else seen.tensors[place]
             for t, place in zip(self.rest, self.places, strict=True)
@@ -46,24 +46,24 @@ class _Graph:
 
 
 class Function(Capturing):
-    r"""A function of tensors, captured once for each signature and then compiled code.
+    r"""A function of tensors, captured once for each signature and then run as compiled code.
 
-    The first call with a new signature (shapes, dtypes, modes, and what else the function sees)
-    runs it as it is; the next captures, and holds every result against the function's own at the
-    same noise before the graph is used, and now and then later, as `captured.SVI`. Results have no
-    history of gradients; the function may take gradients inside (`torch.autograd.grad`), but must
-    not leave any on a parameter. What cannot be captured runs as it is, with one warning that says
-    why (`engine`, `reason`).
+    The first call with a new signature (shapes, dtypes, modes, and other values that the function
+    reads) runs the function itself. The next one makes a graph, and compares every result with the
+    function's own at the same noise before the graph is used; later calls are compared as those of
+    `captured.SVI`. Results have no history of gradients. The function may take gradients inside
+    (`torch.autograd.grad`), but must not leave any on a parameter. If it cannot be captured, the
+    function itself runs, with one warning that says why (`engine`, `reason`).
 
     Args:
         function: takes tensors, numbers and strings; returns tensors, alone or in tuples, lists,
             named tuples and dictionaries.
-        modules: those that it calls; a change of their mode or of their tensors makes a new graph.
+        modules: those that it calls; a new mode, or a new parameter object, makes a new graph.
         strict, after, max_graphs, compiler: as `captured.SVI`.
 
     Raises:
         ValueError: `after` or `max_graphs` is below 1.
-        NotCaptured: by a call, with `strict`.
+        NotCaptured: with `strict`, by a call that cannot be captured.
 
     >>> from pvae import captured
     >>> norm = captured.Function(lambda x: (x * x).sum().sqrt(), compiler=captured.as_traced)
@@ -138,7 +138,7 @@ class Function(Capturing):
 
 
 def _same(by_graph: list[Tensor], by_function: list[Tensor]) -> bool:
-    """Whether the results are the same up to half of their digits."""
+    """Returns whether the results agree in half of their digits."""
     return len(by_graph) == len(by_function) and all(
         ours.shape == theirs.shape
         and ours.dtype == theirs.dtype

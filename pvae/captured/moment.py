@@ -1,4 +1,4 @@
-"""What a call changes besides what it returns, and how it is put back."""
+"""Saves and restores what a call changes: the values of tensors, and random states."""
 
 import contextlib
 import itertools
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Moment:
-    """The values of some tensors, and the state of torch's generators, now."""
+    """A copy of the values of some tensors, and of the state of torch's generators."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tensors
@@ -31,7 +31,7 @@ class Moment:
             torch.cuda.set_rng_state_all(self._random[1:])
 
     def difference(self, other: "Moment") -> str | None:
-        """What is not as in `other`, values up to half of their digits."""
+        """Names a difference from `other`, or returns None; half of the digits may differ."""
         for t, ours, theirs in zip(self.tensors, self._values, other._values, strict=True):
             if not _close(ours, theirs):
                 return f"a tensor {tuple(t.shape)} that the programs write to"
@@ -41,7 +41,7 @@ class Moment:
 
 
 def strided(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Each once, without those of which there is no copy."""
+    """Returns each tensor once, without those that cannot be copied: sparse, or without data."""
     unique = {id(t): t for t in tensors}.values()
     return [t for t in unique if t.layout == torch.strided and not t.is_meta]
 
@@ -54,7 +54,7 @@ def _close(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def resolution(tensors: Sequence[Tensor]) -> float:
-    """Half of the digits of the arithmetic that is asked for: what two ways may differ by."""
+    """Returns the tolerance of a comparison: half of the digits of the arithmetic in use."""
     dtypes = [t.dtype for t in tensors if t.is_floating_point()] or [torch.get_default_dtype()]
     for device in ("cpu", "cuda"):
         if torch.is_autocast_enabled(device):
@@ -64,7 +64,10 @@ def resolution(tensors: Sequence[Tensor]) -> float:
 
 
 def other_random_state(generators: Sequence[Any] = ()) -> Hashable:
-    """Of Python's and NumPy's generators, and of the programs' own: a graph would freeze draws."""
+    """Returns the state of Python's and NumPy's generators, and of the programs' own.
+
+    In a graph, draws from these generators would be constants.
+    """
     state = pyro.util.get_rng_state()
     own = [_taken(generator) for generator in generators]
     states = [v.tolist() if isinstance(v, Tensor) else str(v) for v in own]
@@ -73,7 +76,7 @@ def other_random_state(generators: Sequence[Any] = ()) -> Hashable:
 
 @contextlib.contextmanager
 def keeping_random_state(generators: Sequence[Any] = ()) -> Iterator[None]:
-    """Python's and NumPy's generators, and the programs' own, are after as they were before."""
+    """Restores Python's and NumPy's generators, and the programs' own, after the block."""
     state = pyro.util.get_rng_state()
     own = [_taken(generator) for generator in generators]
     try:
@@ -102,7 +105,7 @@ def _set(generator: Any, state: Any) -> None:
 
 
 def position(iterator: Any) -> Hashable:
-    """How far it is; another each time where that is not known."""
+    """Returns how far an iterator is; a new object at each call if that cannot be known."""
     if isinstance(iterator, itertools.count):
         return repr(iterator)
     if type(iterator) in _WITH_POSITION:

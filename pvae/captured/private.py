@@ -1,7 +1,7 @@
-"""The doors of torch and Pyro that are not public, each with what it is for.
+"""The private names of torch and Pyro that capture needs, each with its purpose.
 
-Tried with torch 2.14.1 and Pyro 1.9.2. Where a version has a door no longer, `MISSING` names it:
-nothing is captured then, for that reason, and every call runs eager.
+Tested with torch 2.14.1 and Pyro 1.9.2. If another version lacks a name, the name is in `MISSING`:
+then every call runs eager, and the reason says so.
 """
 
 import importlib
@@ -17,7 +17,7 @@ MISSING: list[str] = []
 
 
 def _door(path: str) -> Any:
-    """What `path` names: a module, or what a module or a class holds."""
+    """Returns the object at `path`; if there is none, returns None and adds `path` to `MISSING`."""
     parts = path.split(".")
     for i in range(len(parts), 0, -1):
         try:
@@ -32,10 +32,10 @@ def _door(path: str) -> Any:
 
 
 def check() -> None:
-    """Refuses to capture where a door is missing.
+    """Checks that no private name is missing.
 
     Raises:
-        NotCaptured: in these versions of torch and Pyro.
+        NotCaptured: this version of torch or Pyro lacks one.
     """
     if MISSING:
         raise NotCaptured(
@@ -45,16 +45,16 @@ def check() -> None:
 
 # ---- torch ----
 
-# nested lists, tuples and dictionaries of tensors, flat
+# makes a flat list of nested lists, tuples and dictionaries of tensors
 pytree = _door("torch.utils._pytree")
-# tensors that have shapes and no data: what programs are traced on
+# tensors with shapes but no data, on which programs are traced
 FakeTensor = _door("torch._subclasses.fake_tensor.FakeTensor")
 FakeTensorMode = _door("torch._subclasses.fake_tensor.FakeTensorMode")
-# from a function to a graph of torch's operators
+# traces a function to a graph of torch's operators
 make_fx = _door("torch.fx.experimental.proxy_tensor.make_fx")
-# autocast off on every device: a graph says itself where it casts
+# turns autocast off on every device: a graph has the casts of autocast itself
 DisableAutocast = _door("torch._C._DisableAutocast")
-# `_is_compiling_flag` is what torch.compiler.is_compiling says
+# `_is_compiling_flag` is the result of `torch.compiler.is_compiling`
 compiler = _door("torch.compiler")
 _door("torch.compiler._is_compiling_flag")
 # tensors inside torch.func.vmap
@@ -64,7 +64,7 @@ _door("torch._C._functorch.get_unwrapped")
 _door("torch._C._functorch.maybe_get_bdim")
 _door("torch._C._functorch.maybe_get_level")
 _door("torch._C._functorch._add_batch_dim")
-# `Tensor.backward` itself, under a mode that sees what it calls
+# runs a backward pass like `Tensor.backward`, which a mode would handle once more
 _ENGINE = _door("torch.autograd.Variable._execution_engine")
 # `_get_mkldnn_enabled`, `_set_mkldnn_enabled`: the public switch warns on some machines
 c = _door("torch._C")
@@ -74,13 +74,13 @@ _OF_ALL_MODULES = [
     _door(f"torch.nn.modules.module._global_{kind}_hooks")
     for kind in ("forward", "forward_pre", "backward", "backward_pre")
 ]
-# what a tracer says of a program that asks for the value of a tensor, or whose shapes depend on one
+# errors of a tracer: a program asks for the value of a tensor, or a shape depends on such a value
 NEEDS_VALUE = (
     _door("torch._subclasses.fake_tensor.DataDependentOutputException"),
     _door("torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode"),
 )
 NEEDS_SHAPE = _door("torch._subclasses.fake_tensor.DynamicOutputShapeException")
-# functions that gradients are handed to
+# hooks: functions that torch calls with a gradient
 _door("torch.Tensor._backward_hooks")
 _door("torch.Tensor._post_accumulate_grad_hooks")
 
@@ -92,45 +92,45 @@ _door("pyro.poutine.runtime._PYRO_STACK")
 # `torch_isnan` looks at the values of tensors, for `warn_if_nan`
 pyro_util = _door("pyro.util")
 _door("pyro.util.torch_isnan")
-# `Dice` looks whether any probability is 0, in order to leave those terms out
+# `Dice` leaves out terms of probability 0, and so looks for them
 infer_util = _door("pyro.infer.util")
 _door("pyro.infer.util._fulldot")
 # the constraint of each parameter in the store
 if not hasattr(pyro.get_param_store(), "_constraints"):
     MISSING.append("pyro.get_param_store()._constraints")
-# notes from which sites a tensor comes
+# notes on each tensor: the sites that it comes from
 provenance = _door("pyro.ops.provenance")
 _door("pyro.ops.provenance.extract_provenance.register")
 _DICE = _door("pyro.infer.util.Dice.compute_expectation")
-# laws look at values that they are asked the density of
+# distributions check a value before they compute its density
 _door("torch.distributions.Distribution._validate_sample")
 
 
-# ---- through the doors ----
+# ---- functions that use them ----
 
 
 def global_hooks() -> list[Any]:
-    """The hooks that torch calls for all modules."""
+    """Returns the hooks that torch calls for all modules."""
     return [hook for hooks in _OF_ALL_MODULES for hook in hooks.values()]
 
 
 def has_hooks(t: Any) -> bool:
-    """Whether a gradient of `t` is handed to a function on its way."""
+    """Returns whether a hook gets the gradient of `t`."""
     return bool(t._backward_hooks or t._post_accumulate_grad_hooks)
 
 
 def asks_for_dice() -> bool:
-    """Whether it is `Dice` that called the function of torch that called this."""
+    """Returns whether `Dice` called the torch function that is being handled."""
     return sys._getframe(2).f_code is _DICE.__code__
 
 
 def constraints() -> dict[str, Any]:
-    """Of the parameters in Pyro's store, by name."""
+    """Returns the constraints of the parameters in Pyro's store, by name."""
     return pyro.get_param_store()._constraints
 
 
 def batched(t: Any, of_inside: Any) -> Any:
-    """A tensor of `vmap` with another one inside."""
+    """Applies `of_inside` to the tensor inside a tensor of `vmap`."""
     inside = functorch.get_unwrapped(t)
     new = of_inside(inside)
     if new is inside:
@@ -145,7 +145,7 @@ def backward(
     create_graph: bool = False,
     inputs: Any = None,
 ) -> None:
-    """`root.backward(...)`."""
+    """Does the same as `root.backward(...)`."""
     gradient = torch.ones_like(root) if gradient is None else gradient
     keep = create_graph if retain_graph is None else retain_graph
     inputs = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs or ())

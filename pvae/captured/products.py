@@ -1,4 +1,4 @@
-"""Matrix products by oneDNN, where it is faster than the library that torch takes."""
+"""Matrix products by oneDNN, on processors where it is faster than torch's own product."""
 
 import functools
 import re
@@ -8,19 +8,20 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-# Of AMD's families of processors those with whole AVX-512 units (Zen 5): there MKL's product, which
-# is torch's, takes 1.6 to 2.1 times as long. On family 25 (Zen 4) the two are within 7 %, and on
-# processors with AVX2 alone oneDNN is slower. Measured: docs/speed.md.
+# AMD's family of processors with whole AVX-512 units (Zen 5): there MKL's product, which torch
+# calls, takes 1.6 to 2.1 times as long as oneDNN's. On family 25 (Zen 4) the two are within 7 %,
+# and on processors with AVX2 alone oneDNN is slower. Measured: docs/speed.md.
 _FASTER_ON = {26}
-_LEAST = 2**24  # multiplications; small products do not win back what a call of oneDNN costs
+_LEAST = 2**24  # multiplications; a small product does not win back the cost of a call of oneDNN
 
 aten = torch.ops.aten
 _library = torch.library.Library("pvae", "DEF")
 _library.define("product(Tensor a, Tensor b, Tensor? bias) -> Tensor")
 
 
-# One operator, so that inductor hands the factors over as they lie, transposed or not: to oneDNN's
-# own operator it gives copies. A private door of torch, tried with 2.14.1: `_linear_pointwise`.
+# An operator of our own, to which inductor passes the factors without copies, transposed or not; to
+# oneDNN's own operator it passes copies. A private name of torch, tested with 2.14.1:
+# `_linear_pointwise`.
 @torch.library.impl(_library, "product", "CPU")
 def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
@@ -33,7 +34,7 @@ def _of_shape(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 @functools.cache
 def amd_family() -> int | None:
-    """The family of this processor, where AMD made it and it has AVX-512."""
+    """Returns the family of this processor if it is AMD's and has AVX-512; else None."""
     try:
         return amd_family_in(Path("/proc/cpuinfo").read_text())
     except OSError:
@@ -41,7 +42,7 @@ def amd_family() -> int | None:
 
 
 def amd_family_in(said: str) -> int | None:
-    """The same of what Linux says of a processor.
+    """Returns the same as `amd_family`, from the text of `/proc/cpuinfo`.
 
     >>> amd_family_in("vendor_id : AuthenticAMD\\ncpu family : 26\\nflags : fma avx2 avx512f")
     26
@@ -52,10 +53,10 @@ def amd_family_in(said: str) -> int | None:
 
 
 def by_onednn(graph: GraphModule, family: int | None) -> None:
-    """Takes oneDNN's product in a traced step for each one that it is faster at.
+    """Replaces the large products of a traced step by oneDNN's, on a family where it is faster.
 
-    Processor and shape alone decide, so that a run is the same, bit for bit, each time. In float32
-    and at full precision only: below it, torch takes oneDNN's by itself.
+    Only processor and shape decide, so that a run is the same, bit for bit, each time. Only
+    float32 products at full precision are replaced: at less precision torch itself takes oneDNN's.
     """
     if (
         family not in _FASTER_ON
@@ -77,7 +78,7 @@ def by_onednn(graph: GraphModule, family: int | None) -> None:
 
 
 def _is_large(a: Node, b: Node, bias: Node | None) -> bool:
-    """Whether it is a product of large float32 matrices on a CPU."""
+    """Returns whether this is a product of large float32 matrices on a CPU."""
     left, right = a.meta["val"], b.meta["val"]
     return (
         all(t.device.type == "cpu" and t.dtype == torch.float32 for t in (left, right))

@@ -1,7 +1,7 @@
-"""What Pyro's `TraceGraph_ELBO` knows of its tensors, kept while they have no data.
+"""Keeps the notes of Pyro's `TraceGraph_ELBO` on tensors that have no data.
 
-Pyro makes a tensor of a class of its own that notes from which sites it comes. A tensor without
-data cannot be of that class; here it carries the same note as an attribute.
+Pyro notes from which sites a tensor comes: such a tensor is of a class of its own. A tensor without
+data cannot be of that class; here it has the same note as an attribute.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ _NONE: frozenset[str] = frozenset()
 
 
 def noted(given: Any, results: Any) -> Any:
-    """The results, with all notes of what they were computed from."""
+    """Returns the results, with the notes of all tensors in `given`."""
     notes = _NONE.union(*(getattr(t, "_provenance", _NONE) for t in pytree.tree_leaves(given)))
     if notes:
         for t in pytree.tree_leaves(results):

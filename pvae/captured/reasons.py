@@ -1,24 +1,24 @@
-"""Why a program could not be traced, in a person's words."""
+"""Says in plain words why a program could not be traced."""
 
 import traceback
 
 from pvae.captured import private
 from pvae.captured.compiling import NotCaptured
 
-_OF_PYTHON = "tensor subclass"  # torch's words where values are handed to Python or NumPy
+_OF_PYTHON = "tensor subclass"  # in torch's error when values are passed to Python or NumPy
 _OF_JIT = frozenset({"pyro.ops.jit", "torch.jit._trace", "torch._jit_internal"})
 
 
 def is_of_tracing(error: Exception) -> bool:
-    """Whether the programs would not have met it with tensors that have data."""
+    """Returns whether the error would not occur with tensors that have data."""
     return isinstance(error, (*private.NEEDS_VALUE, private.NEEDS_SHAPE)) or (
         _OF_PYTHON in str(error)
     )
 
 
 def in_words(error: Exception) -> str:
-    """The reason, as one line."""
-    if "FakeTensor(" in str(error):  # as a text shows a tensor without data
+    """Returns the reason for an error as one line."""
+    if "FakeTensor(" in str(error):  # a tensor without data as text
         return "the programs put the value of a tensor into the name of a site or parameter"
     if isinstance(error, NotCaptured):
         return str(error)
@@ -39,14 +39,14 @@ def in_words(error: Exception) -> str:
 
 
 def _is_of_jit(error: Exception) -> bool:
-    """Whether code that is compiled by torch.jit, as Pyro's Jit ELBOs are, met it."""
+    """Returns whether the error comes from code of torch.jit, such as Pyro's Jit ELBOs."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     names = [frame.f_globals.get("__name__", "") for frame in frames]
     return bool(_OF_JIT.intersection(names))
 
 
 def _where(error: Exception) -> str:
-    """The innermost function of the programs, or of Pyro."""
+    """Returns the name of the innermost function of the programs, or of Pyro."""
     name = ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         module = frame.f_globals.get("__name__", "")

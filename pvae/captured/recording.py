@@ -1,8 +1,8 @@
-"""A whole training step, from the loss to the optimizer, as one recording that a GPU replays.
+"""Records a whole training step, from the loss to the optimizer, so that a GPU can replay it.
 
-A step of a small net is shorter than what the host needs to launch its kernels one by one; a CUDA
-graph launches all of them at once. What a replay reads and writes lies at fixed addresses: the
-arguments and the learning rates are copied there first, the losses are found there after.
+To launch the kernels of a small net one by one takes the host longer than the GPU runs them; a
+CUDA graph launches all of them at once. A replay reads and writes at fixed addresses: arguments and
+learning rates are copied there before it, and the losses are there after it.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ Recorder = Callable[[Step, torch.device], tuple[Callable[[], Any], list[Tensor]]
 
 
 def cuda_graph(step: Step, device: torch.device) -> tuple[Callable[[], Any], list[Tensor]]:
-    """Records `step` without running it: what replays it, and the tensors that a replay fills.
+    """Records `step` without running it; returns a function that replays it, and its results.
 
     Raises:
         NotCaptured: the step does not run on a GPU.
@@ -35,7 +35,7 @@ def cuda_graph(step: Step, device: torch.device) -> tuple[Callable[[], Any], lis
 
 @contextlib.contextmanager
 def _recordable(groups: Sequence[Group], rates: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, the optimizer reads its learning rates from tensors and never asks the host."""
+    """Lets the optimizer read learning rates from tensors on the device, inside the block."""
     before = [(group["lr"], group["capturable"]) for group in groups]
     for group, rate in zip(groups, rates, strict=True):
         group["lr"], group["capturable"] = rate, True
@@ -47,23 +47,23 @@ def _recordable(groups: Sequence[Group], rates: Sequence[Tensor]) -> Iterator[No
 
 
 def _like(t: Tensor) -> Tensor:
-    """A tensor of its own with the values and the strides of `t`."""
+    """Returns a new tensor with the values and the strides of `t`."""
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
 
 
 class Recording:
-    """A step recorded at these arguments, and what has to hold for it to be that step still.
+    """A recorded step. Only a step that `fits` may be replayed.
 
     Args:
-        step: from arguments to losses, the update of the parameters among it.
-        arguments: tensors like those of every step to come.
-        tensors: whatever else the step reads or writes, the parameters first.
-        optimizer: a fused torch optimizer. Its learning rates may change from step to step; all
-            other settings, and where its state lies, must stay what they are.
+        step: a function from arguments to losses, which also updates the parameters.
+        arguments: tensors with the shapes and dtypes of the arguments of all later steps.
+        tensors: all other tensors that the step reads or writes, the parameters first.
+        optimizer: a fused torch optimizer. Its learning rates may change from step to step; its
+            other settings, and the addresses of its state, must stay the same.
         record: `cuda_graph`.
 
     Raises:
-        NotCaptured: arguments and tensors lie on several devices, or not where `record` asks for.
+        NotCaptured: the tensors are on several devices, or on a device that `record` cannot use.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Recording:
         devices = {t.device for t in (*arguments, *tensors)}
         if len(devices) > 1:
             raise NotCaptured(
-                f"a recorded step lies on one device, not on {sorted(map(str, devices))}"
+                f"a recorded step runs on one device, not on {sorted(map(str, devices))}"
             )
         (device,) = devices
         self.arguments = [_like(t) for t in arguments]
@@ -88,7 +88,7 @@ class Recording:
             self.replay, self.losses = record(lambda: step(self.arguments), device)
 
     def fits(self, tensors: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> bool:
-        """Whether a step on these tensors is the recorded one."""
+        """Returns whether a step on these tensors is the recorded one."""
         return _key(tensors, optimizer) == self.made_for
 
     def __call__(
@@ -103,7 +103,7 @@ class Recording:
 
 
 def _key(tensors: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> Hashable:
-    """Where everything is, and the optimizer's settings."""
+    """Returns the addresses of all tensors, and the optimizer's settings but its rates."""
     moments = [v for p in tensors for v in optimizer.state.get(p, {}).values()]
     addresses = [t.data_ptr() for t in (*tensors, *moments) if isinstance(t, Tensor)]
     settings = [

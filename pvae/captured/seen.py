@@ -1,15 +1,16 @@
-"""What programs can see besides their arguments: found once, and looked up at every call.
+"""The values that programs can read besides their arguments: found once, compared at every call.
 
-The code of a program names globals, cells and attributes. Each that it names is looked at, and so
-is what lies behind it: functions that it calls, objects and the attributes that are named, modules
-and their tensors, lists, tuples and dictionaries. A shelf is one holder of such values.
+The code of a program names globals, closure cells and attributes. `Seen` follows each name once,
+also into functions that are called, objects and their named attributes, modules and their tensors,
+lists, tuples and dictionaries. It finds places that hold values; a shelf is a group of places that
+one function reads.
 
-A tensor may be another one at every call, as long as its layout stays: the graph takes what lies
-there now. So may a number of which that is asked (`varying`). All else has to stay what it was.
+A place may hold another tensor of the same layout at every call: the graph takes the tensor that is
+there now. A float may change if its place is in `varying`. Every other value has to stay the same.
 
-Not looked at: what is reached by a name that is put together at run time, what a file or the
-environment says, containers of more than 256 elements (only which one it is, and how long), all but
-1,024 numbers of a NumPy array, more than 8 KiB of memory that an object lends, and the insides of
+Not looked at: values under names that a program makes while it runs; files and the environment;
+the elements of containers of more than 256 (only identity and length are compared); all but 1,024
+numbers of a NumPy array; an `array.array` or similar object of more than 8 KiB; the inside of
 libraries.
 """
 
@@ -38,10 +39,10 @@ from torch import Tensor, nn
 
 from pvae.captured import private
 
-_LONG = 256  # elements of a container
-_MANY = 1024  # numbers of an array that are compared
-_MOST = 20_000  # objects that are looked at
-_PYTEST = ("pytest", "_pytest", "pluggy")  # which an `assert` in a test's module names
+_LONG = 256  # elements; of a longer container only identity and length are compared
+_MANY = 1024  # numbers of a NumPy array that are compared
+_MOST = 20_000  # objects that are visited
+_PYTEST = ("pytest", "_pytest", "pluggy")  # pytest makes an `assert` in a test name these
 _LIBRARIES = frozenset(
     {"torch", "torchvision", "pyro", "numpy", "opt_einsum", *_PYTEST, *sys.stdlib_module_names}
 )
@@ -64,9 +65,9 @@ _NOTHING = object()
 
 
 class Spot(NamedTuple):
-    """One place where a value is held."""
+    """A place that holds a value: a key, an index, an attribute or a cell."""
 
-    holder: Any  # a dictionary, a list, a cell, a class or an object; None: it cannot be put
+    holder: Any  # a dictionary, list, cell, class or object; None: nothing can be put there
     key: Any
     name: str
 
@@ -87,17 +88,17 @@ class Spot(NamedTuple):
 
 
 def layout(t: Tensor) -> tuple[Hashable, ...]:
-    """What has to stay the same of a tensor for another one to take its place."""
+    """Returns what two tensors must share for one to take the place of the other."""
     return t.shape, t.stride(), t.dtype, t.device, t.requires_grad
 
 
 def _is_input(t: Any) -> bool:
-    """Whether another tensor may take the place of this one."""
+    """Returns whether `t` is a tensor that another one may replace."""
     return type(t) is Tensor and not t.requires_grad
 
 
 def is_value(value: Any) -> bool:
-    """Whether it is told from others by `==`, and never changes."""
+    """Returns whether `value` never changes and can be compared by `==`."""
     return isinstance(value, (*_PLAIN, frozenset, enum.Enum)) or (
         isinstance(value, tuple) and len(value) <= _LONG and all(map(is_value, value))
     )
@@ -114,13 +115,17 @@ def _same(now: Any, then: Any) -> bool:
 
 
 def _fields(kind: type) -> tuple[str, ...]:
-    """Of a class that is made by `dataclasses` or by attrs."""
+    """Returns the names of the fields of a class that `dataclasses` or attrs made."""
     by_attrs = (field.name for field in getattr(kind, "__attrs_attrs__", ()))
     return (*getattr(kind, "__dataclass_fields__", ()), *by_attrs)
 
 
 def _is_record(value: Any) -> bool:
-    """Whether another object with the same in it may take its place: as a batch does."""
+    """Returns whether `value` is compared by its fields, not by its identity.
+
+    That is so for a frozen data class, and for a data class or an attrs object with a tensor in a
+    field: a batch may be a new object at every call.
+    """
     kind = type(value)
     if not (hasattr(kind, "__dataclass_fields__") or hasattr(kind, "__attrs_attrs__")):
         return False
@@ -130,14 +135,14 @@ def _is_record(value: Any) -> bool:
 
 
 def _is_deep(value: Any) -> bool:
-    """Whether what is in it is to be looked at."""
+    """Returns whether the values inside `value` are compared too."""
     if isinstance(value, (*_COLLECTIONS, np.ndarray)):
         return not is_value(value)
     return _is_record(value)
 
 
 def _opened(value: Any) -> tuple[list[Any], list[Any], list[Any]]:
-    """Of something deep: what is compared of it, and the keys and the values of what is in it."""
+    """Returns what is compared of a deep value itself, its keys, and the values inside it."""
     if isinstance(value, _COLLECTIONS) and len(value) > _LONG:
         return [value, len(value)], [], []
     own: list[Any] = [type(value)]
@@ -158,7 +163,7 @@ def _opened(value: Any) -> tuple[list[Any], list[Any], list[Any]]:
 
 
 def _flat(values: Sequence[Any], leaves: list[Any]) -> list[Any]:
-    """All values, in place of those that are deep what is in them."""
+    """Appends the values to `leaves`: for a deep value, its own part and the values inside it."""
     for value in values:
         if not _is_deep(value):
             leaves.append(value)
@@ -170,7 +175,7 @@ def _flat(values: Sequence[Any], leaves: list[Any]) -> list[Any]:
 
 
 def _places(spots: Sequence[Spot], values: Sequence[Any]) -> list[Spot]:
-    """The spot of every leaf of `_flat(values)`."""
+    """Returns the spot of every leaf of `_flat(values)`."""
     found: list[Spot] = []
     for spot, value in zip(spots, values, strict=True):
         own, keys, inner = _opened(value) if _is_deep(value) else ([value], [], [])
@@ -181,7 +186,7 @@ def _places(spots: Sequence[Spot], values: Sequence[Any]) -> list[Spot]:
 
 
 class _Shelf:
-    """Some values that are looked up together."""
+    """A group of values that are read together: the leaves then and now, with their spots."""
 
     def __init__(self, spots: Sequence[Spot], read: Callable[[], Sequence[Any]]) -> None:
         self._read = read
@@ -199,7 +204,7 @@ class _Shelf:
 
 
 def _at(pairs: Sequence[tuple[Mapping[str, Any], str]]) -> Callable[[], Sequence[Any]]:
-    """What reads these variables, each of a dictionary."""
+    """Returns a function that reads `holder[key]` for all pairs `(holder, key)`."""
     gets = [(holder.get, key) for holder, key in pairs]
     return lambda: [get(key, _NOTHING) for get, key in gets]
 
@@ -223,13 +228,13 @@ def _put(holder: dict[Any, Any], content: dict[Any, Any]) -> None:
 
 
 def is_library(module: str | None) -> bool:
-    """Whether a module is of a library, into which nobody looks."""
+    """Returns whether a module belongs to a library, which is not looked into."""
     return (module or "").partition(".")[0] in _LIBRARIES
 
 
 @functools.lru_cache(maxsize=10_000)
 def _asked(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """The globals that a piece of code names, and all else that it names."""
+    """Returns the globals that a piece of code names, and its other names and strings."""
     variables: set[str] = set()
     others: set[str] = set()
     for inner in _codes(code):
@@ -264,28 +269,28 @@ _OF_MODULES = frozenset(vars(nn.Module()))
 
 
 class Seen:
-    """All that programs can see, as it is now.
+    """The values that programs can read, as they are now.
 
     Args:
-        holder: variables by name.
-        names: those of them that are the programs.
-        modules: more of them, such as were seen to be called.
+        holder: a dictionary of variables.
+        names: the keys of the programs in `holder`.
+        modules: further modules, such as those that the programs called.
     """
 
     def __init__(
         self, holder: dict[str, Any], names: Sequence[str], modules: Sequence[nn.Module] = ()
     ) -> None:
-        self._names: set[str] = set()  # that the code asks for
+        self._names: set[str] = set()  # names in code, of attributes or others
         known = -1
-        while known != len(self._names):  # a name may be found after an object that has it
+        while known != len(self._names):  # a new name may be an attribute of an earlier object
             known = len(self._names)
             self._shelves: list[_Shelf] = []
-            self._simple: list[tuple[Spot, Mapping[str, Any], str]] = []  # for one shelf
+            self._simple: list[tuple[Spot, Mapping[str, Any], str]] = []  # all on one shelf
             self.iterators: list[tuple[str, Any]] = []
             self.generators: list[Any] = []  # of random numbers
-            self.clocks: list[str] = []  # that tell the time
-            self._visited: dict[Any, Any] = {}  # keeps them alive, and so their ids unique
-            self._back: list[Callable[[], None]] = []
+            self.clocks: list[str] = []  # names of what tells the time
+            self._visited: dict[Any, Any] = {}  # keeps objects alive, and so their ids unique
+            self._back: list[Callable[[], None]] = []  # each restores one object
             self._named(holder, "", names)
             for module in modules:
                 self._visit(module, type(module).__name__)
@@ -295,14 +300,17 @@ class Seen:
         self._shelves.append(_Shelf(hooks, private.global_hooks))
         self._visited.clear()
         self._simple.clear()
-        self.varying: list[tuple[int, int]] = []  # shelf and leaf of numbers that may change
-        self.moved: set[int] = set()  # which of the tensors have been another one
+        self.varying: list[tuple[int, int]] = []  # (shelf, leaf) of floats that may change
+        self.moved: set[int] = set()  # indices of tensors that were replaced
         self._note()
 
     # ---- looking up ----
 
     def holds(self) -> bool:
-        """Whether all is as it was, up to tensors and the numbers that may be others."""
+        """Returns whether the values are the same, except for tensors and floats that may change.
+
+        If so, it takes the tensors and floats that are there now.
+        """
         moved: dict[int, Sequence[Any]] = {}
         for i, shelf in enumerate(self._shelves):
             now = shelf.now()
@@ -314,7 +322,7 @@ class Seen:
         if moved:
             pattern, tensors = self._pattern, self.tensors
             before = self._take(moved)
-            if self._pattern != pattern:  # tensors that were one are two, or the other way round
+            if self._pattern != pattern:  # two places no longer share a tensor, or now do
                 self._take(before)
                 return False
             pairs = enumerate(zip(self.tensors, tensors, strict=True))
@@ -329,7 +337,7 @@ class Seen:
         )
 
     def _take(self, values: dict[int, Sequence[Any]]) -> dict[int, Sequence[Any]]:
-        """Puts these on the shelves of these numbers; what was there before."""
+        """Puts the values on the shelves of these indices; returns the values from before."""
         before: dict[int, Sequence[Any]] = {i: self._shelves[i].then for i in values}
         for i, now in values.items():
             self._shelves[i].then = list(now)
@@ -339,15 +347,15 @@ class Seen:
     def _note(self) -> None:
         leaves = (leaf for shelf in self._shelves for leaf in shelf.then)
         self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        self._where: dict[int, int] = {}  # the first place of each
+        self._where: dict[int, int] = {}  # the first index of each tensor, by its id
         self._pattern = [self._where.setdefault(id(t), i) for i, t in enumerate(self.tensors)]
 
     def place_of(self, t: Tensor) -> int | None:
-        """Which of the `tensors` it is, if any."""
+        """Returns the index of `t` in `tensors`; None if it is not there."""
         return self._where.get(id(t))
 
     def changes(self) -> list[str]:
-        """The names of what is not what it was; another tensor is a change."""
+        """Returns the names of the places with another value; another tensor is a change too."""
         found = []
         for shelf in self._shelves:
             now = shelf.now()
@@ -360,14 +368,14 @@ class Seen:
         return found
 
     def _others_than(self, other: "Seen") -> Iterator[tuple[int, int]]:
-        """Shelf and leaf of what is not the same in `other`."""
+        """Yields `(shelf, leaf)` of each value that differs from that in `other`."""
         for i, (ours, theirs) in enumerate(zip(self._shelves, other._shelves, strict=False)):
             for leaf, (a, b) in enumerate(zip(ours.then, theirs.then, strict=False)):
                 if not _same(a, b):
                     yield i, leaf
 
     def vary_from(self, other: "Seen") -> list[tuple[int, int]] | None:
-        """The numbers that alone tell this from `other`; None if more does."""
+        """Returns `(shelf, leaf)` of the floats that differ from `other`; None if more differs."""
         sizes, others = ([len(shelf.then) for shelf in s._shelves] for s in (self, other))
         differ = list(self._others_than(other))
         are_numbers = all(
@@ -378,7 +386,7 @@ class Seen:
         return differ if sizes == others and are_numbers else None
 
     def vary_as(self, other: "Seen") -> None:
-        """The numbers that may change in `other` may change here."""
+        """Lets the floats change that may change in `other`."""
         spots = [spot for spot, _ in other.numbers()]
         self.varying = [
             (i, leaf)
@@ -395,16 +403,16 @@ class Seen:
         return self._shelves[shelf].spots[leaf]
 
     def numbers(self) -> list[tuple[Spot, float]]:
-        """The numbers that may change, as they are."""
+        """Returns the spot and the value of each float that may change."""
         return [(self.spot((i, leaf)), self._shelves[i].then[leaf]) for i, leaf in self.varying]
 
     def put_back(self) -> None:
-        """Undoes what was done to all that is seen since it was found; not to tensors' values."""
+        """Restores the objects that were found to their state then; not the values in tensors."""
         for back in self._back:
             back()
 
     def forget(self) -> None:
-        """Lets go of what `put_back` needs."""
+        """Frees the copies that `put_back` needs."""
         self._back.clear()
 
     # ---- finding ----
@@ -416,7 +424,7 @@ class Seen:
     def _look_at(
         self, spots: Sequence[Spot], holder: Mapping[str, Any], keys: Sequence[str]
     ) -> None:
-        """Variables, of which all that are not deep are looked up together."""
+        """Puts each deep variable on a shelf of its own, and all others together on one."""
         for spot, key in zip(spots, keys, strict=True):
             if _is_deep(holder.get(key)):
                 self._shelf([spot], _at([(holder, key)]))
@@ -453,7 +461,7 @@ class Seen:
             self._named(vars(module), f"{module.__name__}.", self._names)
 
     def _getter(self, getter: Any, name: str) -> None:
-        """`operator.attrgetter` and `methodcaller`, which hold names."""
+        """Adds the names that an `operator.attrgetter` or `methodcaller` holds."""
         names = [text for text in getter.__reduce__()[1] if isinstance(text, str)]
         self._names.update(part for text in names for part in text.split("."))
 
@@ -474,7 +482,7 @@ class Seen:
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         for key, inner in list(pairs):
             self._visit(inner, f"{name}[{key!r}]")
-        if type(value) not in _COLLECTIONS:  # a class of one's own
+        if type(value) not in _COLLECTIONS:  # a subclass
             self._object(value, name)
 
     def _partial(self, value: Any, name: str) -> None:
@@ -518,7 +526,7 @@ class Seen:
         self._named(function.__globals__, "", variables)
 
     def _named(self, holder: dict[str, Any], prefix: str, names: Collection[str]) -> None:
-        """What there is of these variables."""
+        """Looks at the variables of `holder` that have one of the names."""
         keys = [key for key in list(holder) if key in names]
         content = {key: holder[key] for key in keys}
         self._back.append(functools.partial(_put, holder, content))
@@ -528,16 +536,16 @@ class Seen:
             self._visit(value, f"{prefix}{key}")
 
     def _class(self, kind: type, name: str = "", *, made: bool = True) -> None:
-        """Attributes that are asked for, and the code of its methods that can be reached.
+        """Looks at the attributes of a class that code names, and at methods that may be called.
 
-        That of `__init__` and the like only where the programs make an object of it.
+        `__init__` and the like are looked at only if `made`: the programs make objects of it.
         """
         if (kind, made) in self._visited:
             return
         self._visited[kind, made] = kind
         if made and type(kind) is not type:
             self._class(type(kind), made=False)
-        by_library = _has_library_base(kind)  # which calls methods that no code here names
+        by_library = _has_library_base(kind)  # a library calls methods that no code here names
         for base in kind.__mro__:
             if is_library(base.__module__):
                 continue
@@ -586,7 +594,7 @@ class Seen:
                     self._visit(value, f"a hook of {name}")
 
     def _plain(self, value: Any, name: str, skipped: Collection[str]) -> None:
-        """An object's own attributes: those that are asked for, and what a library reads there."""
+        """Looks at an object's own attributes that code names, or that a library reads."""
         attributes = _attributes(value)
         of_library = _has_library_base(type(value))
         keys = [
@@ -596,7 +604,7 @@ class Seen:
             and (key in self._names or key == "forward" or of_library)
             and not (of_library and (key.startswith("_cached") or not _is_simple(inner)))
         ]
-        # an attribute of the class, in place of which the object may get its own
+        # the object may get an attribute of its own in place of one of its class
         kinds = [kind for kind in type(value).__mro__ if not is_library(kind.__module__)]
         of_class = {key for kind in kinds for key in vars(kind)}
         own = (of_class & self._names) | ({"forward"} if isinstance(value, nn.Module) else set())
@@ -613,7 +621,7 @@ class Seen:
         self._class(kind, made=False)
         if _is_of(kind, "torch", "pyro", "numpy") and not isinstance(value, _OF_PYRO):
             return
-        fields = _fields(kind) if _is_record(value) else ()  # looked at where the record lies
+        fields = _fields(kind) if _is_record(value) else ()  # compared where the record is held
         for key in fields:
             self._visit(getattr(value, key, None), f"{name}.{key}")
         attributes = _attributes(value)
@@ -632,18 +640,18 @@ class Seen:
                 self._visit(getattr(value, slot, None), f"{name}.{slot}")
 
 
-# what makes an object
+# methods that are called when an object or a class is made
 _MAKING = ("__new__", "__init__", "__post_init__", "__set_name__", "__init_subclass__")
 _METHODS = (types.FunctionType, property, staticmethod, classmethod)
 
 
 def _is_special(name: str) -> bool:
-    """Whether a method is called without its name."""
+    """Returns whether code can call a method without naming it, as `forward` or `__add__`."""
     return name == "forward" or (name.startswith("__") and name.endswith("__"))
 
 
 def _has_library_base(kind: type) -> bool:
-    """Whether a library gives it more than the bare frame of a module."""
+    """Returns whether a class has a library's base other than `nn.Module` and `PyroModule`."""
     bases = [base for base in kind.__mro__ if base not in (nn.Module, PyroModule)]
     return any(_is_of(base, "torch", "pyro", "collections") for base in bases)
 
@@ -662,18 +670,18 @@ def _slots(kind: type) -> Sequence[str]:
 
 
 def _is_simple(value: Any) -> bool:
-    """Of a library's object: what can be told apart, or what its user gave."""
+    """Returns whether a library's attribute can be compared, or was given by the user."""
     if isinstance(value, _CONTAINERS):
         inner = value.values() if isinstance(value, dict) else value
         return len(value) <= _LONG and all(map(_is_simple, inner))
     if isinstance(value, Tensor):
-        return value.grad_fn is None  # else the object made it, as weight_norm does
+        return value.grad_fn is None  # else the object computed it, as weight_norm does
     given = (types.FunctionType, types.MethodType, functools.partial, nn.Module, *_OF_PYRO[:2])
     return isinstance(value, (*_PLAIN, set, np.ndarray, *given))
 
 
 def _memory(value: Any) -> bytes | None:
-    """The memory of what lends it, such as an `array.array`, if it is not much."""
+    """Returns the content of an `array.array` or similar object of at most 8 KiB; else None."""
     try:
         memory = memoryview(value)
     except TypeError:
@@ -693,7 +701,7 @@ def _keep_cell(cell: types.CellType, content: Any) -> None:
         cell.cell_contents = content
 
 
-# where what is of a kind is looked at; the first that fits
+# how a value is looked at, by its kind; the first kind that fits is taken
 _VISITS: tuple[tuple[Any, Callable[[Seen, Any, str], None]], ...] = (
     (_COLLECTIONS, Seen._container),
     (types.FunctionType, Seen._function),

@@ -1,14 +1,14 @@
-r"""SVI whose step is traced once and compiled: plain Pyro programs, their handlers run once.
+r"""SVI whose step is traced once and compiled, so that Pyro's handlers run only once.
 
-A step of stock SVI runs model and guide under Pyro's handlers, and torch's autograd after them, in
-Python each time. Where the pair has a static structure the arithmetic is the same at every step:
+A step of stock SVI runs model and guide under Pyro's handlers, and then torch's autograd, in Python
+each time. If the pair has a static structure, the arithmetic is the same at every step:
 
     (parameters, data, random state)  ->  loss, gradients, new buffers
 
-`captured.SVI` traces that function once, by running the programs on fake tensors (which have
-shapes and no data) under `torch.fx`'s `make_fx`, has inductor compile it, and from then on calls
-the compiled function and the optimizer. The draws are part of the graph: torch's own kernels in
-the same order, so that a seed gives the noise that it gives stock SVI.
+`captured.SVI` traces this function once: it runs the programs on fake tensors (which have shapes
+but no data) under `torch.fx`'s `make_fx`. Inductor compiles the traced function. From then on a
+step calls the compiled function and the optimizer. The draws are part of the graph: they use
+torch's own kernels in the same order, so a seed gives the same noise as with stock SVI.
 """
 
 import dataclasses
@@ -33,54 +33,54 @@ from pvae.captured.seen import Seen, layout
 from pvae.captured.tracing import Leaves, compiled, parameters, touched
 from pvae.optim import SingleOptimizer
 
-_BEFORE_RECORDING = 3  # captured steps
-_ROUNDINGS = 4  # by so much more than the parameters' last digits those of all else may move
+_BEFORE_RECORDING = 3  # captured steps with one graph
+_ROUNDINGS = 4  # rounding may change a result so many times as much as moving the parameters does
 
 
 class _Results(NamedTuple):
-    """A step by a graph, up to the optimizer's part."""
+    """The results of a step by a graph, before the optimizer's part."""
 
     losses: list[Tensor]
     gradients: list[Tensor | None]
 
 
 class _Outcome(NamedTuple):
-    """Stock SVI's step up to the optimizer's part."""
+    """The results of stock SVI's step, before the optimizer's part."""
 
     losses: Any
-    trained: set[Tensor]
-    gradients: dict[Tensor, Tensor | None]  # of the trained, and of what else has one
+    trained: set[Tensor]  # the parameters
+    gradients: dict[Tensor, Tensor | None]  # of the parameters and other leaves
 
 
 @dataclasses.dataclass
 class _Graph:
-    """One captured step and what it is called with: inputs, then parameters, then the rest."""
+    """One captured step. `run` takes the inputs, then the parameters, then the rest."""
 
     run: Run
     names: list[str]  # of the parameters, in Pyro's store
-    parameters: list[Tensor]  # as captured
+    parameters: list[Tensor]  # those of the capture
     constraints: list[Any]
-    owned: set[str]  # names whose tensor a module holds as well
-    rest: list[Tensor]
+    owned: set[str]  # names of the parameters that a module holds too
+    rest: list[Tensor]  # other tensors that the programs read
     layouts: list[Hashable]  # of parameters and rest
     losses: int  # how many of the results are losses (an ELBO may have several)
     is_tuple: bool
-    others: list[Tensor]  # of the rest: those that are not trained, and get a gradient
-    with_gradient: list[int]  # which parameters and others the other results are gradients of
-    trained: list[Tensor] = dataclasses.field(default_factory=list)  # the parameters as they are
-    places: list[int | None] = dataclasses.field(default_factory=list)  # of the rest
+    others: list[Tensor]  # those of the rest that get a gradient but are not trained
+    with_gradient: list[int]  # indices, in parameters and others, of those with a gradient
+    trained: list[Tensor] = dataclasses.field(default_factory=list)  # the parameters now
+    places: list[int | None] = dataclasses.field(default_factory=list)  # of rest, in `Seen`
 
     @property
     def tensors(self) -> list[Tensor]:
         return [*self.trained, *self.rest]
 
     def bind_to(self, seen: Seen) -> None:
-        """From now on the rest is what `seen` has at the places where it is now."""
+        """Notes the place of each tensor of the rest in `seen`, from which `bind` takes it."""
         self.trained = self.parameters
         self.places = [seen.place_of(t) for t in self.rest]
 
     def bind(self, seen: Seen) -> bool:
-        """Takes the parameters and the rest as they are now; whether the graph fits them."""
+        """Takes the parameters and the rest of this step; returns whether the graph fits them."""
         known, constraints = parameters(), private.constraints()
         trained = []
         for name, captured, constraint in zip(
@@ -105,7 +105,7 @@ class _Graph:
         )
 
     def __call__(self, inputs: list[Tensor], rest: list[Tensor]) -> _Results:
-        """The losses, and the gradient of each parameter and each of the others."""
+        """Returns the losses, and the gradients of the parameters and then of the others."""
         results = self.run(*inputs, *self.trained, *rest)
         gradients: list[Tensor | None] = [None] * (len(self.trained) + len(self.others))
         for i, gradient in zip(self.with_gradient, results[self.losses :], strict=True):
@@ -114,41 +114,42 @@ class _Graph:
 
 
 class SVI(Capturing, StockSVI):
-    r"""A drop-in for `pyro.infer.SVI` whose step is captured once and then compiled code.
+    r"""A drop-in for `pyro.infer.SVI` whose step is captured once and then runs as compiled code.
 
-    The first step with a new signature (shapes, dtypes, device, train or eval mode, and what else
-    the programs see) is stock SVI's, with all of Pyro's validation; a later one captures, and holds
-    loss, gradients and random numbers of the graph against Pyro's before the graph is used. A
-    captured step does not validate; it warns of a NaN loss as Pyro does. `evaluate_loss` is stock.
+    The first step with a new signature (shapes, dtypes, device, train or eval mode, and other
+    values that the programs read) is a step of stock SVI, with all of Pyro's validation. A later
+    step makes a graph, and compares its loss, gradients and random numbers with Pyro's before the
+    graph is used. A captured step does not validate its arguments; it warns of a NaN loss, as Pyro
+    does. `evaluate_loss` is that of stock SVI.
 
-    What the code of the programs names is looked up at every step: globals, closures, attributes of
-    objects, modules and of the ELBO, hooks. A tensor there may be another one at every step, and so
-    may a float; anything else that changes makes a graph of its own. Programs that change what they
-    see (a counter, a list) or draw from other generators than torch's run eager.
+    Every step looks up the values that the code of the programs names: globals, closures,
+    attributes of objects, of modules and of the ELBO, and hooks. A tensor may be replaced and a
+    float may change at every step; any other change makes a new graph. Programs that change what
+    they read (a counter, a list), or draw from generators other than torch's, run eager.
 
-    What cannot be looked up in bounded time is not: names that are put together at run time, files,
-    the environment, what lies in containers of more than 256 elements or inside of libraries. For
-    that, captured steps are held against Pyro again, after 1, 2, 4, 8, ... of them and at every
-    1,000th; where they differ, the rest of the run is eager, and a warning says which steps may be
-    wrong. What programs print or write to files is missing from captured steps.
+    Some values cannot be looked up in bounded time: those under names that a program makes while
+    it runs, in files, in the environment, in containers of more than 256 elements, and inside of
+    libraries. So captured steps are compared with Pyro again, after 1, 2, 4, 8, ... of them and
+    after every 1,000th. If they differ, the rest of the run is eager, and a warning says which
+    steps may be wrong. A captured step prints nothing and writes no file, even if the programs do.
 
-    What cannot be captured runs as stock SVI, with one warning that says why. `engine` is
-    "captured" or "eager": how the last step ran; `reason` says why not captured, where it is known.
-    A copy, or what is read by `pickle`, captures anew.
+    A step that cannot be captured runs as stock SVI, with one warning that says why. `engine` says
+    how the last step ran, "captured" or "eager"; `reason` says why it was not captured, if that is
+    known. A copy of the object, or one that `pickle` reads, captures again.
 
     Args:
         model, guide, optim, loss, loss_and_grads, num_samples, num_steps: as `pyro.infer.SVI`.
-        strict: raise instead of running eager.
-        after: steps with one signature that run eager before it is captured, at least 1; to
-            compile takes seconds, and a rare signature (the short last batch) does not pay it back.
-        max_graphs: how often to capture; beyond it a new signature runs eager.
+        strict: raise an error instead of running eager.
+        after: how many steps with a signature run eager before its capture, at least 1. A capture
+            takes seconds, which a rare signature (the short last batch) does not win back.
+        max_graphs: how often to capture, at least 1; after that a new signature runs eager.
         compiler: `inductor`, which needs a C++ compiler on a CPU, or `as_traced`.
-        record: `cuda_graph` replays the whole step, optimizer and all, as one CUDA graph; it takes
-            a pair and arguments on a GPU, and a `SingleOptimizer` of a fused torch optimizer.
+        record: `cuda_graph` replays the whole step with the optimizer's part as one CUDA graph. It
+            needs pair and arguments on a GPU, and a `SingleOptimizer` of a fused torch optimizer.
 
     Raises:
         ValueError: `after` or `max_graphs` is below 1, or the optimizer cannot be recorded.
-        NotCaptured: by `step`, with `strict`.
+        NotCaptured: with `strict`, by a step that cannot be captured.
 
     >>> import pvae
     >>> from pvae import captured
@@ -195,34 +196,37 @@ class SVI(Capturing, StockSVI):
             compiler=compiler,
         )
         self.record = record
-        self.recordings = 0  # how often one was made
+        self.recordings = 0  # how often a step was recorded
 
     def _begin(self) -> None:
         super()._begin()
         self._recordings: dict[Hashable, Recording] = {}
-        self._zeros: dict[Tensor, tuple[Tensor, int]] = {}  # gradients after a step
+        self._zeros: dict[Tensor, tuple[Tensor, int]] = {}  # after a step, with versions
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """One step, as `pyro.infer.SVI.step`; returns the estimate of the loss."""
+        """Takes one step, as `pyro.infer.SVI.step`; returns the estimate of the loss."""
         loss = self.launch(*args, **kwargs)
         return type(loss)(map(_read, loss)) if isinstance(loss, tuple) else _read(loss)
 
     def launch(self, *args: Any, **kwargs: Any) -> Any:
-        """One step that is not waited for: a captured one's loss is a tensor where the step runs,
-        to be summed there and read once in a while; an eager one's is a number, as `step`'s."""
+        """Takes one step, without waiting for a GPU to finish it.
+
+        The loss of a captured step is a tensor on the device of the step: sum such losses there,
+        and read the sum once in a while. The loss of an eager step is a number, as in `step`.
+        """
         return self._call(args, kwargs)
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
-        """Captures the step at these arguments before the first of them is taken.
+        """Captures the step with such arguments, before any such step is taken.
 
-        The programs run, so that parameters are made that are not there; but no parameter moves,
-        and torch's random numbers go on as if nothing had been. Under the handlers (`pvae.temper`)
-        and in the modes of the steps to come, every step with such arguments is captured then.
+        The programs run, so they make the parameters that do not exist yet. But no parameter moves,
+        and torch's random state stays the same. Call it under the handlers (`pvae.temper`) and in
+        the modes of the steps to come; then every step with such arguments is captured.
 
-        Where a step with such arguments is captured already, nothing happens.
+        If the step with such arguments is captured already, nothing happens.
 
         Raises:
-            NotCaptured: with `strict`, where the step cannot be captured.
+            NotCaptured: with `strict`, if the step cannot be captured.
         """
         try:
             private.check()
@@ -255,7 +259,7 @@ class SVI(Capturing, StockSVI):
         return StockSVI.step(self, *args, **kwargs)
 
     def _replay(self, entry: Entry, inputs: list[Tensor]) -> Any:
-        """Loss, gradients and the optimizer's step, as one recording where there is one."""
+        """Computes loss and gradients and steps the optimizer, as one recording if there is one."""
         graph = entry.graph
 
         def whole(given: list[Tensor]) -> list[Tensor]:
@@ -266,7 +270,7 @@ class SVI(Capturing, StockSVI):
             self._apply(graph, results.gradients)
             return results.losses
 
-        # what has been another tensor at another step is copied to its place, as the inputs are
+        # a recording reads fixed addresses: tensors that were replaced are copied there, as inputs
         moving = [i for i, place in enumerate(graph.places) if place in entry.seen.moved]
         given = [*inputs, *(graph.rest[i] for i in moving)]
         step = self._recording(entry, whole, given, moving) if self.record is not None else whole
@@ -279,17 +283,17 @@ class SVI(Capturing, StockSVI):
         given: list[Tensor],
         moving: list[int],
     ) -> Callable[[list[Tensor]], list[Tensor]]:
-        """The step as a recording; `whole`, where there is none."""
+        """Returns the step as a recording; `whole`, if there is none."""
         graph, optimizer = entry.graph, self.optim.optimizer
         still = [t for i, t in enumerate(graph.rest) if i not in moving]
         own = [*graph.trained, *still]
         untouched = [p.grad is None or self._is_zero(p) for p in graph.trained]
-        if not all(untouched) or graph.others:  # gradients of before are part of the step
+        if not all(untouched) or graph.others:  # the step adds to older gradients
             return whole
         key = id(graph), tuple(moving), tuple(p.grad is None for p in graph.trained)
         recording = self._recordings.get(key)
         if recording is None or not recording.fits(own, optimizer):
-            if entry.replays <= _BEFORE_RECORDING:  # libraries set themselves up
+            if entry.replays <= _BEFORE_RECORDING:  # libraries set themselves up first
                 return whole
             recording = self._recorded(whole, graph, given, own)
             if recording is None:
@@ -299,10 +303,10 @@ class SVI(Capturing, StockSVI):
         return lambda given: made(given, optimizer)
 
     def _apply(self, graph: _Graph, gradients: list[Tensor | None]) -> None:
-        """The rest of a captured step: what stock SVI does with these gradients.
+        """Does the rest of a captured step: the same as stock SVI does with these gradients.
 
-        Stock SVI leaves zeros behind, to which the next gradients are added; a parameter that gets
-        none any more is trained on with zeros. The same zeros are used again at every step.
+        Stock SVI leaves gradients of zeros, to which it adds the next ones: a parameter that gets
+        no gradient any more is still trained, with zeros. Here all steps share the same zeros.
         """
         for t, gradient in zip((*graph.trained, *graph.others), gradients, strict=True):
             if t.grad is not None and self._is_zero(t) and gradient is not None:
@@ -334,7 +338,7 @@ class SVI(Capturing, StockSVI):
         arguments: list[Tensor],
         own: list[Tensor],
     ) -> Recording | None:
-        """The step as a recording; None, and no more of them, where that cannot be."""
+        """Records the step. If that fails, returns None, and no step is recorded any more."""
         assert self.record is not None
         before = {p: p.grad for p in graph.trained}
         try:
@@ -345,9 +349,9 @@ class SVI(Capturing, StockSVI):
                 )
             self.recordings += 1
             for p in graph.trained:
-                self._zero(p)  # made before, not among what is replayed
+                self._zero(p)  # now, so that the recording does not make the zeros
             return Recording(whole, arguments, own, self.optim.optimizer, self.record)
-        except Exception as error:  # whatever the GPU says of these kernels
+        except Exception as error:  # the GPU may refuse these kernels with any error
             for t, gradient in before.items():
                 t.grad = gradient
             self.record = None
@@ -357,7 +361,7 @@ class SVI(Capturing, StockSVI):
     # ---- capturing ----
 
     def _reference(self, leaves: list[Tensor], args: Any, kwargs: Any) -> _Outcome:
-        """Stock SVI's step up to the optimizer's part. No gradient is left on a tensor."""
+        """Runs stock SVI's step up to the optimizer's part. Leaves no gradient on a tensor."""
         before = {t: t.grad for t in leaves}
         for t in leaves:
             t.grad = None
@@ -390,7 +394,10 @@ class SVI(Capturing, StockSVI):
     def _difference(
         self, graph: _Graph, by_graph: _Results, outcome: _Outcome, moved: list[_Outcome]
     ) -> str | None:
-        """What the graph and Pyro do not agree in, up to half of the digits and to what moved."""
+        """Names the first result in which graph and Pyro differ; None if they agree.
+
+        They may differ in half of their digits, and by `_ROUNDINGS` times the changes in `moved`.
+        """
         outcomes = [outcome, *moved]
         tensors = [*graph.trained, *graph.others]
         tolerance = resolution(tensors)
@@ -425,8 +432,8 @@ class SVI(Capturing, StockSVI):
         return loss, sites.trace.nodes
 
     def _make(self, inputs: list[Tensor], args: Any, kwargs: Any) -> _Graph:
-        """Traces and compiles loss and gradients at these arguments."""
-        # once to see which tensors the programs touch ...
+        """Traces and compiles loss and gradients, for these arguments."""
+        # the programs run once to see which tensors they touch ...
         (loss, sites), found = touched(lambda: self._loss_and_sites(args, kwargs))
         by_name: dict[str, Tensor] = {}
         for name, site in sites.items():
@@ -441,7 +448,7 @@ class SVI(Capturing, StockSVI):
         if any(map(private.has_hooks, (*trained, *others))):
             raise NotCaptured("a hook is registered on a parameter")
 
-        # ... and once as a function of them
+        # ... and once as a function of these tensors
         with_gradient: list[int] = []
 
         def loss_and_gradients(leaves: Leaves) -> list[Tensor]:
@@ -494,12 +501,12 @@ def _add_gradient(t: Tensor, gradient: Tensor | None) -> None:
 
 
 def _largest(moves: Iterable[float]) -> float:
-    """How far rounding may move a result, by how far it was moved."""
+    """Returns how far rounding may move a result, from its changes when the parameters move."""
     return _ROUNDINGS * max([0.0, *moves])
 
 
 def _as_odd(ours: Any, theirs: Any) -> bool:
-    """Whether what is not finite is so in both, and the same."""
+    """Returns whether some values are not finite, and the two results still agree."""
     ours, theirs = torch.as_tensor(ours), torch.as_tensor(theirs)
     odd = ~(ours.isfinite() & theirs.isfinite())
     return bool(odd.any()) and torch.allclose(ours, theirs, rtol=1e-2, equal_nan=True)

@@ -1,10 +1,10 @@
-"""From a Python function to compiled code, by tracing it on tensors that have no data.
+"""Turns a Python function into compiled code, by tracing it on tensors that have no data.
 
-How a tensor gets in. Whatever tensor the function touches and did not make itself (an argument, a
-parameter, a buffer, a tensor in a closure) is an input of the graph, so that a change of its values
-is seen by the next call; a number read from it stays a tensor (`.item()` returns it as it is), and
-to branch on it, or to make a shape of it, cannot be traced. What else a call depends on is looked
-up before it (`seen`).
+Every tensor that the function touches but did not make itself (an argument, a parameter, a buffer,
+a tensor in a closure) is an input of the graph, so the next call reads its new values. A number
+that the function reads from a tensor stays a tensor (`.item()` returns a tensor). A branch on such
+a number, or a shape made of it, cannot be traced. The other values on which a call depends are
+looked up before the call (`seen`).
 """
 
 import contextlib
@@ -24,24 +24,25 @@ from pvae.captured.compiling import Compiler, NotCaptured, Run
 from pvae.captured.private import pytree
 from pvae.captured.reasons import is_of_tracing
 
-Leaves = dict[int, Tensor]  # by the id of the tensor that each stands for
+Leaves = dict[int, Tensor]  # each by the id of the tensor that it stands for
 
 
 class _Outside(TorchFunctionMode):
-    """Inside, every tensor that is not fake comes from outside, and its stand-in takes its place.
+    """Replaces tensors from outside by stand-ins, in every torch function inside the block.
 
-    A tensor without one is handed to `make`, and noted in `found`.
+    A tensor that is not fake comes from outside. If it has no stand-in yet, `make` makes one, and
+    `found` notes the tensor.
     """
 
     def __init__(self, stand_ins: dict[int, Tensor], make: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.stand_ins, self.make = stand_ins, make
-        self.found: list[Tensor] = []  # keeps them alive, and so their ids unique
-        self.error: Exception | None = None  # that the programs may have caught
-        self.in_backward = False  # where torch works with tensors of its own as well
+        self.found: list[Tensor] = []  # keeps tensors alive, and so their ids unique
+        self.error: Exception | None = None  # of tracing; the programs may have caught it
+        self.in_backward = False  # there torch also uses tensors of its own
 
     def _stand_in(self, t: Tensor) -> Tensor:
-        # a fake tensor is made around a meta tensor
+        # torch makes a fake tensor around a meta tensor
         if isinstance(t, private.FakeTensor) or t.is_meta:
             return t
         if private.functorch.is_batchedtensor(t):
@@ -55,7 +56,7 @@ class _Outside(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is Tensor.__hash__:  # Pyro's store looks parameters up
+        if func is Tensor.__hash__:  # Pyro's store finds parameters by their hash
             return func(*args)
         given = pytree.tree_leaves((args, kwargs))
         if self.in_backward and not any(id(t) in self.stand_ins for t in given):
@@ -67,7 +68,7 @@ class _Outside(TorchFunctionMode):
             return args[0].detach()
         if func is Tensor.all and private.asks_for_dice():
             return True
-        if func is Tensor.backward:  # the programs run again inside, where they are checkpointed
+        if func is Tensor.backward:  # checkpointed programs run again inside
             self.in_backward = True
             try:
                 with self:
@@ -83,7 +84,7 @@ class _Outside(TorchFunctionMode):
             if is_of_tracing(error):
                 self.error = error
             raise
-        if isinstance(result, Tensor):  # written in place: it is kept as what it is outside
+        if isinstance(result, Tensor):  # written in place: return the tensor from outside
             for t in given:
                 if isinstance(t, Tensor) and self.stand_ins.get(id(t)) is result:
                     return t
@@ -92,9 +93,9 @@ class _Outside(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _without_looking() -> Iterator[None]:
-    """Nothing inside looks at the values of tensors, which are not there while tracing."""
+    """Turns off code of torch and Pyro that reads values of tensors: a traced tensor has none."""
     with contextlib.ExitStack() as patches:
-        patches.enter_context(torch.compiler.set_stance("force_eager"))  # what is torch.compile's
+        patches.enter_context(torch.compiler.set_stance("force_eager"))  # no torch.compile inside
         for owner, name, value in (
             (private.compiler, "_is_compiling_flag", True),
             (private.pyro_util, "torch_isnan", lambda value: False),
@@ -109,7 +110,7 @@ def _without_looking() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_onednn() -> Iterator[None]:
-    """Kernels inside are torch's own."""
+    """Uses torch's own kernels inside the block, not oneDNN's."""
     before = private.c._get_mkldnn_enabled()
     private.c._set_mkldnn_enabled(False)
     try:
@@ -119,7 +120,7 @@ def without_onednn() -> Iterator[None]:
 
 
 def _without_validation(init: Callable[..., None]) -> Callable[..., None]:
-    """A law's `__init__` that does not look at its parameters."""
+    """Returns the `__init__` of a distribution without the validation of its parameters."""
 
     def unvalidated(
         self: Any, batch_shape: Any = (), event_shape: Any = (), validate_args: Any = None
@@ -130,13 +131,17 @@ def _without_validation(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def _without_zeros(prob: Tensor, cost: Tensor) -> Tensor:
-    """The sum of `prob * cost` where `prob` is not 0, as `Dice` takes it."""
+    """Returns the sum of `prob * cost` over the terms with `prob` above 0, as in `Dice`."""
     return (prob * torch.where(prob > 0, cost, torch.zeros_like(cost))).sum()
 
 
 @contextlib.contextmanager
 def _held(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """The gradients of `tensors` are gone inside, and as they were after."""
+    """Removes the gradients of `tensors` inside the block, and restores them after it.
+
+    Raises:
+        NotCaptured: one of the tensors got a gradient inside.
+    """
     gradients = [t.grad for t in tensors]
     for t in tensors:
         t.grad = None
@@ -150,12 +155,12 @@ def _held(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 def parameters() -> dict[str, Tensor]:
-    """Pyro's store: the unconstrained tensors by name."""
+    """Returns the unconstrained parameters in Pyro's store by name."""
     return dict(pyro.get_param_store().named_parameters())
 
 
 def _leaf(stand_in: Tensor, t: Tensor) -> Tensor:
-    """A leaf with the values of `stand_in`, for which a gradient is kept where one is for `t`."""
+    """Returns a leaf with the values of `stand_in`; it requires a gradient if `t` does."""
     leaf = stand_in.detach()
     return leaf.requires_grad_() if t.requires_grad else leaf
 
@@ -170,7 +175,11 @@ def _unknown(t: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _keeping_store() -> Iterator[None]:
-    """No parameter is made inside, and no gradient is left on one."""
+    """Restores the parameters in Pyro's store, and their gradients, after the block.
+
+    Raises:
+        NotCaptured: a parameter was made, or one got a gradient.
+    """
     before = parameters()
     try:
         with _held(list(before.values())):
@@ -184,7 +193,7 @@ def _keeping_store() -> Iterator[None]:
 
 
 def touched(function: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
-    """What `function` returns on fake tensors, and the tensors that it touches and did not make."""
+    """Runs `function` on fake tensors; returns its result, and the outside tensors it touches."""
     with (
         _without_looking(),
         _keeping_store(),
@@ -200,8 +209,14 @@ def touched(function: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
 def compiled(
     function: Callable[[Leaves], list[Tensor]], inputs: list[Tensor], compiler: Compiler
 ) -> Run:
-    """Traces and compiles `function`, which may touch the `inputs` only and finds by its argument
-    the leaf that stands for each; the code is called with the inputs in their order."""
+    """Traces and compiles `function`, which may touch no tensors but the `inputs`.
+
+    The argument of `function` has, for the id of each input, the leaf that stands for it. The
+    code takes tensors in the order of `inputs`.
+
+    Raises:
+        NotCaptured: an input has a history of gradients, or `function` touches another tensor.
+    """
     if any(t.grad_fn is not None for t in inputs):
         raise NotCaptured("the programs use a tensor with a history of gradients")
 
@@ -215,7 +230,7 @@ def compiled(
         traced = private.make_fx(of_inputs, tracing_mode="fake")(*values)
 
     results = _keep_draws(traced)
-    # the graph says itself where it casts
+    # the graph itself has the casts of autocast
     with torch.no_grad(), private.DisableAutocast():
         code = compiler(traced, values)
 
@@ -227,8 +242,10 @@ def compiled(
 
 
 def _keep_draws(graph: GraphModule) -> int:
-    """Makes results of the draws that nothing depends on, lest a compiler leave them out and the
-    noise after them be another; how many results there were."""
+    """Adds the draws that nothing uses to the results; returns the number of results before.
+
+    Otherwise a compiler leaves such draws out, and the draws after them get other noise.
+    """
     (output,) = (node for node in graph.graph.nodes if node.op == "output")
     results = list(output.args[0])
     draws = [
