@@ -1,15 +1,15 @@
-r"""Amortized inference against inference for each image: what one encoder for all costs.
+r"""Amortized inference against inference for each image: what one encoder for all images costs.
 
-A VAE's encoder answers for every image at once. The same decoder may instead be given one
-variational factor for each image, its own loc and scale, optimized for that image alone. Then
+A VAE's encoder gives the posterior of every image. Instead, each image may have a variational
+factor of its own, a loc and a scale, optimized for this image with the same decoder. Then
 
     log p(x) - ELBO(encoder)  =  log p(x) - ELBO(factor)           approximation gap: the family
                               +  ELBO(factor) - ELBO(encoder)      amortization gap: the sharing
 
-and both parts are printed for test images, in nats per image, with their standard errors. The
-factors start at the encoder's output, the decoder is frozen, and log p(x) is bounded by IWAE-500.
+and the program prints both gaps for test images, in nats per image, with their standard errors.
+The factors start at the encoder's output, the decoder is frozen, and IWAE-500 bounds log p(x).
 
-The run's folder is that of the pair too: `pvae.load` and `python -m pvae.evaluate` take it.
+The folder of the run holds the pair: `pvae.load` and `python -m pvae.evaluate` take it.
 
 Source: Inference Suboptimality in Variational Autoencoders (2018), arXiv:1801.03558.
 """
@@ -35,7 +35,7 @@ DRAWS = 64  # of z for each image, in every ELBO that is reported
 
 
 def elbos(vae: VAE, guide: Callable[..., Any], x: Tensor, seed: int) -> Tensor:
-    """ELBO of each image `(N,)`; two guides at one seed see the same noise."""
+    """ELBO of each image `(N,)`; two guides with the same seed get the same noise."""
     with evaluate.fixed_noise(x.device, seed):
         return evaluate.elbo(vae.model, guide, x, num_samples=DRAWS).elbo
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     factors = evaluate.one_factor_each(vae.guide, x)
     per_image = partial(factors, index=torch.arange(len(x), device=x.device))
 
-    # the factors, and their ELBO at 40 moments on the way
+    # optimize the factors, and record their ELBO at 40 steps
     encoder = elbos(vae, vae.guide, x, args.seed)
     path = {0: elbos(vae, per_image, x, args.seed).mean().item()}
     watched = spread(args.steps, 40)
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def drawn(path: Mapping[int, float], estimates: Mapping[str, Estimate], gaps: Tensor) -> Figure:
-    """Left: the factors' ELBO on its way from the encoder's; right: the gap of each image."""
+    """Left: the ELBO of the factors at each step; right: the amortization gap of each image."""
     figure = Figure((9, 3.8), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
     encoder, bound = (estimates[k].mean for k in ("ELBO, encoder", "IWAE-500 bound on log p(x)"))
@@ -122,7 +122,7 @@ def drawn(path: Mapping[int, float], estimates: Mapping[str, Estimate], gaps: Te
 
 
 def worst(vae: VAE, per_image: Callable[..., Any], x: Tensor, gaps: Tensor) -> Figure:
-    """The images of the largest gaps, as the encoder and as their own factor see them."""
+    """The images of the largest gaps, reconstructed by the encoder and by their own factor."""
     chosen = gaps.argsort(descending=True)[:12]
     means = (evaluate.posterior_means(guide, x)[chosen] for guide in (vae.guide, per_image))
     with torch.no_grad():

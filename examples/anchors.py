@@ -1,20 +1,20 @@
-r"""Numbers that are known, and what evaluation finds: anchors of `pvae.evaluate`.
+r"""Compares the estimates of `pvae.evaluate` with numbers that are known exactly.
 
 The model is linear, z ~ N(0, I) in two dimensions and x|z ~ N(W z, s^2 I), so log p(x) and p(z|x)
-are known. The guide is that very posterior with its standard deviations times c. Then
+are known. The guide is this posterior with its standard deviations multiplied by c. Then
 
 - the importance-weighted bound E log 1/k sum_i w_i is the ELBO at k = 1, does not fall with k, and
   reaches log p(x);
-- the tail index of the weights is 1 - c^2 where c < 1, since P(w > t) = P(|z|^2 > 2 ln t / (1/c^2
-  - 1)): so k-hat exposes a guide that is too narrow (above 0.7 its bound is not to be believed),
-  and a guide that is too wide (c > 1) has bounded weights;
-- annealing from the prior, forward on images drawn from the model and backward from the latents
-  that made them, holds log p(x) between its two bounds;
+- the tail index of the weights is 1 - c^2 for c < 1, since P(w > t) = P(|z|^2 > 2 ln t / (1/c^2
+  - 1)). So k-hat exposes a guide that is too narrow (above 0.7 its bound is not reliable); a guide
+  that is too wide (c > 1) has bounded weights;
+- annealing from the prior gives two bounds with log p(x) between them: forward on images drawn from
+  the model, and backward from the latents that made these images;
 - NUTS draws from p(z|x).
 
-And on the data set itself, the model that has collapsed: a Bernoulli decoder that ignores z scores
-at best sum_i m_i ln m_i + (1 - m_i) ln(1 - m_i) with the mean image m, in expectation over
-binarisations: -206.0 nats on MNIST's 60,000 images.
+On the data set itself the known number is that of a collapsed model. A Bernoulli decoder that
+ignores z has at best sum_i m_i ln m_i + (1 - m_i) ln(1 - m_i) with the mean image m, in expectation
+over binarisations: -206.0 nats on MNIST's 60,000 images.
 
 Sources: Importance Weighted Autoencoders (2015), arXiv:1509.00519; Yes, but did it work? (2018),
 arXiv:1802.02538; Sandwiching the marginal likelihood using bidirectional Monte Carlo (2015),
@@ -44,7 +44,7 @@ Row = dict[str, Any]  # of a table
 
 
 class Posterior(nn.Module):
-    """q(z|x): the exact posterior, its standard deviations times `c`."""
+    """q(z|x): the exact posterior with its standard deviations multiplied by `c`."""
 
     def __init__(self, c: float) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def tails(model: pvae.Model, x: Tensor) -> list[Row]:
 
 
 def sandwiches(model: pvae.Model, x: Tensor) -> list[Row]:
-    """Both bounds of annealing less log p(x), against the number of temperatures."""
+    """Both bounds of annealing minus log p(x), against the number of temperatures."""
     made, rows = evaluate.simulate(model, x), []
     exact = EXACT.log_evidence(made.x)
     for steps in (3, 5, 10, 20, 50, 100):
@@ -100,16 +100,16 @@ def column(rows: Sequence[Row], key: str) -> list[float]:
 
 
 def figure(results: Mapping[str, Any], draws: Tensor, x: Tensor) -> Figure:
-    """Four panels, one for each law; the titles say what came."""
+    """Four panels, one for each law; the titles give the results."""
     drawn = Figure((9.5, 7.4), dpi=110, layout="constrained")
     (one, two), (three, four) = drawn.subplots(2, 2)
-    left = []  # what the last bound lacks
+    left = []  # log p(x) minus the last bound
     for c, colour in (("0.5", RED), ("1.5", BLUE)):
         rows = results["bounds"][c]
         k, mean, se = (column(rows, key) for key in ("k", "mean", "se"))
         label = f"guide of c = {c}"
         one.errorbar(k, mean, [2 * s for s in se], marker=".", color=colour, label=label)
-        left.append(f"{round(mean[-1], 3) + 0:.3f} nats (c = {c})")  # not -0.000
+        left.append(f"{round(mean[-1], 3) + 0:.3f} nats (c = {c})")  # + 0: never -0.000
     one.axhline(0, color="0.6", linestyle="--")
     one.set(xscale="log", xlabel="k", ylabel="log p(x) - IWAE-k, nats")
     one.set_title(f"IWAE-1,000 lacks {', '.join(left)}", fontsize=10)
@@ -150,7 +150,7 @@ def figure(results: Mapping[str, Any], draws: Tensor, x: Tensor) -> Figure:
 
 
 def collapsed_figure(mean: Tensor, name: str) -> Figure:
-    """The mean image, and what each of its pixels costs."""
+    """The mean image, and the cost of each of its pixels."""
     cost = -(torch.xlogy(mean, mean) + torch.xlogy(1 - mean, 1 - mean)).sum(0)  # over channels
     drawn = Figure((7.5, 3.6), dpi=110, layout="constrained")
     left, right = drawn.subplots(1, 2)

@@ -4,17 +4,17 @@ The VAE's encoder is one network whose output is split into loc and log-variance
 
     z = loc(x) + exp(log_variance(x) / 2) noise,   loss = E[-log p(x|z)] + KL(q(z|x) || N(0, I)).
 
-The autoencoder is its limit without noise and without KL, in plain torch:
+The autoencoder is the VAE's limit without noise and without KL, in plain torch:
 
     z = loc(x),                                    loss = -log p(x|z),
 
-with -log p(x|z) the cross-entropy (Bernoulli) or half the squared error (normal of scale 1, up to
-a constant). It reconstructs better, as no KL holds its codes to N(0, I). For that very reason
-draws from N(0, I) miss its codes and decode to little; a normal fitted to the codes afterwards
-meets their mean and covariance, but not their shape. The VAE is sampled from its own prior.
+where -log p(x|z) is the cross-entropy (Bernoulli) or half the squared error (normal of scale 1, up
+to a constant). The autoencoder reconstructs better, as no KL pulls its codes towards N(0, I). For
+the same reason draws from N(0, I) miss its codes and decode to poor images. A normal fitted to the
+codes afterwards has their mean and covariance, but not their shape. The VAE draws from its prior.
 
-Both are run folders, which `pvae.load` takes. The log-variance of the autoencoder is not trained:
-it has codes and images, but no posterior and so no ELBO.
+Both models have a run folder, which `pvae.load` takes. The log-variance of the autoencoder is not
+trained: the autoencoder has codes and images, but no posterior, and so no ELBO.
 
 Source: Auto-Encoding Variational Bayes (2013), arXiv:1312.6114.
 """
@@ -49,7 +49,7 @@ def cross_entropy(h: Tensor, x: Tensor) -> Tensor:
 
 
 def half_squared_error(h: Tensor, x: Tensor) -> Tensor:
-    """`-log p(x|z)` of normal pixels with loc `h` and scale 1, but for `log(2 pi) / 2` a pixel."""
+    """`-log p(x|z)` of normal pixels, loc `h`, scale 1, without `log(2 pi) / 2` for each pixel."""
     return F.mse_loss(h, x, reduction="sum") / 2
 
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def build(study: Study) -> VAE:
-    """The same networks from the same start, for the one and the other."""
+    """A pair; autoencoder and VAE have the same networks and the same initial weights."""
     args = study.args
     pyro.set_rng_seed(args.seed)
     return pvae.build(
@@ -99,7 +99,7 @@ def build(study: Study) -> VAE:
 
 
 def train_autoencoder(pair: VAE, study: Study) -> None:
-    """Trains the pair's two networks alone: neither Pyro nor a distribution takes part."""
+    """Trains the pair's two networks in plain torch, without Pyro and without a distribution."""
     args, images = study.args, len(study.data.train.images)
     encoder = pair.guide.posterior.get_submodule("net")
     decoder = pair.model.likelihood.get_submodule("net")
@@ -123,19 +123,19 @@ def train_autoencoder(pair: VAE, study: Study) -> None:
 
 
 def train_vae(vae: VAE, study: Study) -> dict[str, float]:
-    """The same schedule, by SVI with the KL in closed form; the test set's ELBO and its terms."""
+    """Trains by SVI, the KL analytic, with the same schedule; returns the test ELBO and terms."""
     adam = torch.optim.Adam(vae.parameters(), lr=study.args.learning_rate, fused=True)
     svi = SVI(vae.model, vae.guide, pvae.SingleOptimizer(adam), TraceMeanField_ELBO())
     rows = finish(study, fit(study, vae, svi), quiet=True)
     return {r.key: r.value.mean for r in rows if r.key in ("elbo", "distortion", "rate")}
 
 
-# ---- what each is worth ----
+# ---- numbers of each model ----
 
 
 class AtCode(NamedTuple):
-    """At `z = loc(x)`, for each image: the code `(B, D)`; -log p(x|z) in nats and the squared error
-    of the mean image, both summed over pixels, `(B,)`."""
+    """Results for each image at `z = loc(x)`: the code `(B, D)`; -log p(x|z) in nats and the
+    squared error of the mean image, both summed over pixels, `(B,)`."""
 
     code: Tensor
     distortion: Tensor
@@ -143,7 +143,7 @@ class AtCode(NamedTuple):
 
 
 def at_codes(subject: Subject) -> dict[str, float]:
-    """Means over the test images, and how many units of the code vary over them."""
+    """Means over the test images, and the number of active units of the code."""
     pair = subject.vae
 
     def at_code(x: Tensor, y: Tensor | None) -> AtCode:
@@ -199,11 +199,11 @@ def reconstructions(
 
 
 def samples(subjects: Mapping[str, Subject], count: int = 32) -> Figure:
-    """Mean images of both at N(0, I), of the autoencoder at a normal fitted to its codes too."""
+    """Mean images of both models at draws of N(0, I), and the autoencoder's at a fitted normal."""
     autoencoder, vae = (subject.vae for subject in subjects.values())
     training = results.codes(subjects["autoencoder"], subjects["autoencoder"].data.train)
     dim = training.shape[1]
-    # a little is added to the variances, as a code that never varies would make them singular
+    # a small number added to the variances: a constant code would make the covariance singular
     covariance = training.T.cov().reshape(dim, dim) + 1e-6 * torch.eye(dim).to(training)
     fitted = MultivariateNormal(training.mean(0), covariance)
     prior = vae.model.prior()
@@ -223,7 +223,7 @@ def samples(subjects: Mapping[str, Subject], count: int = 32) -> Figure:
 
 
 def plane(name: str, subject: Subject, study: Study) -> Figure:
-    """The codes of test images, and the circle that holds 95 % of N(0, I)."""
+    """The codes of test images, and the circle that contains 95 % of N(0, I)."""
     test = study.data.test
     figure = plots.latents(
         results.codes(subject, test),

@@ -1,20 +1,20 @@
-r"""Latents may include the parameters: a decoder with Bayesian weights.
+r"""A decoder with Bayesian weights: its parameters are latents too.
 
-The weights w of the decoder are one more latent, drawn once for the whole data set, above the
-latents z_n that are drawn for each of its N images:
+The weights w of the decoder are one more latent, drawn once for the whole data set; the latents z_n
+are drawn for each of its N images:
 
     p(w) prod_n p(z_n) p(x_n | z_n, w),      q(w) prod_n q(z_n | x_n).
 
     ELBO = E_q[ sum_n log p(x_n | z_n, w) - KL(q(z_n|x_n) || p(z_n)) ] - KL(q(w) || p(w))
 
-A batch of B images stands for all N: the data plate has size N and takes the batch as its
-subsample, so that Pyro scales what lies inside by N / B, and counts the KL of w, outside, once for
-each data set, not once for each batch. With more data that KL grows, but more slowly than N: the
-posterior of the weights narrows, and so does the band of images that it decodes to.
+A batch of B images stands for all N images: the data plate has size N and takes the batch as its
+subsample. Pyro then scales the terms inside the plate by N / B. The KL of w is outside the plate
+and is counted once for the data set, not once for each batch. With more data this KL grows, but
+more slowly than N: the posterior of the weights narrows, and the decoded images vary less.
 
-Beside each pair a decoder with point weights is trained, the same way on the same images. It is a
-run folder inside the study's, which `pvae.load` and `python -m pvae.evaluate` take; the Bayesian
-pair is composed here by hand and has no recipe.
+Beside each Bayesian pair the program trains a decoder with point weights, in the same way on the
+same images. This one has a run folder inside the study's folder, which `pvae.load` and
+`python -m pvae.evaluate` take. The Bayesian pair is composed by hand and has no recipe.
 
 Source: Auto-Encoding Variational Bayes (2013), arXiv:1312.6114, appendix F.
 """
@@ -45,11 +45,11 @@ from pvae.vae import VAE
 
 
 class BayesianModel(nn.Module):
-    """p(w) prod_n p(z_n) p(x_n | z_n, w): `likelihood(z)` with its parameters w drawn.
+    """p(w) prod_n p(z_n) p(x_n | z_n, w): the parameters w of `likelihood(z)` are drawn.
 
-    Each parameter has a normal prior about 0 with the scale 1 / sqrt(fan-in), under which every
-    layer's output is about as large as its input. Nothing here is learned: the module's own
-    parameters only lend w their names and shapes.
+    Each parameter has a normal prior with mean 0 and scale 1 / sqrt(fan-in): the output of every
+    layer is then about as large as its input. Nothing here is learned: the parameters of
+    `likelihood` only give w their names and shapes.
     """
 
     def __init__(self, prior: nn.Module, likelihood: nn.Module, images: int) -> None:
@@ -71,7 +71,7 @@ class BayesianModel(nn.Module):
 
 
 class BayesianGuide(Program):
-    """q(w) prod_n q(z_n | x_n): a normal for each weight, starting narrow about `likelihood`'s."""
+    """q(w) prod_n q(z_n | x_n): for each weight a normal, at first narrow about `likelihood`'s."""
 
     def __init__(self, posterior: nn.Module, likelihood: nn.Module, images: int) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ def draw_weights(vae: VAE, guide: BayesianGuide) -> None:
 
 
 class Decoders(NamedTuple):
-    """What is kept of one size of the training set: images decoded over weight draws, numbers."""
+    """Results for one size of the training set: images decoded over weight draws, and numbers."""
 
     mean: Tensor  # (B, C, H, W)
     std: Tensor
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     study = start(args, "bayesian_decoder", "dynamic")
     there = len(study.dataset.train.images)
     sizes = sorted({min(size, there) for size in args.train_images})
-    # the steps of these epochs on the whole data set are shared out, the same to every size
+    # every size gets the same number of steps: those of all epochs, divided by the number of sizes
     steps = math.ceil(args.num_epochs * there / args.batch_size / len(sizes))
     x = data.pixels(study.data.test.first(1000).images)
 
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def at_size(study: Study, n: int, x: Tensor, steps: int, bar: Any) -> Decoders:
-    """Trains both decoders on the first `n` images, and looks at the test images `x`."""
+    """Trains both decoders on the first `n` images, and evaluates them on the test images `x`."""
     args, kept = study.args, study.data.train.first(n)
     train = partial(fit, replace(study.data, train=kept), args, steps, bar)
     mean_image = replace(study.dataset, train=kept).mean_image
@@ -217,8 +217,8 @@ def fit(
 
 
 def drawn(x: Tensor, decoders: Mapping[int, Decoders]) -> Figure:
-    """Test images, and for each size of the training set what the drawn weights make of them."""
-    top = max(d.std.max() for d in decoders.values())  # one scale for all, to compare them
+    """Test images, and for each training size the mean and std of their decoded images."""
+    top = max(d.std.max() for d in decoders.values())  # one scale for all sizes, to compare them
     rows = [x, *(image for d in decoders.values() for image in (d.mean, d.std / top))]
     labels = ["x", *(f"N = {n:,}: {what}" for n in decoders for what in ("mean", "std"))]
     return plots.grid(

@@ -1,33 +1,33 @@
-r"""Terms of one's own in the ELBO's place: another likelihood, regularizer or reconstruction error.
+r"""Other objectives than the ELBO: another likelihood, regularizer or reconstruction error.
 
-The same networks, data and seed train four pairs, each by stock SVI:
+Four pairs have the same networks, data and seed, and stock SVI trains each of them:
 
     fixed scale      E_q[log N(x; loc(z), 0.1^2)]         - KL(q(z|x) || p(z))
     scale from net   E_q[log N(x; loc(z), scale(z)^2)]    - KL(q(z|x) || p(z))
     MMD              E_q[log N(x; loc(z), 0.1^2)]         - lambda MMD^2(q(z), p(z))
     own error        E_q[-w e(x, m(z))]                   - KL(q(z|x) || p(z))
 
-The second learns where it is unsure: pixels along the strokes get a wide scale, the background a
-narrow one. Pixels are dequantised and the scale has a floor, or the density would be unbounded.
+The second pair learns where it is unsure: pixels along the strokes get a wide scale, the background
+a narrow one. Pixels are dequantised and the scale has a floor; else the density would be unbounded.
 
-The third leaves each q(z|x) free and asks that their mixture over the batch, the aggregate q(z), be
-the prior, in samples: its regularizer is no sum over images, so it stands outside the data plate.
+The third pair leaves each q(z|x) free, and pulls their mixture over the batch, the aggregate q(z),
+to the prior, by samples. This regularizer is no sum over images, so it is outside the data plate.
 
-The fourth has an error e of its own, here of pixels and of the image's slopes in both directions,
+The fourth pair has its own error e, here of pixels and of the image's slopes in both directions,
 
     e(x, m) = sum c(x - m) + sum c(dx/dh - dm/dh) + sum c(dx/dw - dm/dw),
     c(t) = sqrt(t^2 + 0.001^2).
 
-What that means: exp(-w e) does not integrate to 1 over x. Its integral over all real x is the same
-for every m, as e depends on x - m alone, but nobody knows it; over pixels in [0, 1], or for an
-error in which x and m enter otherwise, it even changes with z, and the pair is fitted to no p(x|z).
-So the number that is optimized bounds no log p(x), and how it weighs against the KL is w, a matter
-of taste. What all four can be compared by: squared error, KL, active units, and MMD^2 to the prior.
+Here exp(-w e) does not integrate to 1 over x. Its integral over all real x is the same for every m,
+as e depends on x - m alone, but it is not known. Over pixels in [0, 1], or for an error that does
+not depend on x - m alone, the integral even changes with z, and then there is no p(x|z). So the
+number that is optimized is no bound on log p(x), and its weight w against the KL is a free choice.
+All four pairs can be compared by squared error, KL, active units, and MMD^2 to the prior.
 
 The pairs are composed by hand and are not kept.
 
 Sources: InfoVAE: Balancing Learning and Inference in Variational Autoencoders (2017),
-arXiv:1706.02262; Wasserstein Auto-Encoders (2017), arXiv:1711.01558; the scale as a network: What
+arXiv:1706.02262; Wasserstein Auto-Encoders (2017), arXiv:1711.01558; the scale from a network: What
 Uncertainties Do We Need in Bayesian Deep Learning for Computer Vision? (2017), arXiv:1703.04977.
 """
 
@@ -55,7 +55,7 @@ from pvae.programs import Program
 from pvae.study import Study, start
 
 SCALE = 0.1  # of pixels in [0, 1], where it is fixed
-DRAWS = 2000  # at most so many of the reported MMD^2
+DRAWS = 2000  # the most draws for the reported MMD^2
 
 
 class AggregateModel(Program):
@@ -76,7 +76,7 @@ class AggregateModel(Program):
 
 
 class ErrorModel(Program):
-    """p(z) and, for each image, `-weight e(x, decoder(z))` in the place of log p(x|z)."""
+    """p(z) and, for each image, `-weight e(x, decoder(z))` in place of log p(x|z)."""
 
     def __init__(
         self,
@@ -96,12 +96,12 @@ class ErrorModel(Program):
 
 
 def latent_mmd(z: Tensor, prior_draws: Tensor) -> Tensor:
-    """MMD^2 of latents `(N, D)`, its kernel as wide as two draws of N(0, I) are apart."""
+    """MMD^2 of latents `(N, D)`; the kernel is as wide as two draws of N(0, I) are apart."""
     return mmd(z, prior_draws, inverse_multiquadric(math.sqrt(2 * z.shape[1])))
 
 
 def slope_error(x: Tensor, m: Tensor) -> Tensor:
-    """e(x, m) of the docstring, `(*, C, H, W) -> (*,)`."""
+    """e(x, m) of the module's docstring, `(*, C, H, W) -> (*,)`."""
     t = x - m
     parts = (t, t.diff(dim=-2), t.diff(dim=-1))
     smooth = [(part.square() + 0.001**2).sqrt().sum((-3, -2, -1)) for part in parts]
@@ -109,17 +109,17 @@ def slope_error(x: Tensor, m: Tensor) -> Tensor:
 
 
 class Pair(NamedTuple):
-    """A model to train with its guide, and what can be asked of it afterwards."""
+    """A model to train with its guide, and the functions to evaluate it afterwards."""
 
     model: Any  # a Program
     guide: Guide
     kl_weight: float
     picture: Callable[[Tensor], Tensor]  # latents (B, D) to images
-    bounded: Any  # the Model p(z) p(x|z), of which there is an ELBO, or None
+    bounded: Any  # the Model p(z) p(x|z) whose ELBO is reported, or None
 
 
 def pairs(args: argparse.Namespace, mean_image: Tensor) -> dict[str, Pair]:
-    """The four of the docstring, all from the same start."""
+    """The four pairs of the module's docstring, all with the same seed."""
     shape, latent_dim = mean_image.shape, args.latent_dim
     prior = StandardNormal(latent_dim)
 
@@ -153,7 +153,7 @@ def pairs(args: argparse.Namespace, mean_image: Tensor) -> dict[str, Pair]:
 
 
 def fit(name: str, pair: Pair, observed: data.Observed, args: argparse.Namespace) -> None:
-    """Stock SVI; a `kl_weight` of 0 leaves log p(z) and log q(z|x) out, as for a KL warm-up."""
+    """Trains by stock SVI; a `kl_weight` of 0 leaves log p(z) and log q(z|x) out."""
     steps = args.num_epochs * math.ceil(len(observed.train.images) / args.batch_size)
     adam = torch.optim.Adam(
         [*pair.model.parameters(), *pair.guide.parameters()], args.learning_rate
@@ -170,8 +170,8 @@ def fit(name: str, pair: Pair, observed: data.Observed, args: argparse.Namespace
 
 
 class AtDraw(NamedTuple):
-    """At one draw of z ~ q(z|x) for each image: the draw `(B, D)`, q's mean, KL(q || p), and the
-    squared error of the picture at the mean."""
+    """Results for each image: one draw of z ~ q(z|x) `(B, D)`, the mean of q, KL(q || p), and the
+    squared error of the picture at this mean."""
 
     z: Tensor
     mean: Tensor
@@ -180,7 +180,7 @@ class AtDraw(NamedTuple):
 
 
 def measured(pair: Pair, test: data.Split, seed: int) -> dict[str, float | None]:
-    """Means over the test images; the ELBO is None where it is none."""
+    """Means over the test images; the ELBO is None for a pair without one."""
     prior = pair.model.prior()
 
     def at_draw(x: Tensor, y: Tensor | None) -> AtDraw:
@@ -193,7 +193,7 @@ def measured(pair: Pair, test: data.Split, seed: int) -> dict[str, float | None]
     with evaluate.evaluating(pair.model, pair.guide):
         at = over(at_draw)
     z = at.z[:DRAWS]
-    with evaluate.fixed_noise(z.device, seed + 1):  # not the noise that z was drawn with
+    with evaluate.fixed_noise(z.device, seed + 1):  # other noise than that of z
         discrepancy = latent_mmd(z, prior.sample((len(z),))).item()
     elbo = None
     if pair.bounded is not None:
@@ -209,7 +209,7 @@ def measured(pair: Pair, test: data.Split, seed: int) -> dict[str, float | None]
 
 @torch.no_grad()
 def drawn(made: dict[str, Pair], numbers: dict[str, Any], x: Tensor, seed: int) -> Figure:
-    """Above, the images `(N, C, H, W)` and each pair's reconstructions; below, its samples."""
+    """The images `(N, C, H, W)`, then the reconstructions and the samples of each pair."""
     rows = {"x": x}
     for name, pair in made.items():
         z = pair.guide.posterior(x).mean

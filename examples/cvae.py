@@ -1,19 +1,19 @@
-r"""A VAE and its conditional VAE: the label joins the encoder and the decoder.
+r"""A VAE and a conditional VAE, whose encoder and decoder take the label too.
 
     VAE     log p(x)   >=  E_q(z|x)[log p(x|z)]      - KL(q(z|x) || p(z))
     CVAE    log p(x|y) >=  E_q(z|x,y)[log p(x|z,y)]  - KL(q(z|x,y) || p(z))
 
-Both are multilayer perceptrons 784-400-20. Told the label y, z is left with what the label does
-not say, the *style*: one z decoded under every label gives one style of every class.
+Both are multilayer perceptrons 784-400-20. In the CVAE the label y is given, so z holds the rest of
+the image, the *style*: one z decoded under every label gives one style of every class.
 
-The two bounds are on different things. With p(y) = 1/K for each of K classes,
-p(x) >= p(x, y) = p(x|y) / K: the CVAE's bound less log K nats is one on log p(x) too.
+The two bounds are on different quantities. With p(y) = 1/K for each of K classes,
+p(x) >= p(x, y) = p(x|y) / K: the CVAE's bound minus log K nats is also a bound on log p(x).
 
 Many tutorials take the Bernoulli's cross-entropy on grey pixels, `--likelihood grey_bernoulli`. It
-is no likelihood, as its exponential does not integrate to 1 over grey images: what is optimized
-then bounds nothing. The same formula with its normalizer is `continuous_bernoulli`.
+is no likelihood, as its exponential does not integrate to 1 over grey images: the objective then
+bounds nothing. The same formula with its normalizer is `continuous_bernoulli`.
 
-Each pair is a run folder of its own: `pvae.load` and `python -m pvae.evaluate` take it.
+Each pair has its own run folder: `pvae.load` and `python -m pvae.evaluate` take it.
 
 Sources: Auto-Encoding Variational Bayes (2013), arXiv:1312.6114; Semi-Supervised Learning with
 Deep Generative Models (2014), arXiv:1406.5298, its model M2 with every label seen.
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train(study: Study, conditional: bool) -> tuple[VAE, list[Row]]:
-    """Trains one of the two; its test numbers."""
+    """Trains one of the two pairs; returns the pair and its test numbers."""
     args, dataset = study.args, study.dataset
     pyro.set_rng_seed(args.seed)
     vae = pvae.build(
@@ -76,8 +76,8 @@ def train(study: Study, conditional: bool) -> tuple[VAE, list[Row]]:
 
 
 def progress(study: Study) -> Callable[[Trainer], None]:
-    """Draws, as training goes on, the original images and what the pair sees of them on the left,
-    and a column of reconstructions for each of about seven epochs on the right."""
+    """Draws a picture during training: on the left the original images and the pair's input, on the
+    right a column of reconstructions for each of about seven epochs."""
     first = study.data.validation.first(8)
     x = data.pixels(first.images)
     original = data.pixels(study.dataset.validation.first(8).images).to(x)
@@ -102,7 +102,7 @@ def progress(study: Study) -> Callable[[Trainer], None]:
 
 
 def styles(vae: VAE, dataset: data.Dataset, count: int = 10) -> plots.Figure:
-    """Draws `count` styles, one z a row, under each of the K labels."""
+    """Decodes `count` styles, one z for each row, under each of the K labels."""
     device = next(vae.parameters()).device
     y = torch.arange(dataset.num_classes or 1, device=device)  # (K,)
     with evaluate.evaluating(vae):
@@ -117,7 +117,7 @@ def styles(vae: VAE, dataset: data.Dataset, count: int = 10) -> plots.Figure:
 
 
 def table(rows: Mapping[str, Sequence[Row]], study: Study, normalized: bool) -> str:
-    """Both pairs side by side; with a likelihood that is none, of bounds on nothing."""
+    """Both pairs side by side; if the likelihood is not normalized, they are bounds on nothing."""
     keys = ("elbo", "distortion", "rate", "iwae_100")
     bounds = {"VAE": "log p(x)", "CVAE": "log p(x|y)"}
     shown = []

@@ -1,4 +1,4 @@
-r"""The deep convolutional "vanilla VAE" with BatchNorm, its published loss read as a Gaussian ELBO.
+r"""The deep "vanilla VAE" with BatchNorm: its published loss is an ELBO with Gaussian pixels.
 
 The published loss, on images mapped to [-1, 1] (D = C H W numbers each) and for a KL weight w, is
 
@@ -10,20 +10,21 @@ image, the tempered ELBO is
     -ELBO_beta = sq / (2 s^2) + beta KL + D log(s sqrt(2 pi))            nats per image
                = D / (2 s^2) [sq / D + (2 s^2 beta / D) KL] + constant,
 
-and the bracket is L where beta = w D / (2 s^2). So the loss says nothing of s: it is the ELBO
-itself, beta = 1, at s^2 = w D / 2, where stock SVI takes the published steps, and a beta-VAE at
-every other scale. The table at the end reads the trained networks at three scales, this one, 1 and
-the error that they leave in a pixel: the published loss is one and the same, the ELBO (always at
-beta = 1) is not. Its nats are of images in [0, 1], as in every other example: D log 2 above those
-of [-1, 1]. The networks are those of the last epoch; the pair is composed here by hand, so it has
-no recipe that `pvae.load` could follow.
+and the bracket is L where beta = w D / (2 s^2). So the loss does not determine s. At s^2 = w D / 2
+the loss is the ELBO itself, beta = 1, and stock SVI takes the published steps; at every other scale
+it is the loss of a beta-VAE. The table at the end evaluates the trained networks at three scales:
+this one, 1, and the root mean squared error of a pixel. The published loss is the same at all
+three, the ELBO (always at beta = 1) is not. Its nats are for images in [0, 1], as in every other
+example: D log 2 above those for [-1, 1]. The networks are those of the last epoch. The pair is
+composed by hand, so it has no recipe for `pvae.load`.
 
-w = batch size / images in the data set is about 0.0006 for batches of 128 of 200,000 images, but
-more than ten times that for the patches here, which drowns the images: the default is 0.00025.
+The published weight is w = batch size / images in the data set, about 0.0006 for batches of 128 of
+200,000 images. For the patches here it is more than ten times as large, which makes the KL too
+strong: the default is 0.00025.
 
 Sources: the "vanilla VAE" of github.com/AntixK/PyTorch-VAE (2020); Auto-Encoding Variational Bayes
 (2013), arXiv:1312.6114; Simple and Effective VAE Training with Calibrated Decoders (2020),
-arXiv:2006.13202. The data by default: 64x64 RGB patches of two photographs, without a network.
+arXiv:2006.13202. The default data are 64x64 RGB patches of two photographs; no download is needed.
 """
 
 import argparse
@@ -58,7 +59,7 @@ def tempered(weight: float, elements: int, scale: float) -> float:
 
 
 def untempered(weight: float, elements: int) -> float:
-    """s = sqrt(w D / 2), at which that beta is 1."""
+    """s = sqrt(w D / 2), at which beta = w D / (2 s^2) is 1."""
     return math.sqrt(weight * elements / 2)
 
 
@@ -70,7 +71,7 @@ def normal(shape: Sequence[int], scale: float) -> heads.NormalFixedScale:
 def deep_pair(
     shape: Sequence[int], latent_dim: int, widths: Sequence[int], scale: float
 ) -> pvae.VAE:
-    """The published networks, which work in [-1, 1], as a pair for images in [0, 1]."""
+    """A pair for images in [0, 1], of the published networks, which work in [-1, 1]."""
     z_head, x_head = heads.Normal((latent_dim,)), normal(shape, scale)
     encoder = nn.Sequential(Affine(2, -1), DeepEncoder(shape, z_head.param_shape, widths))
     decoder = nn.Sequential(
@@ -93,7 +94,7 @@ def deep_pair(
 def readings(
     vae: pvae.VAE, test: data.Split, weight: float, seed: int
 ) -> tuple[float, list[dict[str, float]]]:
-    """The published loss by its own formula, and what the networks are at three scales."""
+    """The published loss by its own formula, and the networks' numbers at three scales."""
     shape = test.images.shape[1:]
     elements = shape.numel()
 
@@ -136,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     vae = deep_pair(shape, args.latent_dim, args.widths, scale).to(study.device)
     adam = torch.optim.Adam(vae.parameters(), lr=args.learning_rate)
-    elbo = OBJECTIVES["trace_mean_field_elbo"].elbo(1)  # its KL is analytic, as in the loss
+    elbo = OBJECTIVES["trace_mean_field_elbo"].elbo(1)  # its KL is analytic, as in the loss L
     svi = SVI(vae.model, vae.guide, pvae.SingleOptimizer(adam), elbo)
     trainer = fit(study, vae, svi, schedule=Schedule(lr_warmup=0.05))
 
@@ -163,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def pictures(trainer: Trainer, study: Study) -> dict[str, plots.Figure]:
     vae, test = trainer.vae, study.data.test.images
-    x = data.pixels(test[:: math.ceil(len(test) / 16)])  # from all over the test set
+    x = data.pixels(test[:: math.ceil(len(test) / 16)])  # spread over the test set
     with evaluate.fixed_noise(study.device, 0):
         samples = vae.sample(36)
     return {

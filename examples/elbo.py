@@ -1,18 +1,18 @@
-"""What the ELBO is: a lower bound on log p(x), and what it lacks is KL(q(z|x) || p(z|x)).
+"""What the ELBO is: a lower bound on log p(x), below it by KL(q(z|x) || p(z|x)).
 
 For every q, with the expectation over z ~ q(z|x),
 
     log p(x) = E[log p(x, z) - log q(z|x)] + E[log q(z|x) - log p(z|x)]
              =            ELBO             +    KL(q(z|x) || p(z|x)),
 
-the KL is at least 0, and 0 where q is the posterior: there log p(x, z) - log q(z|x) = log p(x) is
-the same number for every z, and one draw has no variance at all.
+The KL is at least 0, and it is 0 if q is the posterior. Then log p(x, z) - log q(z|x) = log p(x) is
+the same number for every z, and the estimate from one draw has no variance.
 
-To see both terms we need a model whose evidence and posterior are known. Such is the VAE with a
-linear decoder, z ~ N(0, I), x|z ~ N(W z + mu, s^2 I), here probabilistic PCA of the data set's
-images at 7x7 pixels, its latent axes turned at random, so that the posterior is correlated. The
-evidence does not change by a turn (z and R z have one prior), but a mean-field guide can no longer
-reach it. Two guides, linear in x, are trained by stock SVI, which is shown nothing but the model:
+To see both terms we need a model whose evidence and posterior are known. The VAE with a linear
+decoder is such a model: z ~ N(0, I), x|z ~ N(W z + mu, s^2 I). Here it is probabilistic PCA of the
+data set's images at 7x7 pixels. Its latent axes are rotated at random, so that the posterior is
+correlated. The rotation R does not change the evidence (z and R z have the same prior), but a
+mean-field guide can no longer reach it. Stock SVI, given only the model, trains two linear guides:
 
     mean-field        q = N(A x + b, diag(v))    the gap closes to a KL known in closed form
     full covariance   q = N(A x + b, L L^T)      the gap closes to 0
@@ -40,8 +40,8 @@ from pvae.study import Study, start
 
 
 class SharedCovariance(heads.Head):
-    """`N(loc, L L^T)`: the loc from the network, `L` `(D, D)` learned and one for all x, as in
-    p(z|x); where `mask` is 0 it stays 0, and `torch.eye(D)` makes the family mean-field."""
+    """`N(loc, L L^T)`: the loc is from the network; `L` `(D, D)` is learned and the same for all x,
+    as in p(z|x). `L` is 0 where `mask` is 0; the mask `torch.eye(D)` makes a mean-field family."""
 
     mask: Tensor
 
@@ -56,7 +56,7 @@ class SharedCovariance(heads.Head):
 
 
 def linear_model(exact: LinearGaussian, image_shape: Sequence[int]) -> pvae.Model:
-    """The Pyro program of `exact`; its parameters stay as they are."""
+    """The Pyro program of `exact`; its parameters are not trained."""
     latent_dim = exact.weight.shape[1]
     decoder = MLP((latent_dim,), image_shape, hidden=()).to(exact.weight.dtype)
     with torch.no_grad():
@@ -68,7 +68,7 @@ def linear_model(exact: LinearGaussian, image_shape: Sequence[int]) -> pvae.Mode
 
 
 def linear_guide(head: heads.Head, image_shape: Sequence[int]) -> pvae.Guide:
-    """The Pyro program q(z|x) whose raw parameters are linear in x, as those of p(z|x) are."""
+    """The Pyro program q(z|x), whose raw parameters are linear in x, like those of p(z|x)."""
     encoder = MLP(image_shape, head.param_shape, hidden=())
     return pvae.Guide(pvae.Conditional(encoder, head, event_dim=3))
 
@@ -79,12 +79,12 @@ def small(x: Tensor) -> Tensor:
 
 
 def small_images(split: data.Split) -> Tensor:
-    """All images of a split so, in float64, without a float copy of the large ones."""
+    """All images of a split at 7x7, in float64, without a float copy of the large images."""
     return torch.cat([small(x).double() for x, _ in data.chunks(split, 5000)])
 
 
 def turned(exact: LinearGaussian) -> LinearGaussian:
-    """The same p(x) with the latent axes turned at random: W R for an orthogonal R."""
+    """The same p(x) with the latent axes rotated at random: W R for an orthogonal R."""
     rotation, _ = torch.linalg.qr(torch.randn_like(exact.precision))
     return LinearGaussian(exact.weight @ rotation, exact.mean, exact.scale)
 
@@ -93,8 +93,8 @@ def turned(exact: LinearGaussian) -> LinearGaussian:
 def measure(
     exact: LinearGaussian, model: pvae.Model, guide: pvae.Guide, x: Tensor
 ) -> dict[str, float]:
-    """The two terms, in closed form and float64, and the standard deviation of one draw of the
-    ELBO as Pyro sees it; nats per image, means over the images `x`."""
+    """The ELBO and the KL, in closed form and float64, and the standard deviation of Pyro's ELBO
+    from one draw; nats per image, means over the images `x`."""
     q = guide.posterior(x)
     given = x.cpu().double(), q.loc.cpu().double(), q.scale_tril.cpu().double()
     elbo, gap = exact.elbo(*given), exact.gap(*given)
@@ -112,7 +112,7 @@ def measure(
 def train(
     exact: LinearGaussian, head: heads.Head, study: Study, title: str
 ) -> list[dict[str, float]]:
-    """Trains a guide by stock SVI; the bound on 500 test images, over the steps."""
+    """Trains a guide by stock SVI; returns the numbers of 500 test images over the steps."""
     args, x_test = study.args, small(data.pixels(study.data.test.first(500).images))
     model = linear_model(exact, x_test.shape[1:]).float().to(study.device)
     guide = linear_guide(head, x_test.shape[1:]).to(study.device)
@@ -120,7 +120,7 @@ def train(
     svi = SVI(model, guide, pvae.SingleOptimizer(adam), Trace_ELBO(max_plate_nesting=1))
 
     steps = args.num_epochs * -(-len(study.data.train.images) // args.batch_size)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)  # to 0: no noise is left
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)  # to 0: without noise
     watched = {round(steps ** (i / 60)) for i in range(61)}  # evenly in the logarithm
     rows = [{"step": 0, **measure(exact, model, guide, x_test)}]
     batches = (
@@ -138,7 +138,7 @@ def train(
 
 
 def table(title: str, rows: Sequence[dict[str, float]]) -> str:
-    """Every sixth row, with the identity's two sides beside one another."""
+    """Every sixth row, with both sides of the identity: ELBO + KL, and log p(x)."""
     cells = []
     for row in [*rows[:-1:6], rows[-1]]:
         both = row["elbo"] + row["kl"]

@@ -1,15 +1,15 @@
-r"""Why a Gaussian prior is enough: a function turns it into whatever the data needs.
+r"""Why a Gaussian prior is enough: a function can turn it into the distribution of the data.
 
-With z ~ N(0, I) in the plane, g(z) = z / 10 + z / ||z|| lies on a ring. A decoder need not be
-given g: the VAE p(z) N(x; f(z), s^2 I), f a small network, learns one from points of the ring.
-How well it does is known exactly here, for the ring has a density. With r = ||z||, the radius is
-R = 1 + r / 10, and the angle is uniform, so
+With z ~ N(0, I) in the plane, g(z) = z / 10 + z / ||z|| is a point of a ring. The decoder does not
+know g: in the VAE p(z) N(x; f(z), s^2 I) the small network f learns such a function from points of
+the ring. The best possible result is known exactly here, because the ring has a density. With
+r = ||z||, the radius is R = 1 + r / 10, and the angle is uniform, so
 
     p(x) = p_r(10 (R - 1)) * 10 / (2 pi R),    p_r(r) = r exp(-r^2 / 2),
 
-and no model's mean log density exceeds E log p(x); what it lacks is KL(p || model). The ELBO
-lacks more, as z given x is far from Gaussian: the plane has to be torn at 0. Training by the
-importance-weighted bound minds that less, and its ring is sharper.
+and no model's mean log density exceeds E log p(x); it is below by KL(p || model). The ELBO is still
+lower, as z given x is far from Gaussian: f must tear the plane at 0. The importance-weighted bound
+suffers less from this, and training by it gives a sharper ring.
 
 Source: Tutorial on Variational Autoencoders (2016), arXiv:1606.05908, figure 2.
 """
@@ -37,7 +37,7 @@ from pvae.study import find_device, num_epochs
 
 
 def g(z: Tensor) -> Tensor:
-    """The plane onto a ring, `(*, 2) -> (*, 2)`."""
+    """Maps the plane onto a ring, `(*, 2) -> (*, 2)`."""
     return z / 10 + z / z.norm(dim=-1, keepdim=True)
 
 
@@ -49,7 +49,7 @@ def ring_log_density(x: Tensor) -> Tensor:
 
 
 def ring_vae(hidden: int = 64) -> VAE:
-    """p(z) N(x; f(z), s^2 I) and q(z|x), both networks small, latent and data in the plane."""
+    """p(z) N(x; f(z), s^2 I) and q(z|x) with two small networks; z and x are in the plane."""
     posterior, likelihood = Normal((2,)), NormalSharedScale((2,), scale=0.3, min_scale=0.001)
     encoder = MLP((2,), posterior.param_shape, (hidden, hidden))
     decoder = MLP((2,), likelihood.param_shape, (hidden, hidden))
@@ -60,7 +60,7 @@ def ring_vae(hidden: int = 64) -> VAE:
 
 
 def trained(args: Namespace, x: Tensor, name: str, elbo: ELBO) -> VAE:
-    """A pair by stock SVI; each step sees points drawn from `x` `(N, 2)`."""
+    """A pair trained by stock SVI; each step takes points drawn from `x` `(N, 2)`."""
     vae = ring_vae().to(x.device)
     steps = num_epochs(args, len(x)) * math.ceil(len(x) / args.batch_size)
     adam = torch.optim.Adam(vae.parameters(), lr=args.learning_rate)
@@ -84,12 +84,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     x, held_out = g(torch.randn(17_000, 2, device=device)).split([15_000, 2_000])
     gaussian = dist.MultivariateNormal(x.mean(0), x.T.cov())
     log_density = {"a Gaussian fitted to the ring": gaussian.log_prob(held_out)}
-    # the ELBO also asks for a Gaussian posterior, the importance-weighted bound much less so
+    # the ELBO also pulls the posterior to a Gaussian, the importance-weighted bound much less
     vaes = {}
     elbos = {"ELBO": Trace_ELBO(max_plate_nesting=1), "IWAE-8": OBJECTIVES["iwae"].elbo(8)}
     for name, elbo in elbos.items():
         vaes[name] = trained(args, x, name, elbo)
-        # the mean log density of points that no model has seen, bounded
+        # a bound on the mean log density of points that no model was trained on
         with evaluate.fixed_noise(device, args.seed):
             log_density[f"VAE by the {name}, IWAE-500 bound"] = evaluate.importance_weighted(
                 vaes[name].model, vaes[name].guide, held_out, num_samples=500

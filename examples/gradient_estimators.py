@@ -1,20 +1,21 @@
-"""Two ways to estimate the gradient of the ELBO, and what a baseline does for the first.
+"""Two ways to estimate the gradient of the ELBO, and the effect of a baseline on the first.
 
-The ELBO is an expectation over z ~ q(z|x), f(z) = log p(x, z) - log q(z|x), whose gradient by the
+The ELBO is the expectation of f(z) = log p(x, z) - log q(z|x) over z ~ q(z|x). Its gradient by the
 parameters of q is estimated from L draws z_l,
 
     score function (REINFORCE)   1/L sum_l (f(z_l) - b) d log q(z_l|x)
     reparameterized (SGVI)       1/L sum_l d f(z(eps_l)),    z(eps) = m(x) + s(x) eps.
 
 Both are unbiased for every L and, since E[d log q] = 0, for every baseline b that does not depend
-on the draw; their variances fall as 1/L, from very different heights. The first only needs the
-value of f, so that it also serves for discrete z; the second needs the derivative of f by z.
+on the draw. Both variances fall as 1/L, but their sizes differ very much. The first estimator only
+needs the value of f, so it also works for discrete z; the second needs the derivative of f by z.
 
-In Pyro the distribution decides: `has_rsample` true, and TraceGraph_ELBO reparameterizes; false,
-and it takes the score function, with the baseline that the site's `infer` asks for. The gradient
-is held against the exact one, by autograd of the closed-form ELBO of the linear Gaussian model of
-examples/elbo.py. Then a VAE is trained by each, from the same start; each of them is a run folder
-inside the study's, which `pvae.load` and `python -m pvae.evaluate` take.
+In Pyro the distribution decides. If `has_rsample` is true, TraceGraph_ELBO reparameterizes; if it
+is false, TraceGraph_ELBO takes the score function, with the baseline that the site's `infer` names.
+The program compares each gradient with the exact one, the autograd of the closed-form ELBO of the
+linear Gaussian model of examples/elbo.py. Then it trains a VAE by each estimator, from the same
+start. Each VAE has a run folder inside the study's folder, which `pvae.load` and
+`python -m pvae.evaluate` take.
 
 Sources: Simple statistical gradient-following algorithms (1992), Machine Learning 8; Neural
 variational inference and learning in belief networks (2014), arXiv:1402.0030; Auto-Encoding
@@ -54,26 +55,26 @@ COLOURS = {
 }
 
 
-Options = Callable[[Tensor], Mapping[str, Any]]  # of the images x, to Pyro's baseline options
+Options = Callable[[Tensor], Mapping[str, Any]]  # from images x to Pyro's baseline options
 
 
 def no_baseline(x: Tensor) -> Mapping[str, Any]:
-    """The plain score function."""
+    """The options of the score function without a baseline."""
     return {}
 
 
 def decaying_average(x: Tensor) -> Mapping[str, Any]:
-    """b = the average of the last ten or so costs at the same place in the batch; Pyro keeps it
-    in its store, so that all batches must be of one size."""
+    """b = the average of about the last ten costs at the same place in the batch. Pyro keeps this
+    average in its store, so all batches must have the same size."""
     return {"use_decaying_avg_baseline": True, "baseline_beta": 0.9}
 
 
 def neural(net: nn.Module, particles: int) -> Options:
-    """b = b(x), a network that Pyro trains on (f - b)^2, beside the guide. The ELBO is a sum over
-    pixels, so the network's output is scaled by their number."""
+    """b = b(x), a network that Pyro trains together with the guide, on (f - b)^2. The ELBO is a sum
+    over pixels, so the network's output is multiplied by the number of pixels."""
 
     def options(x: Tensor) -> Mapping[str, Any]:
-        def cost(x: Tensor) -> Tensor:  # (B,), or with several particles (L, B), as the costs
+        def cost(x: Tensor) -> Tensor:  # (B,), or (L, B) with several particles, like the costs
             b = x[0].numel() * net(x).squeeze(-1)
             return b if particles == 1 else b.expand(particles, -1)
 
@@ -83,7 +84,7 @@ def neural(net: nn.Module, particles: int) -> Options:
 
 
 def with_baseline(guide: pvae.Guide, options: Options) -> Callable[[Tensor], Any]:
-    """The guide's program with Pyro's baseline options at its site z, put there by a handler."""
+    """The guide's program; a handler puts Pyro's baseline options at its site z."""
 
     def program(x: Tensor) -> Any:
         def config(site: Any) -> Any:
@@ -119,8 +120,8 @@ def gradients(
 ) -> Tensor:
     """Independent estimates of the loss's gradient by the guide's parameters, `(R, P)`.
 
-    The first few, while a running average forms, are left out. The store is a fresh one, since
-    Pyro keeps that average there under the site's name.
+    The first `burn_in` estimates, in which a running average forms, are left out. The store is a
+    new one, since Pyro keeps this average there under the site's name.
     """
     elbo, program = objective(particles), with_baseline(guide, options)
     parameters: list[Any] = list(guide.posterior.parameters())
@@ -134,7 +135,7 @@ def gradients(
 
 
 def fit_baseline(model: pvae.Model, guide: pvae.Guide, net: nn.Module, x: Tensor) -> None:
-    """Trains the baseline network alone, where the guide stays."""
+    """Trains the baseline network alone; the guide does not change."""
     adam = torch.optim.Adam(net.parameters(), lr=4e-3)
     elbo, program = objective(1), with_baseline(guide, neural(net, 1))
     for _ in range(300):
@@ -149,7 +150,7 @@ def total_variance(estimates: Tensor) -> float:
 
 
 def projections(estimates: Tensor, truth: Tensor, count: int = 20) -> Tensor:
-    """Errors of the mean estimate in random directions, in their standard errors, `(count,)`."""
+    """Errors of the mean estimate in random directions, in standard errors, `(count,)`."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(len(truth), count, generator=generator).to(truth)
     errors = (estimates - truth) @ directions  # (R, count)
@@ -157,8 +158,8 @@ def projections(estimates: Tensor, truth: Tensor, count: int = 20) -> Tensor:
 
 
 def study_gradients(study: Study) -> dict[str, dict[str, list[float]]]:
-    """For each estimator the variance at each L, over the squared norm of the exact gradient, and
-    the projected errors at the first L."""
+    """For each estimator the variance at each L, divided by the squared norm of the exact gradient,
+    and the projected errors at the first L."""
     x = small_images(study.dataset.train)
     exact = LinearGaussian.fit(x, LATENT_DIM)
     x = x[:16]
@@ -191,11 +192,11 @@ def study_gradients(study: Study) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-# ---- training by each ----
+# ---- training by each estimator ----
 
 
 def train(study: Study, guide: str) -> list[float]:
-    """Trains a VAE by stock SVI with one draw; the validation ELBO before and after each epoch."""
+    """Trains by stock SVI with one draw; the validation ELBO at the start and after each epoch."""
     args, dataset = study.args, study.dataset
     pyro.set_rng_seed(args.seed)
     vae = pvae.build(
@@ -219,7 +220,7 @@ def train(study: Study, guide: str) -> list[float]:
     return [before.mean().item(), *(row["validation_elbo"] for row in trainer.history)]
 
 
-# ---- what is shown ----
+# ---- tables and pictures ----
 
 
 def shown(found: Mapping[str, Mapping[str, list[float]]], curves: Mapping[str, list[float]]) -> str:

@@ -1,24 +1,24 @@
 r"""Missing pixels: a VAE trained on parts of images, which then completes them.
 
-Pixels are independent given z, so the missing ones integrate to 1 and drop out of the likelihood,
+Pixels are independent given z, so missing pixels integrate to 1 and drop out of the likelihood,
 
-    log p(x_seen) >= E_q(z|x_seen)[ sum_{i seen} log p(x_i|z) ] - KL(q(z|x_seen) || p(z)),
+    log p(x_seen) >= E_q(z|x_seen)[ sum_{i seen} log p(x_i|z) ] - KL(q(z|x_seen) || p(z)).
 
-which `Masked` says in Pyro's own terms (a mask on the pixels, beneath `to_event`), and the encoder
-is given zeros for them, and the mask beside. In the stock programs the mask stands where a label
-would, model(x, mask) and guide(x, mask), and in the data it is `Split.mask`. What is missing
-follows from
+`Masked` is this likelihood in Pyro (a mask on the pixels, inside `to_event`). The encoder takes
+zeros in place of the missing pixels, and the mask as a further plane. In the programs the mask
+takes the place of a label, model(x, mask) and guide(x, mask); in the data it is `Split.mask`. The
+missing pixels follow from
 
     p(x_missing | x_seen)  ~  E_q(z|x_seen)[ p(x_missing|z) ],
 
-and draws of z give different completions where what is seen leaves a choice.
+and draws of z give different completions where the seen pixels leave a choice.
 
-One pair is trained for each way in which pixels are missing. Each training image misses the same
-pixels in every epoch, and nobody looks at them. That they are missing at random matters: a mask
-which depends on what it hides would have to be modelled too.
+The program trains one pair for each way in which pixels are missing. Each training image misses the
+same pixels in every epoch, and nothing uses these pixels. They must be missing at random: a mask
+that depends on the hidden values would have to be modelled too.
 
-Each pair has a run folder of its own. It is composed by hand and has no recipe: build it again by
-`masked_vae`, and hand the state in best.pt to `pvae.checkpoint.restore`.
+Each pair has its own run folder. The pair is composed by hand and has no recipe: build it again by
+`masked_vae`, and give the state in best.pt to `pvae.checkpoint.restore`.
 
 Sources: MIWAE: Deep Generative Modelling and Imputation of Incomplete Data (2018),
 arXiv:1812.02633; Handling Incomplete Heterogeneous Data using VAEs (2018), arXiv:1807.03653.
@@ -95,8 +95,8 @@ def masked_vae(mean_image: Tensor, latent_dim: int, hidden: int = 400) -> pvae.V
 
 
 class Parts(NamedTuple):
-    """For each image, `(B,)`: the ELBO on what is seen and on all of it, E_q log p(missing | z),
-    and the numbers of pixels seen and missing."""
+    """Results for each image, `(B,)`: the ELBO on its seen pixels and on all pixels,
+    E_q log p(missing | z), and the numbers of seen and missing pixels."""
 
     elbo: Tensor
     complete_elbo: Tensor
@@ -132,7 +132,7 @@ def measured(vae: pvae.VAE, test: data.Split, seed: int) -> dict[str, float | No
 
 
 def train(study: Study, name: str) -> tuple[pvae.VAE, data.Observed]:
-    """The pair for one way in which pixels are missing, and the data with its masks."""
+    """Trains the pair for one way of missing pixels; returns it, and the data with masks."""
     args = study.args
     pyro.set_rng_seed(args.seed)
     part = study.part(name.replace(" ", "_"))
@@ -188,7 +188,7 @@ def table(numbers: Mapping[str, Any], study: Study) -> str:
 def completed(
     vae: pvae.VAE, test: data.Split, seed: int, count: int = 14, draws: int = 4
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What is seen `(N, C, H, W)`, grey where missing; the mean images at draws of z,
+    """The seen pixels `(N, C, H, W)`, grey where missing; the mean images at draws of z,
     `(draws, N, C, H, W)`; and the whole images."""
     first = test.first(count)
     x, mask = data.pixels(first.images), first.mask

@@ -1,18 +1,18 @@
-r"""Digits as a latent class: ten classes that nobody named, summed out exactly.
+r"""Digits as a latent class: ten classes without names, summed out exactly.
 
-First a mixture: a VAE whose latent is a class y and nothing else. Its likelihood is one template
-image for each class, its evidence a sum, and its guide is empty, as there is nothing left to infer:
+The first pair is a mixture: a VAE whose only latent is a class y. Its likelihood is one template
+image for each class, its evidence is a sum, and its guide is empty, as no latent is left to infer:
 
     log p(x) = log sum_y p(y) p(x | y).
 
-Then with a style z beside the class, drawn by a guide q(z | x), while y is still summed out:
+The second pair has a style z too, drawn by a guide q(z | x), while y is still summed out:
 
     log p(x) >= E_q(z|x)[ log sum_y p(y) p(x | z, y) ] - KL(q(z|x) || p(z)).
 
-Pyro sums out whatever is marked `infer={"enumerate": "parallel"}`, under `TraceEnum_ELBO`. Given z
-the posterior p(y | x, z) is exact, so there is no q(y | x) to train, and none that can collapse.
-The labels of the images serve to name the classes afterwards; no model sees them. The pairs are
-composed by hand and are not kept.
+Under `TraceEnum_ELBO` Pyro sums out each site with `infer={"enumerate": "parallel"}`. Given z the
+posterior p(y | x, z) is exact, so there is no q(y | x) that must be trained or could collapse. The
+labels of the images only name the classes afterwards; no model sees them. The pairs are composed by
+hand and are not saved.
 
 Source: Semi-supervised Learning with Deep Generative Models (2014), arXiv:1406.5298, without its
 labels; enumeration: Tensor Variable Elimination for Plated Factor Graphs (2019), arXiv:1902.03210.
@@ -63,7 +63,7 @@ class Mixture(Program):
 
 
 class StyledMixture(Program):
-    """p(y) p(z) p(x | z, y): the same with a style z; `likelihood(z, y)` is over `x`."""
+    """p(y) p(z) p(x | z, y), with a style z too; `likelihood(z, y)` is over `x`."""
 
     def __init__(self, classes: int, prior: nn.Module, likelihood: nn.Module) -> None:
         super().__init__()
@@ -98,9 +98,9 @@ def most_probable(model: Program, guide: Callable[..., Any], x: Tensor) -> Tenso
 
 
 class StyledTemplates(nn.Module):
-    """From style and one-hot class `(N, D + K)` to logits: a template, and its change by a network.
+    """From style and one-hot class `(N, D + K)` to logits: a template plus a network's change.
 
-    The change starts at 0, so that a class means at first what it meant to the mixture.
+    The change starts at 0, so that each class starts with the meaning that it has in the mixture.
     """
 
     def __init__(self, templates: Tensor, style_dim: int) -> None:
@@ -116,7 +116,7 @@ class StyledTemplates(nn.Module):
 
 
 def mixture(classes: int, mean_logits: Tensor) -> Mixture:
-    """Templates about the mean image `(C, H, W)`, apart by noise, or they would stay alike."""
+    """Templates at the mean image `(C, H, W)` plus noise: equal templates would stay equal."""
     shape = mean_logits.shape
     templates = nn.Embedding(classes, mean_logits.numel())
     with torch.no_grad():
@@ -129,7 +129,7 @@ def styled(templates: Tensor, style_dim: int) -> tuple[StyledMixture, Guide]:
     """The pair with a style, from the templates `(K, C, H, W)` of a mixture."""
     classes, shape = len(templates), templates.shape[1:]
 
-    def beside(z: Tensor, y: Tensor) -> Tensor:  # (*, B, D), y (K, 1) while it is summed out
+    def beside(z: Tensor, y: Tensor) -> Tensor:  # z (*, B, D); y (K, 1) while Pyro sums it out
         batch = torch.broadcast_shapes(z.shape[:-1], y.shape)
         return torch.cat([z.expand(*batch, -1), one_hot(y, classes).to(z).expand(*batch, -1)], -1)
 
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"{study.dataset.name} has no labels, which are to name the classes")
     x = data.pixels(test.images)
 
-    # a quarter of the steps for the mixture, whose templates the styled model starts from
+    # a quarter of the steps trains the mixture; the styled model starts from its templates
     mean = study.dataset.mean_image
     plain = mixture(args.classes, Bernoulli(mean.shape).raw_mean(mean)).to(study.device)
     steps = args.num_epochs * math.ceil(len(study.data.train.images) / args.batch_size)
@@ -210,7 +210,7 @@ def fit(
     rate: float,
     quiet: bool,
 ) -> None:
-    """Stock SVI; the sum over classes is Pyro's."""
+    """Trains by stock SVI; Pyro computes the sum over classes."""
     programs = nn.ModuleList([p for p in (model, guide) if isinstance(p, nn.Module)])
     adam = torch.optim.Adam(programs.parameters(), lr=rate)
     schedule = CosineAnnealingLR(adam, steps)
@@ -228,7 +228,7 @@ def elbo_loss(model: Program, guide: Callable[..., Any], x: Tensor) -> float:
 
 
 class Named(NamedTuple):
-    """A class that was found: its share of the images, and the label that most of them have."""
+    """A class: its share of all images, its majority label, and this label's share in the class."""
 
     share: float
     label: str | None
@@ -238,8 +238,8 @@ class Named(NamedTuple):
 def named(
     y: Tensor, labels: Tensor, classes: int, names: Sequence[str] | None = None
 ) -> list[Named]:
-    """Each class's majority label, from the classes and the labels of all images `(N,)`; `names`
-    say what the labels stand for, where they are no digits."""
+    """Finds each class's majority label from the classes and the labels of all images `(N,)`;
+    `names` are the names of the labels, if they are not digits."""
     found = []
     for k in range(classes):
         members = labels[y == k]
@@ -253,7 +253,7 @@ def named(
 
 
 def drawn(model: StyledMixture, x: Tensor, y: Tensor, classes: list[Named]) -> Figure:
-    """A row for each class: its mean image at style 0, then test images that it was given."""
+    """A row for each class: its mean image at style 0, then test images of this class."""
     with torch.no_grad():
         prior = model.prior()
         every = torch.arange(len(classes), device=x.device)
@@ -274,7 +274,7 @@ def drawn(model: StyledMixture, x: Tensor, y: Tensor, classes: list[Named]) -> F
 
 @torch.no_grad()
 def styles(model: StyledMixture, style_dim: int) -> Figure:
-    """Every class in the same styles: z moved from -2 to 2 along its first units, one at a time."""
+    """Every class in the same styles: z from -2 to 2 along its first two units, one at a time."""
     moved = [(unit, t) for unit in range(min(style_dim, 2)) for t in (-2, -1.2, -0.4, 0.4, 1.2, 2)]
     mean = model.prior().mean
     z = mean.repeat(len(moved), 1)  # (S, D)

@@ -3,17 +3,17 @@ r"""The 2-D manifold of digits: a convolutional VAE with a latent plane, as in t
     ELBO(x) = E_q[log p(x|z)] - KL(q(z|x) || p(z)),    z in R^2
 
 Encoder Conv 3x3 s2 1->32, 32->64, a hidden layer of 16, then loc and log-variance; the decoder is
-its mirror; Bernoulli pixels. A latent of two units can be looked at as it is: the images decoded
-over the plane, and the test images' posterior means, coloured by label.
+its mirror; Bernoulli pixels. A latent of two units can be drawn directly: the images decoded over
+the plane, and the test images' posterior means, coloured by label.
 
-SiLU stands where the tutorial has ReLU, because a layer of 16 ReLUs dies at once. A unit's input
-differs by about 0.02 from image to image at the start, and one step of Adam at a rate of 1e-3 moves
-it by about 0.1 for all images together: 13 of 16 units were 0 for every image after 5 steps, and
-have no gradient there. After 200 steps 2 of 4 seeds with ReLU were collapsed, at a KL of 0.1 and
-0.2; with SiLU no unit died, and 10 seeds of 10 used both latent units after at most 1,000 steps, on
-MNIST and on the digits. The output bias starts at the mean image, which then need not be
-learned through z. Four epochs of MNIST (`-n 4`) reach a test ELBO of -150.7, KL 6.0; the digits
--282.8, KL 6.1.
+The tutorial has ReLU; here it is SiLU, because a layer of 16 ReLUs dies at once. At the start a
+unit's input differs by about 0.02 from image to image, and one step of Adam at a rate of 1e-3 moves
+it by about 0.1 for all images together. After 5 steps 13 of 16 units were 0 for every image, where
+they have no gradient. After 200 steps 2 of 4 seeds with ReLU were collapsed, at a KL of 0.1 and
+0.2; with SiLU no unit died, and 10 of 10 seeds used both latent units after at most 1,000 steps, on
+MNIST and on the digits. The output bias starts at the mean image, so that z need not encode this
+image. Four epochs of MNIST (`-n 4`) reach a test ELBO of -150.7, KL 6.0; the digits reach -282.8,
+KL 6.1.
 
 Sources: Auto-Encoding Variational Bayes (2013), arXiv:1312.6114, figure 4; the Keras example
 "Variational AutoEncoder" (2020).

@@ -1,11 +1,11 @@
 """A convolutional VAE on MNIST, as two Pyro programs trained by stock SVI.
 
-The generative model is p(z) p(x|z), the amortized guide q(z|x); SVI maximizes
+The generative model is p(z) p(x|z), the amortized guide is q(z|x), and SVI maximizes
 
     ELBO(x) = E_q[log p(x|z)] - KL(q(z|x) || p(z))  <=  log p(x).
 
-After every epoch SVI's loss is held against the same loss written by hand, without Pyro.
-With no arguments: 10 epochs on MNIST; the run is left in runs/.
+After every epoch SVI's loss is compared with the same loss written by hand, without Pyro.
+Without arguments it trains 10 epochs on MNIST; the folder of the run is in runs/.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     SVI, objective = engine(study), OBJECTIVES[args.objective]
     groups = pvae.optim.decay_groups(vae, args.weight_decay)
     adam = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
-    # one for all parameters
+    # one optimizer for all parameters
     optimizer = pvae.SingleOptimizer(adam, clip_norm=args.clip_norm, on_nan=args.on_nan)
     svi = SVI(vae.model, vae.guide, optimizer, objective.elbo(args.num_particles))
 

@@ -1,17 +1,17 @@
-r"""Data of one's own: from a folder of pictures, and from a table of counts, to the evaluation.
+r"""Your own data: from a folder of pictures, or from a table of counts, to the evaluation.
 
     python examples/own_data.py --dataset my_pictures/
     python examples/own_data.py --dataset my_counts.npz
 
-The parts are chosen by the data: pictures become binary ones under a Bernoulli, counts go as they
-are under a Poisson, other numbers standardised under a normal with a learned scale. Without a data
-set it makes both inputs itself: pictures written from scikit-learn's digits, in folders of
-training, validation and test images, and counts drawn from a Poisson model of which all is known,
+The data decide the parts: binarised pictures get a Bernoulli likelihood, counts a Poisson, and
+other numbers, standardised, a normal with a learned scale. Without `--dataset` the program makes
+two inputs itself: pictures of scikit-learn's digits, in folders of training, validation and test
+images, and counts drawn from a known Poisson model,
 
     z ~ N(0, I) in R^2,    x_i ~ Poisson(exp(b_i + w_i z)).
 
-Of that one log p(x) can be computed by quadrature over the plane of z, and no bound of a trained
-pair can exceed it by more than noise. docs/own-data.md tells what a file or folder may hold.
+Quadrature over the plane of z gives log p(x) of this model, and no bound of a trained pair can
+exceed it by more than noise. docs/own-data.md says what a file or folder may hold.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train(args: argparse.Namespace, name: str) -> data.Dataset:
-    """Trains a pair that suits the data, then does the full evaluation, or some of it."""
+    """Trains a pair that suits the data, then does a part of the full evaluation."""
     found = data.load(args.dataset, args.data_root, seed=args.data_seed, split=args.split)
     net, likelihood, how = parts(found)
     args.standardize = likelihood == "gaussian_shared"
@@ -75,7 +75,7 @@ def parts(dataset: data.Dataset) -> tuple[str, str, str]:
     return "mlp", "gaussian_shared", "as_is"
 
 
-# ---- inputs of its own ----
+# ---- the inputs that the program makes itself ----
 
 
 def write_pictures(folder: Path, most: int = 300) -> None:
@@ -91,14 +91,14 @@ def write_pictures(folder: Path, most: int = 300) -> None:
 
 
 def model(size: int = 24) -> tuple[Tensor, Tensor]:
-    """`w (2, size)` and `b (size,)`: the log-rates are waves over the data's index, whose phase and
-    height are the plane's angle and radius."""
+    """`w (2, size)` and `b (size,)`: the log-rates are waves over the index of the counts; phase
+    and height of a wave are the angle and the radius of z."""
     angle = torch.linspace(0, 4 * torch.pi, size)
     return 0.8 * torch.stack([angle.cos(), angle.sin()]), torch.full((size,), 1.0)
 
 
 def write_counts(path: Path, size: int = 1000) -> None:
-    """Counts of the known model, of which the last two tenths are for validation and test."""
+    """Counts of the known model: the last tenth is for test, the tenth before for validation."""
     weight, bias = model()
     draw = np.random.default_rng(0)
     z = draw.standard_normal((size, len(weight)))

@@ -1,17 +1,17 @@
-r"""A linear VAE is probabilistic PCA: training by SVI against an optimum that is known.
+r"""A linear VAE is probabilistic PCA: SVI is compared with an optimum in closed form.
 
 The model z ~ N(0, I), x|z ~ N(W z + mu, s^2 I) with k latents has p(x) = N(mu, W W' + s^2 I). Its
-maximum of the likelihood is closed: with the eigenvalues l_1 >= l_2 >= ... of the data's covariance
-and the first k eigenvectors U, and D pixels,
+maximum likelihood has a closed form. With the eigenvalues l_1 >= l_2 >= ... of the data's
+covariance, the first k eigenvectors U, and D pixels,
 
     s^2 = mean(l_k+1, ..., l_D),    W = U (L - s^2 I)^(1/2),
     log p(x) = -1/2 [D ln 2 pi + sum_i<=k ln l_i + (D - k) ln s^2 + D]     on average over the data.
 
-The posterior N(M^-1 W' (x - mu), s^2 M^-1), M = W' W + s^2 I, has a diagonal covariance where the
-columns of W are orthogonal, as they are above: so a linear encoder with a diagonal normal is exact
-there, ELBO = log p(x), and SVI, which sees nothing but the two programs, must arrive at the closed
-form. Turning the latent axes, W R with an orthogonal R, leaves p(x) as it is, but the diagonal
-normal then lacks KL = 1/2 (sum_i ln M_ii - ln |M|). Both are drawn.
+The posterior N(M^-1 W' (x - mu), s^2 M^-1), M = W' W + s^2 I, has a diagonal covariance if the
+columns of W are orthogonal, as they are above. There a linear encoder with a diagonal normal is
+exact, ELBO = log p(x), so SVI, which gets only the two programs, must reach the closed form. A
+rotation of the latent axes, W R with an orthogonal R, does not change p(x), but the ELBO of the
+diagonal normal is then lower by KL = 1/2 (sum_i ln M_ii - ln |M|). The figure shows both.
 
 Sources: Probabilistic principal component analysis (1999), J. R. Statist. Soc. B 61; Don't blame
 the ELBO! (2019), arXiv:1911.02469.
@@ -37,7 +37,7 @@ SIZES = (2, 10, 20, 50)  # latent dimensions of the table
 
 
 def linear_vae(image_shape: Sequence[int], latent_dim: int) -> pvae.VAE:
-    """A linear decoder with one learned scale, a linear encoder with a diagonal normal."""
+    """A pair: a linear decoder with one learned scale, a linear encoder with a diagonal normal."""
     likelihood = heads.NormalSharedScale(image_shape, min_scale=0.0)
     posterior = heads.Normal((latent_dim,))
     decoder = MLP((latent_dim,), likelihood.param_shape, hidden=())
@@ -49,7 +49,7 @@ def linear_vae(image_shape: Sequence[int], latent_dim: int) -> pvae.VAE:
 
 
 def as_exact(vae: pvae.VAE) -> LinearGaussian:
-    """What the decoder has learned, in float64."""
+    """The linear Gaussian model that the decoder has learned, in float64."""
     likelihood: Any = vae.model.likelihood
     weight, mean = (t.detach().cpu().double() for t in likelihood.net.out.parameters())
     return LinearGaussian(weight, mean, likelihood.head.log_scale.exp().item())
@@ -78,7 +78,7 @@ def turned(exact: LinearGaussian, turn: Tensor, amount: float) -> LinearGaussian
 
 
 def elbo(vae: pvae.VAE, x: Tensor) -> float:
-    """Nats per image, by Pyro's traces, 32 draws for each."""
+    """The mean ELBO in nats per image, by Pyro's traces, with 32 draws for each image."""
     return evaluate.elbo(vae.model, vae.guide, x, num_samples=32).elbo.mean().item()
 
 
@@ -92,12 +92,12 @@ def train(
     rate: float,
     quiet: bool = False,
 ) -> list[dict[str, float]]:
-    """Stock SVI; the ELBO and the decoder's exact log p of `watched` on the way."""
+    """Trains by stock SVI; returns the ELBO and the exact log p of `watched` at some steps."""
     adam = torch.optim.Adam(vae.parameters(), lr=rate)
     objective = TraceMeanField_ELBO(max_plate_nesting=1)  # the KL is analytic: less noise
     svi = SVI(vae.model, vae.guide, pvae.SingleOptimizer(adam), objective)
     steps = epochs * -(-len(images) // batch_size)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)  # to 0: no noise is left
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)  # to 0: without noise
     seen = {round(steps ** (i / 40)) for i in range(41)}  # evenly in the logarithm
     rows = []
     batches = (b for _ in range(epochs) for b in torch.randperm(len(images)).split(batch_size))
@@ -112,7 +112,7 @@ def train(
 
 
 def log_evidence(exact: LinearGaussian, images: Tensor) -> float:
-    """The mean of log p(x) over `images` `(N, C, H, W)` in float64, a part at a time."""
+    """The mean of log p(x) over `images` `(N, C, H, W)` in float64, 5,000 images at a time."""
     parts = [exact.log_evidence(data.pixels(x).cpu().double()) for x in images.split(5000)]
     return torch.cat(parts).mean().item()
 
@@ -125,9 +125,9 @@ def fitted(images: Tensor, latent_dim: int) -> LinearGaussian:
 def figure(
     rows: Sequence[dict[str, float]], best: float, turns: Sequence[dict[str, float]]
 ) -> Figure:
-    """Left: what training still lacks, on a logarithmic scale; right: the gap as W is turned.
+    """Left: the distance of training to the optimum (log scale); right: the gap as W is turned.
 
-    The titles say how far training came, and how much the turns changed.
+    The titles give the distance at the end, and the effect of the turns.
     """
     drawn = Figure((9.5, 4), dpi=110, layout="constrained")
     left, right = drawn.subplots(1, 2)
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     study = start(args, "ppca", "grey")
 
-    # all training images, those that other examples validate on too
+    # all training images, including those that other examples use for validation
     images = torch.cat([study.data.train.images, study.data.validation.images])
     test = study.data.test.images
     forms = []
@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     )
 
-    # SVI, held against it on images spread over the training set
+    # SVI, compared with the closed form on images spread over the training set
     best = fitted(images, args.latent_dim)
     watched = data.pixels(images[:: max(1, len(images) // 2000)])
     vae = linear_vae(study.dataset.image_shape, args.latent_dim).to(study.device)
@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     )
 
-    # turned axes: the same p(x), and the gap in closed form and by Pyro
+    # turned axes: p(x) is the same; the gap in closed form and by Pyro
     a = torch.randn(args.latent_dim, args.latent_dim, dtype=torch.float64)
     turns = []
     for amount in torch.linspace(0, 0.5, 11).tolist():

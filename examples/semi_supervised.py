@@ -1,23 +1,24 @@
-r"""Semi-supervised learning: a few labels, and the rest of the images without (the model M2).
+r"""Semi-supervised learning: a few images have labels, the others have none (the model M2).
 
     p(y) p(z) p(x | z, y),    q(y | x) q(z | x, y),
 
-the class y one of K, the style z in R^D. Where y is seen, it is data, and SVI with Trace_ELBO
-maximizes the bound on log p(x, y). Its q(y|x) would learn nothing there, so a classification term
-of weight alpha is added:
+where the class y is one of K, and the style z is in R^D. For an image with a label, y is data, and
+SVI with Trace_ELBO maximizes the bound on log p(x, y). The classifier q(y|x) would learn nothing
+from these images, so a classification term of weight alpha is added:
 
     L(x, y) = E_q(z|x,y)[ log p(x|z,y) + log p(y) + log p(z) - log q(z|x,y) ]  +  alpha log q(y|x).
 
-Where y is not seen, it is a latent, summed out exactly by TraceEnum_ELBO (alpha plays no part):
+For an image without a label, y is a latent, and TraceEnum_ELBO sums it out exactly, without alpha:
 
     U(x) = sum_y q(y|x) ( L_alpha=0(x, y) - log q(y|x) )  <=  log p(x).
 
-Each step takes one batch of either kind. q(y|x) is then a classifier that has seen all images, and
-is held against the same network trained on the labels alone, which is also where it starts. A z of
-two dimensions needs the class beside it; one of many says all of x, and y means little. The
-second figure shows what z is for: the style of one image, under every class.
+Each step takes one batch of each kind. So q(y|x) is a classifier that has seen all images. It is
+compared with the same network trained on the labelled images alone; q(y|x) also starts from the
+weights of this network. A z of two dimensions cannot describe x without the class; a z of many
+dimensions can, and then y means little. The second figure shows the style of one image under every
+class.
 
-The pair is composed by hand and is not kept.
+The pair is composed by hand and is not saved.
 
 Source: Semi-Supervised Learning with Deep Generative Models (2014), arXiv:1406.5298.
 """
@@ -63,7 +64,7 @@ class Categorical(nn.Module):
 def m2(
     mean_image: Tensor, classes: int, latent_dim: int, hidden: int
 ) -> tuple[LabelModel, LabelGuide]:
-    """The pair, each of its three networks with one hidden layer."""
+    """The pair M2; each of its three networks has one hidden layer."""
     shape = mean_image.shape
     pixels, z_head = Bernoulli(shape), Normal((latent_dim,))
     beside_x, beside_z = ConcatLabel(classes, event_dim=3, flatten=True), ConcatLabel(classes)
@@ -84,7 +85,7 @@ def m2(
 
 
 class Labelled:
-    """The model of labelled images: `model`'s, and `alpha log q(y|x)` of the guide's classifier."""
+    """The program of labelled images: `model`, and `alpha log q(y|x)` of the guide's classifier."""
 
     def __init__(self, model: LabelModel, guide: LabelGuide, alpha: float) -> None:
         self.model, self.guide, self.alpha = model, guide, alpha
@@ -102,7 +103,7 @@ def endless(observed: data.Observed, args: argparse.Namespace) -> Iterator[Any]:
 
 
 def per_class(images: Tensor, labels: Tensor, total: int, classes: int) -> data.Split:
-    """The first images of each class, as many of each, `total` in all."""
+    """The first images of each class, the same number of each, `total` together."""
     index = torch.cat([torch.where(labels == k)[0][: total // classes] for k in range(classes)])
     return data.Split(images[index], labels[index])
 
@@ -118,7 +119,7 @@ def fit_m2(
     title: str,
     quiet: bool,
 ) -> None:
-    """Stock SVI, twice: `batches` hold unlabelled images and labelled ones, `(x, (x, y))`."""
+    """Trains by two stock SVIs; `batches` hold unlabelled and labelled images, `(x, (x, y))`."""
     adam = torch.optim.Adam([*model.parameters(), *guide.parameters()], lr=rate)
     schedule = CosineAnnealingLR(adam, steps)
     optimizer = pvae.SingleOptimizer(adam)
@@ -133,7 +134,7 @@ def fit_m2(
 def fit_classifier(
     classifier: nn.Module, batches: Iterator[Any], *, steps: int, rate: float
 ) -> None:
-    """The same classifier on the labelled images `(x, y)` alone."""
+    """Trains a classifier on the labelled images `(x, y)` alone."""
     adam = torch.optim.Adam(classifier.parameters(), lr=rate)
     schedule = CosineAnnealingLR(adam, steps)
     for x, y in islice(batches, steps):
@@ -178,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         alone = m2(study.dataset.mean_image, classes, args.latent_dim, args.hidden)[1].classifier
         nn.ModuleList([model, guide, alone]).to(study.device)
         fit_classifier(alone, endless(few, args), steps=steps, rate=args.learning_rate)
-        guide.classifier.load_state_dict(alone.state_dict())  # what the labels alone say, to start
+        guide.classifier.load_state_dict(alone.state_dict())  # start from the labels alone
         fit_m2(
             *(model, guide, zip(unlabelled, endless(few, args), strict=True)),
             steps=steps,
@@ -205,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def how_many(asked: list[int] | None, most: int, classes: int) -> list[int]:
-    """The numbers of labels: those asked for, or the usual ones that there are."""
+    """The numbers of labels: those that the user gave, or the default ones that the data allow."""
     amounts = asked or [n for n in (100, 300, 1000, 3000) if n <= most] or [most]
     for labels in amounts:
         if not classes <= labels <= most:
@@ -294,7 +295,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="how many images have labels, one training each (default: those of 100, 300, 1000 "
         "and 3000 that there are)",
     )
-    cli.option(group, "--unlabelled", "images without", cli.NATURAL, 10_000, "N")
+    cli.option(group, "--unlabelled", "images without labels", cli.NATURAL, 10_000, "N")
     cli.option(group, "--alpha", "weight of the classification term, nats", float, 50.0, "A")
     cli.option(group, "--latent-dim", "of z", cli.NATURAL, 2, "D")
     cli.option(group, "--hidden", "width", cli.NATURAL, 256, "N")

@@ -1,22 +1,23 @@
-r"""One piece swapped at a time: the same data, networks, seed and budget for each combination.
+r"""One part swapped at a time: the same data, networks, seed and budget for each combination.
 
-Every combination is a pair p(z) p(x|z), q(z|x) and an objective, of which one part or two differ
-from the first one: Bernoulli pixels, a diagonal normal guide, the standard normal prior, the ELBO.
-They are compared by what they reach, always at beta = 1 and whatever they were trained by:
+Every combination is a pair p(z) p(x|z), q(z|x) and an objective. One or two parts differ from the
+first combination: Bernoulli pixels, a diagonal normal guide, the standard normal prior, the ELBO.
+Whatever the training objective, the combinations are compared by the ELBO at beta = 1,
 
     ELBO = E_q[log p(x|z)] - KL(q(z|x) || p(z)) = -(distortion + rate),
 
-and by the importance-weighted bound, which is closer to log p(x) and does not blame the model for
-its guide. The figure sets distortion against rate: on each dotted line the ELBO is one and the
-same, so combinations there differ only in how much they say by z.
+and by the importance-weighted bound, which is closer to log p(x) and depends less on the guide. The
+figure shows distortion against rate. On each dotted line the ELBO is constant: combinations on the
+same line differ only in how much information z carries.
 
     python examples/swap.py --combinations guide=iaf prior=vamp guide=iaf,prior=vamp objective=dreg
 
-Each combination is a run folder of its own: `pvae.load`, `python -m pvae.evaluate` and `python -m
-pvae.compare` take it. `--seeds 3` trains each three times, and tells the mean and the standard
-deviation over seeds. `--resume` goes on where a study was stopped, with what is missing.
+Each combination has its own run folder: `pvae.load`, `python -m pvae.evaluate` and `python -m
+pvae.compare` take it. `--seeds 3` trains each combination three times, and reports the mean and the
+standard deviation over seeds. `--resume` continues a stopped study: it trains what is missing.
 
-Sources: Fixing a Broken ELBO (2017), arXiv:1711.00464 (rate and distortion); the parts name theirs.
+Sources: Fixing a Broken ELBO (2017), arXiv:1711.00464 (rate and distortion); those of the parts are
+in their docstrings.
 """
 
 import argparse
@@ -66,7 +67,7 @@ DEFAULT_COMBINATIONS = [
     "beta=0.5",
     "beta=2",
 ]
-PARTICLES = 5  # of the objectives that need several
+PARTICLES = 5  # for the objectives that need several
 
 
 def combination(text: str) -> dict[str, str]:
@@ -92,8 +93,8 @@ def _is_weight(text: str) -> bool:
 
 
 def common_observation(combinations: Iterable[Mapping[str, str]]) -> str:
-    """How all of them observe the data; numbers on different data are not to be compared, nor
-    those of a likelihood with those of what is none."""
+    """The observation of the data for all combinations. Numbers on different data cannot be
+    compared, nor numbers of a likelihood with those of a head that is not normalized."""
     chosen = [LIKELIHOODS[parts["likelihood"]] for parts in combinations]
     kinds = {likelihood.kind for likelihood in chosen}
     if len(kinds) > 1:
@@ -101,7 +102,7 @@ def common_observation(combinations: Iterable[Mapping[str, str]]) -> str:
             f"the likelihoods must be of one kind of data, not of {'; '.join(sorted(kinds))}: "
             "their numbers do not compare, run them apart"
         )
-    # a density of grey levels as they are has no upper bound
+    # the density of grey levels that are not dequantised has no upper bound
     kind = chosen[0].data
     return "dequantized" if kind == "continuous" else data.usual_observation(kind)
 
@@ -122,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             numbers[name] = pooled(
                 {seed: numbers_of(parts, part) for seed, part in each_seed(study, name, parts)}
             )
-        except ValueError as error:  # what cannot work together says so; the others go on
+        except ValueError as error:  # parts that cannot work together; the study continues
             print(f"{name} is refused: {error}")
         study.save(numbers)
     if not numbers:
@@ -146,7 +147,7 @@ def each_seed(study: Study, name: str, parts: Mapping[str, str]) -> Iterator[tup
 
 
 def numbers_of(parts: Mapping[str, str], study: Study) -> dict[str, Any]:
-    """What the results.json of a combination holds, which is trained unless that is done."""
+    """The numbers in a combination's results.json; trains the combination if they are missing."""
     path = study.folder / "results.json"
     if not path.exists() or read_json(path).get("epochs") != study.args.num_epochs:
         train(parts, study)
@@ -177,8 +178,8 @@ def train(parts: Mapping[str, str], study: Study) -> None:
 
 
 def pooled(by_seed: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """Of several seeds the mean and the standard deviation of each number, and the numbers of each
-    seed; of one seed its numbers."""
+    """For several seeds the mean and the standard deviation of each number, and the numbers of each
+    seed; for one seed its numbers."""
     runs = list(by_seed.values())
     if len(runs) == 1:
         return dict(runs[0])
@@ -212,7 +213,7 @@ def shown(of: Mapping[str, Any]) -> str:
 
 
 def picture(numbers: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
-    """Distortion against rate, with lines of one ELBO; bars are standard deviations over seeds."""
+    """Distortion against rate, with lines of equal ELBO; bars: standard deviations over seeds."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     rates, distortions, elbos = (

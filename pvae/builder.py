@@ -1,4 +1,4 @@
-"""The named builder: a table for each thing that can be chosen by name, and what composes them."""
+"""Builds a VAE from names: a table for each kind of part, and the functions that compose parts."""
 
 import math
 import reprlib
@@ -22,25 +22,28 @@ HeadFactory = Callable[[Shape], nn.Module]
 
 
 class Likelihood(NamedTuple):
-    """A named likelihood: its head, its hand-written log density, and the data it is for."""
+    """A named likelihood: its head, its hand-written log density, and the kind of data it suits."""
 
     head: Callable[[Shape], heads.Head]
     log_likelihood: Callable[[Any, Tensor, Tensor], Tensor]  # (head, x, raw) -> (*, B)
     data: str  # a kind of `pvae.data.KINDS`: "binary", "levels", "counts" or "continuous"
     label: str
-    taken: Callable[[], nn.Module] | None = None  # what the data goes through before the encoder
+    taken: Callable[[], nn.Module] | None = None  # makes a module that prepares the data for nets
 
     @property
     def kind(self) -> str:
-        """What its numbers are of; those of two kinds do not compare."""
+        """The kind of its numbers: only numbers of the same kind can be compared."""
         normalized = self.head((1, 1, 1)).normalized
         return self.data if normalized else f"{self.data}, not a likelihood"
 
 
 class Posterior(NamedTuple):
-    """A named posterior: its head, and, where there is a closed form, the hand-written split of
-    its raw parameters; `amortized` unless it holds one factor for each datum; a `ladder` goes down
-    the model's own layers; `flow` is the kind of a flow."""
+    """A named posterior: its head, and the hand-written split of the head's raw parameters.
+
+    `split` is None where the ELBO has no closed form. `amortized` is False for one factor for each
+    datum; `baseline` adds a neural baseline; `ladder` is a guide that goes down the model's own
+    layers; `flow` is the kind of the flow, None for a posterior without one.
+    """
 
     head: HeadFactory
     split: Callable[[Tensor], tuple[Tensor, Tensor]] | None
@@ -52,11 +55,11 @@ class Posterior(NamedTuple):
 
 
 class Prior(NamedTuple):
-    """A named prior, made of the recipe, its own dimension, the posterior and the mean image.
+    """A named prior: `make` takes the recipe, the dimension, the posterior and the mean image.
 
-    `components` is how many it has by default, None where it has none; `flow` is the kind of a
-    flow; `standard` is the prior
-    that the closed form knows; `of_images` one that is made of posteriors of images.
+    `components` is the default number of components, None for a prior without components; `flow`
+    is the kind of the flow, None for a prior without one; `standard` is True for N(0, I), the only
+    prior of the closed form; `of_images` is True for a mixture of posteriors of images.
     """
 
     make: Callable[["Recipe", int, nn.Module, Tensor | None], nn.Module]
@@ -68,12 +71,12 @@ class Prior(NamedTuple):
 
 
 class Net(NamedTuple):
-    """A named architecture: `encoder(event_shape, out_shape)`, `decoder(latent_shape, out_shape)`,
-    each with the hidden width and the activation.
+    """A named architecture: the functions that make its encoder and its decoder.
 
-    `activation` and `hidden` are its own (`hidden` is None where it has no hidden layer); `event`
-    are the sizes of a datum that it is for, None where it takes any; `flat` says that a label is
-    better appended to the flattened datum than given as planes.
+    Both take the shapes of one input and one output, the hidden width and the activation.
+    `activation` and `hidden` are the defaults (`hidden` is None for a net without a hidden width);
+    `event` names the sizes of one datum, None for a net that takes any shape; `flat` is True where
+    a label is better appended to the flattened datum than given as planes.
     """
 
     encoder: Callable[[Shape, Shape, int, nets.Activation], nn.Module]
@@ -256,11 +259,11 @@ GUIDES: Mapping[str, Posterior] = {
 def _conditional_normal(
     recipe: "Recipe", dim: int, posterior: nn.Module, mean_image: Tensor | None
 ) -> nn.Module:
-    """`p(z | y)`: a normal for each label, or from a small network of the side vector."""
+    """`p(z | y)`: a normal for each label, or a normal from a small network of the side vector."""
     head = heads.Normal((dim,))
     if recipe.num_classes is not None:
         table = nn.Embedding(recipe.num_classes, head.param_shape[0])
-        nn.init.normal_(table.weight, std=0.1)  # near the standard normal, classes apart
+        nn.init.normal_(table.weight, std=0.1)  # near N(0, I), different for each class
         return Conditional(table, head, event_dim=0)
     if recipe.side_dim is not None:
         return Conditional(nets.MLP((recipe.side_dim,), head.param_shape, (32,)), head, event_dim=1)
@@ -320,7 +323,7 @@ def _gated(
 
 
 def _without_hidden(net: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """For a net whose published form has no hidden layer."""
+    """Adapts a net that takes no hidden width: the factory drops this argument."""
 
     return lambda in_shape, out_shape, hidden, activation: net(
         in_shape, out_shape, activation=activation
@@ -402,7 +405,7 @@ ACTIVATIONS: Mapping[str, nets.Activation] = {
 
 
 def choose(name: str, value: str, table: Mapping[str, Any]) -> Any:
-    """The entry of a table, or a `ValueError` that lists what there is.
+    """Returns the entry of a table, or raises a `ValueError` that lists the names of the table.
 
     >>> choose("net", "cnn", NETS)
     Traceback (most recent call last):
@@ -413,16 +416,16 @@ def choose(name: str, value: str, table: Mapping[str, Any]) -> Any:
     return table[value]
 
 
-# of the scale of p(z1 | z2): a unit that z2 determines would sharpen until float32 has no gradient
+# least scale of p(z1 | z2): a unit that z2 determines would narrow until float32 has no gradient
 _FLOOR = 0.01
-_HIDDEN = 256  # width of the small networks between two latents, where the net has none of its own
+_HIDDEN = 256  # default width of networks between latents and of baselines, for nets without one
 
 
 _MOST_LAYERS = 100
 
 
 def _are_sizes(value: Any) -> bool:
-    """Whether it is a tuple of sizes: whole numbers, of which tensors can be."""
+    """Returns whether `value` is a tuple of 1 to 8 sizes that a tensor can have."""
     return (
         isinstance(value, tuple)
         and 1 <= len(value) <= 8
@@ -432,14 +435,14 @@ def _are_sizes(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a pair is made of, by name: the arguments of `build` without the data's mean image.
+    """The names and sizes that define a pair: the arguments of `build` without the mean image.
 
-    It is kept in every checkpoint. `None` is the part's own choice: the activation and the hidden
-    width of the net, the number of components of the prior.
+    Every checkpoint holds the recipe of its pair. `None` stands for the default of a part: the
+    net's activation and hidden width, the prior's number of components.
 
     Raises:
-        ValueError: a name that is not in its table, a size below 1, an argument that the chosen
-            parts have no use for, or parts that do not fit.
+        ValueError: a name is not in its table, a number is out of its range, the chosen parts do
+            not use an argument, or two parts do not fit together.
 
     >>> Recipe((1, 8, 8), (2,), net="course", hidden=100)
     Traceback (most recent call last):
@@ -498,7 +501,7 @@ class Recipe:
 
     @property
     def own_activation(self) -> str:
-        """The activation, the net's own where none is asked for; so too the next two."""
+        """The recipe's activation, or the net's default; the next two properties do the same."""
         return self.activation or NETS[self.net].activation
 
     @property
@@ -554,7 +557,7 @@ class Recipe:
         if guide.ladder and not self.layered:
             raise ValueError(
                 f"guide {self.guide!r} is for two latent layers or more, not for latent_dims "
-                f"{self.latent_dims}: with one it is guide 'normal'"
+                f"{self.latent_dims}: for one layer choose guide 'normal'"
             )
         if guide.baseline and self.layered:
             raise ValueError(
@@ -585,30 +588,32 @@ def build(
     """Builds a VAE from names: the tables `NETS`, `LIKELIHOODS`, `GUIDES` and `PRIORS`.
 
     Args:
-        event_shape: the shape of one datum; of an image `(C, H, W)`, by default `(1, 28, 28)`; of
-            a signal `(C, L)`, for the net "conv1d"; any other for "mlp" and "gated".
-        latent_dims: the dimension of each latent layer. One, `(32,)` or 32, makes
-            `p(z) p(x | z)`; two, `(40, 8)`, make `p(z2) p(z1 | z2) p(x | z1)` and
-            `q(z1 | x) q(z2 | z1)`, z1 of 40 and z2 of 8, and so on for any number. The prior is
-            that of the last. By default 16.
-        hidden, activation: of the networks; None is the net's own: 256 and "silu" for "conv" and
-            "mlp" and "conv1d", 300 and "identity" for "gated", 64 (channels) and "silu" for
-            "resnet", "relu" for "course" and "leaky_relu" for "deep", which have no hidden width.
-            The published form of "conv" has 16 and "relu".
+        event_shape: the shape of one datum: `(C, H, W)` for an image, by default `(1, 28, 28)`;
+            `(C, L)` for a signal and the net "conv1d"; any shape for the nets "mlp" and "gated".
+        latent_dims: the dimension of each latent layer, by default 16. One layer, `(32,)` or 32,
+            makes the model `p(z) p(x | z)`. Two layers, `(40, 8)`, make the model
+            `p(z2) p(z1 | z2) p(x | z1)` and the guide `q(z1 | x) q(z2 | z1)`, where z1 has 40
+            dimensions and z2 has 8; up to 100 layers are possible.
+        net, likelihood, guide: names in `NETS`, `LIKELIHOODS` and `GUIDES`.
+        prior: a name in `PRIORS`; with several layers, the prior of the last one.
+        hidden, activation: the hidden width and the activation of the networks. None takes the
+            net's defaults: 256 and "silu" for "conv", "mlp" and "conv1d"; 300 and "identity" for
+            "gated"; 64 (channels) and "silu" for "resnet"; "relu" for "course" and "leaky_relu"
+            for "deep", which have no hidden width. The published form of "conv" has 16 and "relu".
         num_classes: makes the pair conditional on labels `y` `(B,)` from 0 to `num_classes - 1`:
-            `p(x | z, y)` and `q(z | x, y)`, one-hot labels joining decoder and encoder.
-        side_dim: makes it conditional on side vectors `y` `(B, side_dim)` instead.
-        components: of the priors "mixture" and "vamp", by default 50.
-        num_data: how many data the guide "per_datum" holds a factor for.
-        dropout: the share of what the encoder takes that is left out in training, at random: most
-            of a pair's overfitting sits in the encoder.
-        mean_image: `event_shape`, the mean of the data (of images in [0, 1]): the decoder's output
-            bias starts there, without which a run may sit for epochs at the collapsed solution.
+            `p(x | z, y)` and `q(z | x, y)`. Encoder and decoder take the one-hot label too.
+        side_dim: makes the pair conditional on side vectors `y` `(B, side_dim)` instead.
+        components: the number of components of the priors "mixture" and "vamp", by default 50.
+        num_data: the number of data, for the guide "per_datum", which holds a factor for each.
+        dropout: the share of the encoder's input that is set to 0 at random in training: most of a
+            pair's overfitting is in the encoder.
+        mean_image: the mean of the data, `event_shape` (of images in [0, 1]). The decoder's output
+            bias starts at it; without it a run may stay at the collapsed solution for epochs.
         image_shape, latent_dim: other names of `event_shape` and `latent_dims`.
 
     Raises:
-        ValueError: as of `Recipe`, both names of one argument are given, or `mean_image` is of
-            another shape, no floats, or not finite.
+        ValueError: `Recipe` refuses an argument, both names of one argument are given, or
+            `mean_image` has another shape, is not floating point, or is not finite.
 
     >>> vae = build((3, 20, 16), latent_dim=4, net="mlp", likelihood="gaussian_shared")
     >>> vae.reconstruct(torch.rand(2, 3, 20, 16)).shape
@@ -643,7 +648,7 @@ def build(
 
 
 def _sizes(value: Any) -> tuple[Any, ...]:
-    """A size alone is a sequence of one; whether they are sizes, the recipe asks."""
+    """Returns a tuple: a single size becomes a tuple of one. `Recipe` checks the sizes."""
     return tuple(value) if isinstance(value, Sequence) else (value,)
 
 
@@ -654,16 +659,16 @@ def _either(name: str, value: Any, alias: str, other: Any, default: Any) -> Any:
 
 
 def compose(recipe: Recipe, mean_image: Tensor | None = None) -> VAE:
-    """The pair of a recipe; `mean_image` as of `build`.
+    """Builds the pair of a recipe; `mean_image` is the same as in `build`.
 
     >>> compose(Recipe((1, 8, 8), (2,))).sample().shape
     torch.Size([1, 1, 8, 8])
     """
     family, guide = LIKELIHOODS[recipe.likelihood], GUIDES[recipe.guide]
-    posterior = _posterior(recipe, guide)  # of a ladder its first step up
+    posterior = _posterior(recipe, guide)  # for a ladder, its first step up
     likelihood = _likelihood(recipe, family, mean_image)
     prior = PRIORS[recipe.prior].make(recipe, recipe.latent_dims[-1], posterior, mean_image)
-    pairs = list(pairwise(recipe.latent_dims))  # of a layer and the one above it
+    pairs = list(pairwise(recipe.latent_dims))  # each layer and the one above it
     oracle = None
     if pairs:
         down = [
@@ -686,7 +691,7 @@ def compose(recipe: Recipe, mean_image: Tensor | None = None) -> VAE:
 
 
 class _Features(nn.Module):
-    """In the place of a head, `(*, B, width)`: a ladder's steps up end in no distribution."""
+    """Takes the place of a head in a ladder's steps up: returns features `(*, B, width)`."""
 
     def __init__(self, width: int, activation: nets.Activation) -> None:
         super().__init__()
@@ -700,7 +705,7 @@ class _Features(nn.Module):
 def _layered_guide(
     recipe: Recipe, guide: Posterior, model: HierarchicalModel, first: Conditional
 ) -> HierarchicalGuide | LadderGuide:
-    """The guide of two layers or more; `first` is what takes the data."""
+    """Makes the guide of two layers or more; `first` is the part that takes the data."""
     if not guide.ladder:
         pairs = pairwise(recipe.latent_dims)
         up = [_between(recipe, dim, guide.head((above,))) for dim, above in pairs]
@@ -720,13 +725,14 @@ def _activation(recipe: Recipe) -> nets.Activation:
 
 
 def number_of_parameters(recipe: Recipe) -> int:
-    """How many parameters `compose` would make of a recipe, at least, while it makes none.
+    """Counts the parameters of the pair that `compose` makes of a recipe, without making the pair.
 
-    The parts are built on the meta device, without memory, but for flows: Pyro reads the values of
-    their masks. Of a flow its weights are counted, not what it adds to the encoder.
+    The parts are built on the meta device, which takes no memory. Flows cannot be built there,
+    because Pyro reads the values of their masks: the weights of a flow are counted, but not the
+    outputs that it adds to the encoder. So the count is a lower bound.
 
     Raises:
-        ValueError: as of `compose`, or sizes of which there can be no tensor.
+        ValueError: `compose` refuses the recipe, or a size is too large for any tensor.
 
     >>> number_of_parameters(Recipe((1, 28, 28), (2,), "mlp"))
     404244
@@ -748,7 +754,7 @@ def number_of_parameters(recipe: Recipe) -> int:
 
 
 def _flow_size(dim: int, context: int, kind: flows.Kind | None) -> int:
-    """The parameters of a flow of two transforms, each of a network with one hidden layer."""
+    """Counts the parameters of a flow: two transforms, each a network with one hidden layer."""
     if kind is None:
         return 0
     hidden, out = max(32, dim), dim * sum(kind[0])
@@ -756,7 +762,7 @@ def _flow_size(dim: int, context: int, kind: flows.Kind | None) -> int:
 
 
 def _join(recipe: Recipe, event_dim: int, flatten: bool = False) -> ConcatVector | None:
-    """How `y` joins what a network takes; None where there is no `y`."""
+    """Makes the join of `y` and a network's input; None for a pair that takes no `y`."""
     if recipe.num_classes is not None:
         return ConcatLabel(recipe.num_classes, event_dim=event_dim, flatten=flatten)
     if recipe.side_dim is not None:
@@ -765,12 +771,12 @@ def _join(recipe: Recipe, event_dim: int, flatten: bool = False) -> ConcatVector
 
 
 def _joined(join: ConcatVector | None, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of what the join returns."""
+    """The shape of one input after the join."""
     return shape if join is None else join.joined_shape(shape)
 
 
 def _posterior(recipe: Recipe, guide: Posterior) -> Conditional:
-    """`q(z | x, y)`, or `q(z | index)` of a guide that is not amortized."""
+    """Makes `q(z | x, y)`, or `q(z | index)` for a guide that is not amortized."""
     head: Any = _features(recipe) if guide.ladder else guide.head(recipe.latent_dims[:1])
     if not guide.amortized:
         assert recipe.num_data is not None
@@ -786,7 +792,7 @@ def _posterior(recipe: Recipe, guide: Posterior) -> Conditional:
 
 
 def _taking(recipe: Recipe, net: nn.Module) -> nn.Module:
-    """The net, after what the likelihood's data goes through first, and dropout."""
+    """The net, after the module that prepares the likelihood's data (if any) and after dropout."""
     taken = LIKELIHOODS[recipe.likelihood].taken
     first = [] if taken is None else [taken()]
     if recipe.dropout:
@@ -795,7 +801,7 @@ def _taking(recipe: Recipe, net: nn.Module) -> nn.Module:
 
 
 def _likelihood(recipe: Recipe, family: Likelihood, mean_image: Tensor | None) -> Conditional:
-    """`p(x | z, y)`."""
+    """Makes `p(x | z, y)`."""
     head, join = family.head(recipe.event_shape), _join(recipe, 1)
     shape = _joined(join, recipe.latent_dims[:1])
     net = NETS[recipe.net].decoder
@@ -815,9 +821,9 @@ def _check_mean(mean_image: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _between(recipe: Recipe, in_dim: int, head: Any) -> Conditional:
-    """A conditional distribution of one latent given another, by a small network."""
+    """Makes the conditional distribution of one latent given another, by a small network."""
     join, own = _join(recipe, 1), NETS[recipe.net]
-    make = own.encoder if own.flat else _mlp  # a flat net is one between vectors too
+    make = own.encoder if own.flat else _mlp  # a flat net also takes vectors
     shape = _joined(join, (in_dim,))
     net = make(shape, head.param_shape, recipe.own_hidden, _activation(recipe))
     return Conditional(net, head, event_dim=1, join=join)
@@ -826,7 +832,7 @@ def _between(recipe: Recipe, in_dim: int, head: Any) -> Conditional:
 def _baseline(recipe: Recipe, guide: Posterior) -> nn.Module | None:
     if not guide.baseline:
         return None
-    # costs are of the size of an image's log density
+    # the cost of a datum grows with its number of elements
     size = nets.Affine(math.prod(recipe.event_shape), 0)
     net = _taking(recipe, nets.MLP(recipe.event_shape, (1,), (recipe.own_hidden,)))
     return nn.Sequential(net, size)

@@ -1,4 +1,4 @@
-r"""The ELBO by hand, in torch alone: the independent oracle for what Pyro computes.
+r"""The ELBO written by hand, in torch alone: an independent check of the ELBO that Pyro computes.
 
 `ELBO = E_q[log p(x|z)] - KL(q(z|x) || p(z))`, in nats for each image, for diagonal normal
 posteriors and the standard normal prior. Nothing here uses Pyro or `torch.distributions`' own
@@ -22,8 +22,8 @@ class Terms(NamedTuple):
     """The terms of the ELBO, in nats, for each image; shapes `(*, B)`.
 
     `kl` is the analytic KL, None where there is none; `kl_sampled` is `log q(z|x) - log p(z)` at
-    the sample, an unbiased estimate of it; `kl_by_unit` `(B, D)` is the analytic KL of each latent
-    unit, where the KL is their sum.
+    the sample, an unbiased estimate of the KL; `kl_by_unit` `(B, D)` is the analytic KL of each
+    latent unit, None where the KL is not a sum over units.
 
     >>> Terms(torch.tensor([-90.0]), torch.tensor([20.0]), torch.tensor([21.0])).elbo()
     tensor([-110.])
@@ -46,7 +46,7 @@ class Terms(NamedTuple):
 
 
 def _sum_event(t: Tensor, x: Tensor) -> Tensor:
-    """Sums all but the leading dimensions and the batch: `x` is `(B,) + event`."""
+    """Sums `t` `(*, B) + event` over the dimensions of the event; `x` is `(B,) + event`."""
     return t.sum(dim=tuple(range(1 - x.dim(), 0)))
 
 
@@ -113,7 +113,7 @@ def negative_binomial(x: Tensor, log_mean: Tensor, log_dispersion: Tensor) -> Te
     >>> negative_binomial(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2))
     tensor([-1.3863])
     """
-    r, logit = (-log_dispersion).exp(), log_mean + log_dispersion  # of the share m / (r + m)
+    r, logit = (-log_dispersion).exp(), log_mean + log_dispersion  # the logit of m / (r + m)
     ways = torch.lgamma(x + r) - torch.lgamma(r) - torch.lgamma(x + 1)
     return _sum_event(ways - r * softplus(logit) - x * softplus(-logit), x)
 
@@ -126,7 +126,7 @@ def _log_level(x: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """
     m = (x - loc) / scale
     d = (1 / 510 / scale).expand_as(m)
-    log_sinh = d + torch.log1p(-(-2 * d).exp())  # both with their factor 2
+    log_sinh = d + torch.log1p(-(-2 * d).exp())  # of 2 sinh d; below, of 2 cosh m + 2 cosh d
     inside = log_sinh - torch.stack([m, -m, d, -d]).logsumexp(0)
     first, last = -softplus(-m - d), -softplus(m - d)
     return torch.where(x < 1 / 510, first, torch.where(x > 1 - 1 / 510, last, inside))
@@ -233,7 +233,7 @@ class ClosedForm:
         noise: Tensor | None = None,
         z: Tensor | None = None,
     ) -> Terms:
-        """The terms at `z`, or at `z = loc + scale * noise` (reparameterized); `(*, B, D)`.
+        """The terms at `z` `(*, B, D)`, or at `z = loc + scale * noise` (reparameterized).
 
         Raises:
             ValueError: not exactly one of `noise` and `z` is given.
@@ -252,11 +252,11 @@ class ClosedForm:
 
 
 def collapsed(mean: Tensor) -> Tensor:
-    r"""`sum_i m_i log m_i + (1 - m_i) log(1 - m_i)`, `m` `(*event)`: the best that a Bernoulli
-    decoder does that ignores z, nats per image.
+    r"""The best mean `log p(x)` of a Bernoulli decoder that ignores z, in nats per image.
 
-    With the mean image `m` of grey images it is exact in expectation over their binarisations, on
-    those very images: -206.0 on MNIST's 60,000. A model near it has collapsed.
+    `sum_i m_i log m_i + (1 - m_i) log(1 - m_i)`, with the mean image `m` `(*event)` of grey images:
+    exact in expectation over binarisations of these same images, -206.0 on MNIST's 60,000. A model
+    whose ELBO is near this number has collapsed.
 
     >>> collapsed(torch.tensor([0.5, 0.0]))
     tensor(-0.6931)
@@ -264,7 +264,7 @@ def collapsed(mean: Tensor) -> Tensor:
     return (torch.xlogy(mean, mean) + torch.xlogy(1 - mean, 1 - mean)).sum()
 
 
-# ---- the linear Gaussian model, of which everything is known ----
+# ---- the linear Gaussian model, whose evidence and posterior are known ----
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,7 @@ class LinearGaussian:
         first eigenvectors, times `sqrt(eigenvalue - s^2)`.
 
         Raises:
-            ValueError: `latent_dim` is not between 1 and `E - 1`, or `x` has no noise left over.
+            ValueError: `latent_dim` is not between 1 and `E - 1`, or `x` leaves no noise, `s = 0`.
 
         >>> LinearGaussian.fit(
         ...     torch.tensor([[2.0, 1.0], [-2.0, -1.0], [2.0, -1.0], [-2.0, 1.0]]), 1
@@ -374,7 +374,7 @@ class LinearGaussian:
         return self.log_likelihood(x, loc) - spread / 2 - kl
 
     def gap(self, x: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:
-        """`KL(q(z|x) || p(z|x))`, `(B,)`: what the ELBO lacks of the evidence.
+        """`KL(q(z|x) || p(z|x))`, `(B,)`: the evidence minus the ELBO.
 
         >>> exact = LinearGaussian(torch.ones(1, 1), torch.zeros(1), 1.0)
         >>> exact.gap(torch.ones(1, 1), torch.zeros(1, 1), torch.full((1, 1, 1), 0.5**0.5))

@@ -1,8 +1,8 @@
 """Conditional distributions: a network, then a head that turns its output into a distribution.
 
-A module says of itself by `takes_y` whether it is conditional on a label or side vector `y`. A
-likelihood, posterior or prior written by hand whose `forward` takes `y` sets `takes_y = True`; one
-without the attribute takes none.
+The attribute `takes_y` says whether a module is conditional on a label or side vector `y`. A
+likelihood, posterior or prior that you write by hand sets `takes_y = True` if its `forward` takes
+`y`; a module without the attribute takes no `y`.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,19 +29,20 @@ def ignore_label(v: Tensor, y: Tensor) -> Tensor:
 class ConcatVector(nn.Module):
     r"""A join that appends a side vector: `join(v, y) = [v, y]`.
 
-    With `y` `(*, S)` a vector `(*, B, D)` becomes `(*, B, D + S)`, an image `(*, B, C, H, W)`
-    becomes `(*, B, C + S, H, W)`, each number a plane, or, flattened, `(*, B, C H W + S)`. The
-    leading dimensions of `v` and `y` broadcast, so either may have more than the other.
+    With `y` `(*, S)`, a vector `(*, B, D)` becomes `(*, B, D + S)`. An image `(*, B, C, H, W)`
+    becomes `(*, B, C + S, H, W)`, with one plane for each number of `y`, or `(*, B, C H W + S)`
+    with `flatten`. The leading dimensions of `v` and `y` broadcast: either may have more of them.
 
     Args:
         size: `S`.
         event_dim: dimensions of one `v`: 1 for a vector, 3 for an image.
-        flatten: makes a vector of each `v` first, for networks without convolutions. Such a network
-            would see each number of a plane once for every pixel, and so learn from it far faster.
+        flatten: makes a vector of each `v` first, for networks without convolutions. From planes
+            such a network would see each number of `y` once for every pixel, and would learn from
+            `y` far faster than from the image.
 
     Raises:
-        ValueError: a size below 1; a `y` that is not floating point `(*, S)`; shapes of `v` and `y`
-            that do not broadcast.
+        ValueError: a size is below 1; `y` is not floating point `(*, S)`; the shapes of `v` and `y`
+            do not broadcast.
 
     >>> ConcatVector(2)(torch.zeros(3, 1), torch.ones(2))
     tensor([[0., 1., 1.],
@@ -59,7 +60,7 @@ class ConcatVector(nn.Module):
         self.flatten = flatten
 
     def joined_shape(self, event_shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of one joined `v`, what a network after this join takes.
+        """The shape of one `v` after the join, which is the input shape of the next network.
 
         >>> ConcatVector(10, event_dim=3).joined_shape((1, 28, 28))
         (11, 28, 28)
@@ -103,18 +104,18 @@ class ConcatVector(nn.Module):
 class ConcatLabel(ConcatVector):
     r"""A join that appends the one-hot label: `join(v, y) = [v, one_hot(y)]`.
 
-    With `K` classes a vector `(*, B, D)` becomes `(*, B, D + K)`, an image `(*, B, C, H, W)`
-    becomes `(*, B, C + K, H, W)`, each class a plane of zeros or ones, or, flattened,
-    `(*, B, C H W + K)`. The leading dimensions of `v` and the shape of `y` broadcast, so either
-    may have more than the other: particles in `v`, an enumerated `y` of `(K, 1)`, one label `()`.
+    With `K` classes, a vector `(*, B, D)` becomes `(*, B, D + K)`. An image `(*, B, C, H, W)`
+    becomes `(*, B, C + K, H, W)`, with a plane of zeros or ones for each class, or
+    `(*, B, C H W + K)` with `flatten`. The leading dimensions of `v` and the shape of `y`
+    broadcast: `v` may have particles, `y` may be enumerated, `(K, 1)`, or one label, `()`.
 
     Args:
         num_classes: `K`; labels are the integers from 0 to `K - 1`.
-        event_dim, flatten: as of `ConcatVector`.
+        event_dim, flatten: as in `ConcatVector`.
 
     Raises:
-        ValueError: a size below 1; labels that are not integers or out of range; shapes of `v`
-            and `y` that do not broadcast.
+        ValueError: a size is below 1; labels are not integers or are out of range; the shapes of
+            `v` and `y` do not broadcast.
 
     Source: Semi-Supervised Learning with Deep Generative Models (2014), arXiv:1406.5298.
 
@@ -133,7 +134,7 @@ class ConcatLabel(ConcatVector):
         self.num_classes = num_classes
 
     def forward(self, v: Tensor, y: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():  # while a graph is traced there are no values
+        if not torch.compiler.is_compiling():  # while a graph is traced, tensors have no values
             self._check_labels(y)
         return self._concat(v, one_hot(y.long(), self.num_classes).to(v.dtype))
 
@@ -154,7 +155,7 @@ class ConcatLabel(ConcatVector):
 class Conditional(nn.Module):
     r"""The conditional distribution `p(u | v, y) = head(net(join(v, y)))`.
 
-    `net` maps tensors to tensors and sees one batch dimension only; `head` maps its output to a
+    `net` maps tensors to tensors and takes one batch dimension only; `head` maps its output to a
     distribution. `v` may have any leading dimensions, `(*, B) + event`: they are folded into one
     for the network and restored for the head, so particles and enumeration pass through
     convolutions.
@@ -168,8 +169,8 @@ class Conditional(nn.Module):
             `y`.
 
     Raises:
-        ValueError: `y` is given and there is no join, or is missing and there is one; or the
-            network's output is not of the head's `param_shape`.
+        ValueError: `y` is given without a join, or is missing with a join; or the network's output
+            does not have the head's `param_shape`.
 
     >>> import torch
     >>> from pvae.heads import Bernoulli
@@ -198,7 +199,7 @@ class Conditional(nn.Module):
         batch = v.shape[: v.dim() - self.event_dim]
         h = self.net(v.reshape(-1, *v.shape[len(batch) :]))
         if v.is_floating_point():
-            h = h.to(v.dtype)  # under autocast only the network is coarse, no density is
+            h = h.to(v.dtype)  # autocast lowers the precision of the network, not of densities
         expected = getattr(self.head, "param_shape", h.shape[1:])
         if h.shape[1:] != expected:
             raise ValueError(
@@ -224,13 +225,13 @@ class Conditional(nn.Module):
 
 
 def concat_mask(x: Tensor, mask: Tensor) -> Tensor:
-    """A join for images with missing pixels: what is missing is set to 0, and the mask appended.
+    """A join for images with missing pixels: sets these pixels to 0 and appends the mask.
 
     `x` `(*, B, C, H, W)` and the boolean `mask` `(*, B, 1 or C, H, W)`, True where a pixel is
-    seen, become `(*, B, C + 1 or 2 C, H, W)`: a 0 that was seen and a missing one are told apart.
+    seen, become `(*, B, C + 1 or 2 C, H, W)`. The mask tells a seen 0 from a missing pixel.
 
     Source: Handling Incomplete Heterogeneous Data using VAEs (2018), arXiv:1807.03653 (zeros);
-    VAEAC (2018), arXiv:1806.02382 (the mask beside them).
+    VAEAC (2018), arXiv:1806.02382 (the appended mask).
 
     >>> x, mask = torch.ones(1, 1, 1, 2), torch.tensor([[[[True, False]]]])
     >>> concat_mask(x, mask).tolist()
@@ -242,17 +243,16 @@ def concat_mask(x: Tensor, mask: Tensor) -> Tensor:
 class Masked(nn.Module):
     r"""A likelihood of the seen pixels alone: `log p(x_seen | z) = sum_{i seen} log p(x_i | z)`.
 
-    The pixels must be independent given `z`, as all heads make them; the integral over the missing
-    ones is then 1, and they are left out. In the programs the mask takes the place of a label:
-    `Model(prior, Masked(likelihood))(x, mask)`. A missing pixel may hold any value of the support:
-    neither the loss nor its gradient depends on it.
+    The pixels must be independent given `z`, as under every likelihood of `pvae.heads`: the
+    missing pixels then integrate to 1 and drop out. In the programs the mask takes the place of a
+    label: `Model(prior, Masked(likelihood))(x, mask)`. A missing pixel may hold any value of the
+    support: neither the loss nor its gradient depends on this value.
 
     Args:
         likelihood: a module with `likelihood(z)`, a distribution over `x` made by `.to_event()`.
 
     Raises:
-        ValueError: the distribution is no `.to_event()` of independent pixels, or the mask is not
-            boolean.
+        ValueError: the distribution was not made by `.to_event()`, or the mask is not boolean.
 
     >>> from pvae.heads import Bernoulli
     >>> likelihood = Masked(Conditional(nn.Linear(2, 4), Bernoulli((4,)), event_dim=1))
@@ -261,7 +261,7 @@ class Masked(nn.Module):
     torch.Size([3])
     """
 
-    takes_y = True  # the mask, in the place of y
+    takes_y = True  # the mask takes the place of y
 
     def __init__(self, likelihood: nn.Module) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 r"""Normalizing flows, as heads of posteriors and as priors, from Pyro's own transforms.
 
-`z = f(e)`, `e ~ N(0, I)`, `log q(z) = log N(e; 0, I) - log |det df/de|`. The modules keep the
-networks, and make the transforms anew at each call: a transform caches the tensors of its last
-call, and with those in it a module could be neither copied nor pickled.
+`z = f(e)`, `e ~ N(0, I)`, `log q(z) = log N(e; 0, I) - log |det df/de|`. Each module keeps its
+networks and makes new transforms at each call: a transform caches the tensors of its last call, and
+a module that keeps such a transform could be neither copied nor pickled.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,10 +22,10 @@ _BINS, _BOUND = 8, 4.0  # of the splines, which are the identity beyond the boun
 
 
 class _Network:
-    """An autoregressive network as Pyro's transforms take it.
+    """An autoregressive network in the form that Pyro's transforms take.
 
-    Their inverse starts from float32 zeros, so the input is cast to the network's dtype. It follows
-    `permutation`, which is a list here: a tensor could not be traced.
+    The inverse of a transform starts from float32 zeros, so the input is cast to the network's
+    dtype. The inverse goes in the order of `permutation`, a list: a tensor could not be traced.
     """
 
     def __init__(self, net: nn.Module, order: list[int], given: tuple[Tensor, ...]) -> None:
@@ -36,8 +36,8 @@ class _Network:
         return self.net(x.to(self.dtype), *self.given)
 
 
-# an autoregressive transform: the sizes of its parameters for each element, and what makes it of a
-# dimension and a network
+# a kind of autoregressive transform: the sizes of its parameters for each element, and the function
+# that makes it from a dimension and a network
 Kind = tuple[list[int], Callable[[int, _Network], Transform]]
 
 
@@ -74,9 +74,9 @@ class _Noise(nn.Module):
 
 
 class _Flow(nn.Module):
-    """Base of the flows: an autoregressive network for each transform.
+    """Base of the autoregressive flows: one network for each transform.
 
-    `make` is Pyro's class of such networks with its first arguments, the sizes of its inputs.
+    `make` is Pyro's class of autoregressive networks, with the sizes of its inputs already given.
     """
 
     def __init__(
@@ -93,14 +93,14 @@ class _Flow(nn.Module):
                 [max(hidden, dim)],
                 sizes,
                 permutation=torch.LongTensor(order),
-                # tanh: with unbounded scales a draw, D divisions one after another, may overflow
+                # tanh bounds the scales: a draw divides D times in a row, and could overflow
                 nonlinearity=nn.Tanh(),
             )
             for order in self._orders
         )
 
     def _transforms(self, *given: Tensor) -> list[Transform]:
-        """The transforms of this call, their networks given the context where there is one."""
+        """Makes the transforms of one call; `given` holds the context of a conditional flow."""
         return [
             self._transform(self.dim, _Network(net, order, given))
             for net, order in zip(self.nets, self._orders, strict=True)
@@ -111,16 +111,16 @@ class FlowPosterior(_Flow):
     r"""A head: an autoregressive flow conditioned on `x`, `z = loc + scale f(e; h)`, `e ~ N(0, I)`.
 
     The raw parameters of one event are loc, log-variance and the context `h` that each transform's
-    network takes, `(2 D + context,)`. Drawing, and the density of a draw just made, take one pass;
-    with `AFFINE` transforms it is the inverse autoregressive flow, with `SPLINE` ones a neural
-    spline flow. The density at any other point takes `D` passes.
+    network takes, `(2 D + context,)`. A draw and its own density take one pass together; the
+    density at any other point takes `D` passes. With `AFFINE` transforms this is the inverse
+    autoregressive flow, with `SPLINE` transforms a neural spline flow.
     Sources: Improved Variational Inference with Inverse Autoregressive Flow (2016),
     arXiv:1606.04934; Neural Spline Flows (2019), arXiv:1906.04032.
 
     Args:
         event_shape: `(D,)`, `D` at least 2.
         kind: `AFFINE` or `SPLINE`.
-        transforms: how many of them.
+        transforms: the number of transforms.
         context: width of `h`.
         hidden: width of each transform's network.
 
@@ -151,7 +151,7 @@ class FlowPosterior(_Flow):
 
     def forward(self, h: Tensor) -> dist.Distribution:
         loc, log_variance, context = h.split([self.dim, self.dim, self.context], dim=-1)
-        # cached like the others, so that a draw's density needs no inverse
+        # with a cache, like the other transforms: the density of a draw then needs no inverse
         scale = (log_variance / 2).exp()
         shift = T.AffineTransform(loc, scale, event_dim=1, cache_size=1)
         noise = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1)
@@ -168,7 +168,7 @@ class FlowPrior(_Flow):
     Args:
         latent_dim: `D`, at least 2.
         kind: `AFFINE` or `SPLINE`.
-        transforms: how many of them.
+        transforms: the number of transforms.
         hidden: width of each transform's network.
 
     Raises:
@@ -192,12 +192,12 @@ class FlowPrior(_Flow):
 
 
 class _CouplingNet(nn.Sequential):
-    """From `e_a` to `m` and `log s`, both 0 at first."""
+    """The network from `e_a` to `m` and `log s`, both 0 at the start."""
 
     def __init__(self, kept: int, hidden: Sequence[int], moved: int) -> None:
         layers: list[nn.Module] = []
         for width, next_width in pairwise([kept, *hidden]):
-            # tanh: a `log s` that grows with e would grow again with each transform
+            # tanh bounds `log s`: a `log s` that grows with e would grow with each transform
             layers += [nn.Linear(width, next_width), nn.Tanh()]
         out = nn.Linear(hidden[-1], 2 * moved)
         nn.init.zeros_(out.weight)
@@ -211,15 +211,15 @@ class _CouplingNet(nn.Sequential):
 class CouplingPrior(nn.Module):
     r"""A prior `p(z)`: a coupling flow (RealNVP). A density and a draw take one pass each.
 
-    `z = f(e)`, `e ~ N(0, I)`. Each transform keeps one half `e_a` and moves the other by it,
-    `e_b -> m(e_a) + s(e_a) e_b`, with `log s` between -5 and 3. Before each the dimensions turn by
-    half of them, so that the halves take turns. `log |det df/de|` is the sum of all `log s`. It
-    starts at `N(0, I)`; labels are ignored.
+    `z = f(e)`, `e ~ N(0, I)`. Each transform keeps one half of the dimensions, `e_a`, and moves the
+    other half, `e_b -> m(e_a) + s(e_a) e_b`, with `log s` between -5 and 3. Before each transform
+    the dimensions are rolled by half of their number, so that the halves change places.
+    `log |det df/de|` is the sum of all `log s`. The prior starts at `N(0, I)`; labels are ignored.
     Source: Density estimation using Real NVP (2016), arXiv:1605.08803.
 
     Args:
         latent_dim: `D`, at least 2.
-        transforms: how many of them; each moves half of the dimensions.
+        transforms: the number of transforms; each moves half of the dimensions.
         hidden: widths of the hidden layers of each transform's network, one or more.
 
     Raises:
@@ -239,7 +239,7 @@ class CouplingPrior(nn.Module):
         if not hidden:
             raise ValueError(f"hidden must be the width of one layer or more, not {tuple(hidden)}")
         self.noise, self._kept = _Noise(latent_dim), latent_dim // 2
-        turn = torch.arange(latent_dim).roll(-self._kept)  # a reversal would leave the middle alone
+        turn = torch.arange(latent_dim).roll(-self._kept)  # a reversal keeps the middle in place
         self.register_buffer("turn", turn, persistent=False)
         moved = latent_dim - self._kept
         self.nets = nn.ModuleList(

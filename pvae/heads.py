@@ -1,8 +1,8 @@
 r"""Heads: from the raw output of a network to a distribution.
 
-A head knows nothing of networks. Its `param_shape` is the shape of the raw parameters of one event:
-with `k` parameters for each element, `(k C, H, W)` for an event `(C, H, W)` and `(k D,)` for
-`(D,)`. Log densities are in nats, summed over the event.
+A head does not depend on the network before it. Its `param_shape` is the shape of the raw
+parameters of one event: with `k` parameters for each element, `(k C, H, W)` for an event
+`(C, H, W)` and `(k D,)` for `(D,)`. Log densities are in nats, summed over the event.
 """
 
 import math
@@ -21,7 +21,7 @@ Link = Callable[[Tensor], Tensor]
 
 
 def from_log_scale(raw: Tensor) -> Tensor:
-    """The scale whose logarithm the network returns: `scale = exp(raw)`.
+    """The link for a network that returns the log-scale: `scale = exp(raw)`.
 
     >>> from_log_scale(torch.zeros(1))
     tensor([1.])
@@ -30,7 +30,7 @@ def from_log_scale(raw: Tensor) -> Tensor:
 
 
 def from_log_variance(raw: Tensor) -> Tensor:
-    """The scale whose log-variance the network returns: `scale = exp(raw / 2)`.
+    """The link for a network that returns the log-variance: `scale = exp(raw / 2)`.
 
     >>> from_log_variance(torch.zeros(1))
     tensor([1.])
@@ -41,8 +41,8 @@ def from_log_variance(raw: Tensor) -> Tensor:
 class Head(nn.Module):
     """Base of the heads: `forward` maps `(*, B) + param_shape` to a distribution over events.
 
-    A head says of itself by `normalized` whether its density integrates (or sums) to 1. One that is
-    not is no likelihood: its numbers cannot stand beside those of likelihoods.
+    `normalized` says whether the head's density integrates (or sums) to 1. A head with
+    `normalized = False` is not a likelihood: its numbers cannot be compared with a likelihood's.
 
     Args:
         event_shape: the shape of one event, such as `(C, H, W)` or `(D,)`.
@@ -70,9 +70,9 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def raw_mean(self, mean: Tensor) -> Tensor:
-        """Raw parameters (`param_shape`) whose distribution has about this mean (`event_shape`).
+        """Returns raw parameters (`param_shape`) that give about this mean (`event_shape`).
 
-        A decoder's output bias starts there, so that training begins at the mean image.
+        A decoder's output bias starts at them, so that training begins at the mean image.
         """
         raise NotImplementedError
 
@@ -94,7 +94,7 @@ class Bernoulli(Head):
 
 
 class _UnitIntervalBernoulli(dist.Bernoulli):
-    """A Bernoulli whose log_prob is also evaluated between 0 and 1, with validation left on."""
+    """A Bernoulli whose `log_prob` also takes values between 0 and 1, with validation on."""
 
     support = constraints.unit_interval
     has_enumerate_support = False
@@ -103,8 +103,8 @@ class _UnitIntervalBernoulli(dist.Bernoulli):
 class GreyBernoulli(Bernoulli):
     """The cross-entropy on grey pixels in [0, 1]. *Not a likelihood*: it does not integrate to 1.
 
-    Widely used in tutorials; its numbers cannot be compared with those of any true likelihood.
-    For grey data prefer `ContinuousBernoulli`, which normalizes it.
+    Many tutorials use it, but its numbers cannot be compared with those of a likelihood. For grey
+    data prefer `ContinuousBernoulli`, its normalized form.
 
     >>> GreyBernoulli((1,))(torch.zeros(1)).log_prob(torch.tensor([0.5])).item()
     -0.693...
@@ -119,7 +119,7 @@ class GreyBernoulli(Bernoulli):
 class _ContinuousBernoulli(dist.TorchDistribution):
     r"""`p(x) = l e^(l x) / (e^l - 1)` on [0, 1], stable in float32 for every logit `l`.
 
-    torch's own is off by up to .6 % in the gradient near `l = 0`, and by .2 nats beyond 17.
+    torch's own class has errors: up to .6 % of the gradient near `l = 0`, and .2 nats beyond 17.
     """
 
     arg_constraints = {"logits": constraints.real}  # noqa: RUF012 (torch's own convention)
@@ -134,9 +134,9 @@ class _ContinuousBernoulli(dist.TorchDistribution):
         return _ContinuousBernoulli(self.logits.expand(batch_shape), validate_args=False)
 
     def _split(self, threshold: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
-        """Where |l| is small; `l` made safe to divide by there; `l` made 0 elsewhere.
+        """Returns where `|l|` is small; `l` with 1 in these places; `l` with 0 in all other places.
 
-        Both branches of a `torch.where` need finite gradients, the one not taken too.
+        Both branches of a `torch.where` need finite gradients, even where they are not selected.
         """
         small = self.logits.abs() < threshold
         return small, self.logits.masked_fill(small, 1.0), self.logits.masked_fill(~small, 0.0)
@@ -197,7 +197,7 @@ class ContinuousBernoulli(Head):
         return _ContinuousBernoulli(h).to_event(self.event_dim)
 
     def raw_mean(self, mean: Tensor) -> Tensor:
-        # mean(l) = 1/2 + l/12 + ... and 1 + 1/l far out: solved by a few Newton steps
+        # Newton steps solve mean(l) = mean; mean(l) is 1/2 + l/12 + ... near 0, 1 - 1/l for large l
         logits = torch.zeros_like(mean)
         mean = mean.clamp(0.02, 0.98)
         for _ in range(50):
@@ -227,7 +227,7 @@ class Normal(Head):
     (torch.Size([5, 2]), tensor([1., 1.]))
     """
 
-    distribution: Any = dist.Normal  # the class of loc and scale
+    distribution: Any = dist.Normal  # a class that takes loc and scale
 
     def __init__(
         self, event_shape: Shape, *, link: Link = from_log_variance, min_scale: float = 0.0
@@ -250,7 +250,7 @@ class Normal(Head):
 class NormalFixedScale(Head):
     r"""Independent normals with the loc from the network and one fixed scale.
 
-    Up to a constant its log density is the squared error over `2 scale^2`.
+    Up to a constant its negative log density is the squared error over `2 scale^2`.
 
     Raises:
         ValueError: `scale` is not above 0.
@@ -304,9 +304,12 @@ class NormalSharedScale(Head):
 class Laplace(Normal):
     r"""Independent Laplace pixels, loc and scale from the network: any real data.
 
-    `log p(x) = sum_i -|x_i - loc_i| / s_i - log(2 s_i)`, the absolute error made a likelihood;
-    `s = min_scale + exp(raw)`. It is meant for grey pixels; where the scale may become small, for
-    dequantised ones.
+    `log p(x) = sum_i -|x_i - loc_i| / s_i - log(2 s_i)`, with `s = min_scale + exp(raw)`: the
+    likelihood of the absolute error. Use it for grey pixels; dequantise them if the scale may
+    become small.
+
+    Raises:
+        ValueError: `min_scale` is negative.
 
     >>> Laplace((1,))(torch.zeros(2)).log_prob(torch.ones(1)).item()
     -1.69...
@@ -327,8 +330,8 @@ class Laplace(Normal):
 class Poisson(Head):
     r"""Independent Poisson counts from log-rates: support `{0, 1, 2, ...}`.
 
-    `log P(x) = sum_i x_i h_i - exp(h_i) - log x_i!`. Its variance is its mean; for counts that vary
-    more, `NegativeBinomial`.
+    `log P(x) = sum_i x_i h_i - exp(h_i) - log x_i!`. Its variance is its mean; use
+    `NegativeBinomial` for counts that vary more.
 
     >>> Poisson((3,))(torch.zeros(5, 3)).mean[0]
     tensor([1., 1., 1.])
@@ -346,8 +349,9 @@ class NegativeBinomial(Head):
 
     With the mean `m = exp(h)` and the dispersion `a = min_dispersion + exp(raw)` the variance is
     `m + a m^2`: a Poisson whose rate varies. The first half of the raw parameters is the log-mean,
-    the second the log-dispersion. Near `a = 0`, the Poisson, its density is a small difference of
-    large numbers, of which float32 has no digits: hence the floor.
+    the second the log-dispersion. `a = 0` is the Poisson; near it the log density is a small
+    difference of large numbers, which float32 cannot resolve, so `a` has the floor
+    `min_dispersion`.
     Source: scVI, Deep generative modeling for single-cell transcriptomics (2018), Nature Methods
     15, 1053-1058.
 
@@ -388,7 +392,7 @@ class _GreyLevels(constraints.Constraint):
 
     def check(self, value: Tensor) -> Tensor:
         level = value * (LEVELS - 1)
-        is_level = (level - level.round()).abs() < 1e-2  # what float32 leaves of k / 255
+        is_level = (level - level.round()).abs() < 1e-2  # float32 rounds k / 255
         return is_level & (level > -0.5) & (level < LEVELS - 0.5)
 
     def __repr__(self) -> str:
@@ -401,8 +405,8 @@ grey_levels = _GreyLevels()
 class _DiscretizedLogistic(dist.TorchDistribution):
     r"""A logistic variable, rounded to the nearest grey level and clipped to [0, 1].
 
-    `P(k / 255) = sigmoid(a) - sigmoid(b)`, `a, b = (k / 255 +- 1 / 510 - loc) / scale`, with a at
-    infinity for the last level and b at minus infinity for the first.
+    `P(k / 255) = sigmoid(a) - sigmoid(b)`, `a, b = (k / 255 +- 1 / 510 - loc) / scale`; `a` is
+    infinity for the last level, and `b` is minus infinity for the first.
     """
 
     arg_constraints = {"loc": constraints.real, "scale": constraints.positive}  # noqa: RUF012
@@ -439,7 +443,7 @@ class _DiscretizedLogistic(dist.TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        # E[k] = sum_k P(K >= k), level by level: a tensor of all of them would be large
+        # E[k] = sum_k P(K >= k), one level at a time: a tensor of all levels would be large
         total = torch.zeros_like(self.loc)
         for k in range(1, LEVELS):
             total = total + torch.sigmoid((self.loc - (k - 0.5) * _STEP) / self.scale)
@@ -454,11 +458,11 @@ MIN_LOGISTIC_SCALE = 1e-3  # a quarter of a level: below it the probabilities no
 
 
 class DiscretizedLogistic(Head):
-    r"""Discretised logistic pixels, loc and scale from the network, for 8-bit data: support
-    `{0, 1/255, ..., 1}`; a true probability, so that results are also bits per dimension.
+    r"""Discretised logistic pixels for 8-bit data, loc and scale from the network.
 
-    `log P(x) = sum_i log(sigmoid(a_i) - sigmoid(b_i))`, `a, b = (x +- 1/510 - loc) / s`, the first
-    and the last level taking the tails; `s = exp(raw)`, floored.
+    The support is `{0, 1/255, ..., 1}`. P is a probability, so results also have bits per
+    dimension. `log P(x) = sum_i log(sigmoid(a_i) - sigmoid(b_i))`, `a, b = (x +- 1/510 - loc) / s`,
+    `s = exp(raw) + 0.001`; the first and the last level include the tails.
     Source: Improved Variational Inference with Inverse Autoregressive Flow (2016),
     arXiv:1606.04934, section 5.2.
 
@@ -481,7 +485,7 @@ class DiscretizedLogistic(Head):
 
 
 class _FlatMixture(dist.MixtureSameFamily):
-    """A mixture whose components have a discrete support of their own."""
+    """A mixture whose support is that of its components, which may be discrete."""
 
     @property
     def support(self) -> constraints.Constraint:
@@ -489,9 +493,9 @@ class _FlatMixture(dist.MixtureSameFamily):
 
 
 class MixtureOfDiscretizedLogistics(Head):
-    r"""A mixture of `K` discretised logistics for each pixel, for 8-bit data: support
-    `{0, 1/255, ..., 1}`, results in nats and bits per dimension.
+    r"""A mixture of `K` discretised logistics for each pixel, for 8-bit data.
 
+    The support is `{0, 1/255, ..., 1}`; results are in nats and bits per dimension.
     `log P(x) = sum_i log sum_k w_ik (sigmoid(a_ik) - sigmoid(b_ik))`; pixels and channels are
     independent given `z`.
     Source: PixelCNN++ (2017), arXiv:1701.05517, without its autoregression.
@@ -524,7 +528,7 @@ class MixtureOfDiscretizedLogistics(Head):
         return mixture.to_event(self.event_dim)
 
     def raw_mean(self, mean: Tensor) -> Tensor:
-        # the components start apart: equal ones would stay equal
+        # the components start with different locs: equal components would stay equal
         spread = torch.linspace(-0.2, 0.2, self.components) if self.components > 1 else [0.0]
         locs = [mean + float(s) for s in spread]
         k = self.components
@@ -565,10 +569,10 @@ class _LevelCategorical(dist.TorchDistribution):
 
 
 class Categorical(Head):
-    r"""A free probability for each of the 256 levels of each pixel, for 8-bit data: support
-    `{0, 1/255, ..., 1}`, results in nats and bits per dimension.
+    r"""A free probability for each of the 256 levels of each pixel, for 8-bit data.
 
-    `log P(x) = sum_i h_i[255 x_i] - log sum_k e^h_i[k]`. It does not know the levels' order, and it
+    The support is `{0, 1/255, ..., 1}`; results are in nats and bits per dimension.
+    `log P(x) = sum_i h_i[255 x_i] - log sum_k e^h_i[k]`. It ignores the order of the levels, and it
     takes 256 raw parameters for each element: use it for small images.
 
     >>> Categorical((2,))(torch.zeros(512)).log_prob(torch.tensor([0.0, 1.0])).item()
@@ -599,8 +603,12 @@ def _check_vector(event_shape: Shape) -> int:
 class FullCovariance(Head):
     r"""A normal with a full covariance `L L^T`, loc and lower triangle `L` from the network.
 
-    Raw parameters `(D + D (D + 1) / 2,)`: loc, the logarithms of the diagonal of `L`, and what lies
-    below it. It can follow the correlations of the true posterior; its cost grows as `D^2`.
+    Raw parameters `(D + D (D + 1) / 2,)`: loc, the logarithms of the diagonal of `L`, and the
+    entries below the diagonal. This normal can follow the correlations of the true posterior; its
+    cost grows as `D^2`.
+
+    Raises:
+        ValueError: `event_shape` is not `(D,)`.
 
     >>> q = FullCovariance((3,))(torch.zeros(5, 9))
     >>> q.batch_shape, q.covariance_matrix[0].diagonal()
@@ -622,17 +630,17 @@ class FullCovariance(Head):
 
 
 class LowRankCovariance(Head):
-    r"""A normal with covariance `F F^T + diag(d)`, `F` `(D, r)`: it can follow the strongest
-    correlations; its cost grows as `D r`.
+    r"""A normal with the covariance `F F^T + diag(d)`, where `F` is `(D, r)`.
 
-    Raw parameters `(2 D + D r,)`: loc, log d, F.
+    Raw parameters `(2 D + D r,)`: loc, log d, F. This normal can follow the strongest correlations;
+    its cost grows as `D r`.
 
     Args:
         event_shape: `(D,)`.
         rank: `r`, from 1 to `D`.
 
     Raises:
-        ValueError: `rank` is out of its range.
+        ValueError: `event_shape` is not `(D,)`, or `rank` is not from 1 to `D`.
 
     >>> q = LowRankCovariance((3,), rank=1)(torch.zeros(5, 9))
     >>> q.batch_shape, q.variance[0]
@@ -654,7 +662,7 @@ class LowRankCovariance(Head):
 
 
 class _MixtureOfNormals(dist.MixtureOfDiagNormals):
-    """Pyro's mixture, whose draws are reparameterized, with its mean."""
+    """Pyro's mixture with reparameterized draws, which here has a mean too."""
 
     @property
     def mean(self) -> Tensor:
@@ -678,7 +686,8 @@ class MixtureOfNormals(Head):
         components: `K`, at least 2.
 
     Raises:
-        ValueError: `D` or `K` is below 2, where Pyro has no pathwise derivative.
+        ValueError: `event_shape` is not `(D,)`, or `D` or `K` is below 2, where Pyro has no
+            pathwise derivative.
 
     >>> MixtureOfNormals((2,), components=3)(torch.zeros(5, 15)).mean.shape
     torch.Size([5, 2])
@@ -708,9 +717,10 @@ class _ScoreFunctionNormal(dist.Normal):
 
 
 class ScoreFunctionNormal(Normal):
-    r"""The diagonal normal of `Normal`, not reparameterized: Pyro takes the score-function gradient
-    `E[(log p(x, z) - log q(z|x)) grad log q(z|x)]`, unbiased and of high variance.
+    r"""The diagonal normal of `Normal`, without reparameterized draws.
 
+    Pyro then takes the score-function gradient `E[(log p(x, z) - log q(z|x)) grad log q(z|x)]`,
+    which is unbiased and has a high variance.
     Source: Black Box Variational Inference (2014), arXiv:1401.0118.
 
     >>> ScoreFunctionNormal((2,))(torch.zeros(5, 4)).has_rsample

@@ -1,7 +1,8 @@
-"""Encoders and decoders: tensors to tensors, knowing nothing of probability.
+"""Encoders and decoders: networks from tensors to tensors, without any probability.
 
-A net for images takes any image size and channel count, or refuses it at construction; an MLP takes
-data of any shape, and `Conv1dEncoder` signals. Every decoder can set its own output bias.
+A net for images takes any image size and number of channels, or raises an error at construction. An
+MLP takes data of any shape, `Conv1dEncoder` takes signals. Every decoder has `set_output_bias`. In
+the docstrings "3x3 s2 p1" means kernel size 3x3, stride 2 and padding 1.
 """
 
 import math
@@ -16,7 +17,7 @@ from pvae.kinds import Shape
 Activation = Callable[[], nn.Module]
 
 
-# the sizes of one datum, for people
+# names of the sizes of one datum, for error messages
 IMAGE = ("channels", "height", "width")
 SIGNAL = ("channels", "length")
 
@@ -35,8 +36,8 @@ def _check_input(v: Tensor, shape: torch.Size) -> None:
 
 
 def _halvings(shape: Shape, times: int) -> list[tuple[int, ...]]:
-    """The sizes of an image `(C, H, W)` or a signal `(C, L)`, then after each convolution of
-    kernel 3, stride 2 and padding 1."""
+    """Returns the sizes of an image `(C, H, W)` or a signal `(C, L)`, then the sizes after each
+    convolution of kernel 3, stride 2 and padding 1."""
     sizes = [tuple(shape[1:])]
     for _ in range(times):
         sizes.append(tuple((size + 1) // 2 for size in sizes[-1]))
@@ -83,7 +84,7 @@ class MLP(nn.Module):
         return self.out(self.hidden(v.flatten(1))).reshape(-1, *self.out_shape)
 
     def set_output_bias(self, raw: Tensor) -> None:
-        """Sets the output bias to `raw` (`out_shape`): the output where the weights add nothing."""
+        """Sets the output bias to `raw` (`out_shape`): training then starts near this output."""
         with torch.no_grad():
             self.out.bias.copy_(raw.flatten())
 
@@ -104,14 +105,14 @@ class _Gated(nn.Module):
 class GatedMLP(MLP):
     """An MLP with gated hidden layers, `a(W v + b) sigmoid(U v + c)`.
 
-    Sources: Language Modeling with Gated Convolutional Networks (2016), arXiv:1612.08083; as the
-    two layers of 300 of a VAE: VAE with a VampPrior (2017), arXiv:1705.07120, and Exemplar VAE
+    Sources: Language Modeling with Gated Convolutional Networks (2016), arXiv:1612.08083; with
+    two layers of 300 in a VAE: VAE with a VampPrior (2017), arXiv:1705.07120, and Exemplar VAE
     (2020), arXiv:2004.04795.
 
     Args:
-        in_shape, out_shape: as of `MLP`.
+        in_shape, out_shape: as in `MLP`.
         hidden: widths of the hidden layers (300 and 300 as published).
-        activation: makes the activations `a` (none as published).
+        activation: makes the activations `a` (the identity as published).
 
     Raises:
         ValueError: the input is not `(N, *in_shape)`.
@@ -134,8 +135,8 @@ class GatedMLP(MLP):
 
 
 class _Encoder(nn.Module):
-    """Base of the encoders for images (or signals, by `sizes`): a subclass makes `layers`, from an
-    image to its output."""
+    """Base of the encoders for images, or for signals if `sizes` says so: a subclass makes
+    `layers`, from an image to its output."""
 
     layers: nn.Sequential
     sizes: Sequence[str] = IMAGE
@@ -151,8 +152,8 @@ class _Encoder(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """Base of the decoders to images (or signals, by `sizes`): a subclass makes `layers`, from a
-    flat latent to channels, and `out`, the convolution that makes the output's channels of them."""
+    """Base of the decoders to images, or to signals if `sizes` says so: a subclass makes `layers`,
+    from a flat latent to channels, and `out`, a convolution from these to the output's channels."""
 
     layers: nn.Sequential
     out: nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.ConvTranspose2d
@@ -184,7 +185,7 @@ class ConvEncoder(_Encoder):
         activation: makes the activations (ReLU as published).
 
     Raises:
-        ValueError: `image_shape` is not three sizes, or the input is not `(N, C, H, W)` of it.
+        ValueError: `image_shape` is not three sizes, or the input is not `(N, *image_shape)`.
 
     >>> ConvEncoder((3, 28, 20), (40,))(torch.zeros(5, 3, 28, 20)).shape
     torch.Size([5, 40])
@@ -212,7 +213,7 @@ class ConvEncoder(_Encoder):
 
 
 def _doubling(in_channels: int, out_channels: int, size: tuple[int, ...]) -> nn.ConvTranspose2d:
-    """A 3x3 s2 transposed convolution from the halved size to `size`, odd or even."""
+    """Makes a ConvTranspose 3x3 s2 from the halved size to `size`, which may be odd or even."""
     even = (1 - size[0] % 2, 1 - size[1] % 2)
     return nn.ConvTranspose2d(
         in_channels, out_channels, 3, stride=2, padding=1, output_padding=even
@@ -257,10 +258,10 @@ class Conv1dEncoder(_Encoder):
 
     Args:
         signal_shape: `(C, L)`, any sizes.
-        out_shape, hidden, activation: as of `ConvEncoder`.
+        out_shape, hidden, activation: as in `ConvEncoder`.
 
     Raises:
-        ValueError: `signal_shape` is not two sizes, or the input is not `(N, C, L)` of it.
+        ValueError: `signal_shape` is not two sizes, or the input is not `(N, *signal_shape)`.
 
     >>> Conv1dEncoder((2, 50), (40,))(torch.zeros(5, 2, 50)).shape
     torch.Size([5, 40])
@@ -339,8 +340,8 @@ def _check_course(name: str, shape: Shape) -> None:
 class CourseEncoder(_Encoder):
     """The course's CNN: Conv 4x4 s2 C->32, 4x4 s2 p1 32->64, 4x4 s2 64->128, the output.
 
-    Heights and widths go 28 -> 13 -> 6 -> 2, so that 512 features are left; a linear layer to
-    `2 * latent_dim` of them is the published pair of heads, for the loc and the log-scale.
+    Height and width shrink 28 -> 13 -> 6 -> 2, which leaves 512 features. A linear layer from them
+    to `2 * latent_dim` is the same as the two published layers, for the loc and the log-scale.
 
     Args:
         image_shape: `(C, 28, 28)`.
@@ -373,7 +374,7 @@ class CourseEncoder(_Encoder):
 
 class CourseDecoder(_Decoder):
     """The course's CNN: Linear to 512, ConvTranspose 5x5 s2 512->64, 5x5 s2 64->32, 4x4 s2 to the
-    likelihood's parameters. Heights and widths go 1 -> 5 -> 13 -> 28.
+    likelihood's parameters. Height and width grow 1 -> 5 -> 13 -> 28.
 
     Args:
         latent_shape: shape of one latent, `(D,)`.
@@ -416,8 +417,9 @@ class DeepEncoder(_Encoder):
     """The deep "vanilla VAE": a Conv 3x3 s2, BatchNorm and LeakyReLU for each width, the output.
 
     Every layer halves height and width, rounding up. In train mode BatchNorm normalizes by the
-    batch: an output depends on the images beside it, and every call updates the running statistics
-    that eval mode normalizes by. (SVI's step calls the encoder once, in the guide.)
+    batch: the output for an image depends on the other images of its batch, and every call updates
+    the running statistics, which eval mode uses. (A step of SVI calls the encoder once, in the
+    guide.)
     Source: the "vanilla VAE" of github.com/AntixK/PyTorch-VAE (2020); Batch Normalization (2015),
     arXiv:1502.03167.
 
@@ -429,8 +431,8 @@ class DeepEncoder(_Encoder):
 
     Raises:
         ValueError: `image_shape` is not three sizes; `widths` are not sizes; the input is not
-            `(N, C, H, W)`; in train mode, one image alone whose halvings end at one pixel, of
-            which BatchNorm has no variance (torch's error).
+            `(N, C, H, W)`; in train mode, the batch is one image whose halvings end at one pixel,
+            so that BatchNorm has no variance (torch's error).
 
     >>> DeepEncoder((3, 64, 48), (256,), widths=(8, 16))(torch.zeros(5, 3, 64, 48)).shape
     torch.Size([5, 256])
@@ -462,12 +464,12 @@ class DeepDecoder(_Decoder):
     width, and a Conv 3x3 to the likelihood's parameters, which are any real numbers.
 
     The published form, for images in [-1, 1], ends in a tanh: `nn.Sequential(DeepDecoder(...),
-    nn.Tanh())`. `DeepEncoder` says what BatchNorm does, and names the source.
+    nn.Tanh())`. `DeepEncoder` describes BatchNorm and names the source.
 
     Args:
         latent_shape: shape of one latent, `(D,)`.
         out_shape: `(channels, H, W)` of the output, any sizes.
-        widths: the encoder's, in its order.
+        widths: those of the encoder, in the encoder's order.
         activation: makes the activations (LeakyReLU as published).
 
     Raises:
@@ -501,9 +503,10 @@ class DeepDecoder(_Decoder):
 
 
 class _Residual(nn.Module):
-    """`v -> v + f(v)`, `f` two 3x3 convolutions, a norm and an activation before each.
+    """`v -> v + f(v)`: `f` is two 3x3 convolutions, with a norm and an activation before each.
 
-    Where it is gated, the second makes two images `a` and `b`, and `f(v) = a sigmoid(b)`.
+    In a gated block the second convolution returns two images `a` and `b`, and
+    `f(v) = a sigmoid(b)`.
     """
 
     def __init__(self, width: int, groups: int | None, gated: bool, activation: Activation) -> None:
@@ -537,26 +540,27 @@ def _check_residual(widths: Sequence[int], depths: Sequence[int]) -> None:
 class ResNetEncoder(_Encoder):
     """A residual network: Conv 3x3 C->widths[0], residual blocks at each size, the output.
 
-    Between two sizes a Conv 3x3 s2 halves height and width, rounding up. A block is
-    `v + f(v)`, `f` two 3x3 convolutions with a norm and an activation before each; a norm and an
-    activation come before the output too. GroupNorm normalizes each image by itself, so that, other
-    than with BatchNorm, no output depends on the images beside it.
+    Between two sizes a Conv 3x3 s2 halves height and width, rounding up. A block is `v + f(v)`:
+    `f` is two 3x3 convolutions with a norm and an activation before each; a norm and an activation
+    come before the output too. GroupNorm normalizes each image by itself: unlike with BatchNorm,
+    the output for an image does not depend on the other images of its batch.
     Sources: Identity Mappings in Deep Residual Networks (2016), arXiv:1603.05027; Group
     Normalization (2018), arXiv:1803.08494; the gate: PixelCNN++ (2017), arXiv:1701.05517.
 
     Args:
         image_shape: `(C, H, W)`, any sizes.
         out_shape: shape of one output, such as `(2 * latent_dim,)`.
-        widths: channels at each size, from the image's own down.
+        widths: channels at each size, from the image's own size down.
         activation: makes the activations.
         depths: residual blocks at each size.
-        hidden: width of a hidden layer before the output; None for none.
-        groups: of GroupNorm, a divisor of all `widths`; None for no norm.
-        gated: whether `f(v)` is `a sigmoid(b)`, `a` and `b` both from the second convolution.
+        hidden: width of a hidden layer before the output; None for no such layer.
+        groups: the number of groups of GroupNorm, a divisor of all `widths`; None for no norm.
+        gated: whether `f(v)` is `a sigmoid(b)`; the second convolution returns `a` and `b`.
 
     Raises:
-        ValueError: `image_shape` is not three sizes; `widths` or `depths` are out of their range;
-            `groups` does not divide a width (torch's error); the input is not `(N, C, H, W)`.
+        ValueError: `image_shape` is not three sizes; `widths` are not sizes; `depths` are not one
+            number of at least 0 for each width; `groups` does not divide a width (torch's error);
+            the input is not `(N, C, H, W)`.
 
     >>> ResNetEncoder((3, 28, 20), (40,), (8, 8, 16))(torch.zeros(5, 3, 28, 20)).shape
     torch.Size([5, 40])
@@ -603,11 +607,11 @@ class ResNetDecoder(_Decoder):
     Args:
         latent_shape: shape of one latent, `(D,)`.
         out_shape: `(channels, H, W)` of the output, any sizes.
-        widths, depths, hidden, groups, gated, activation: as of `ResNetEncoder`, in its order.
+        widths, depths, hidden, groups, gated, activation: as in `ResNetEncoder`, in its order.
 
     Raises:
-        ValueError: `out_shape` is not three sizes, the input is not `(N, *latent_shape)`, and as of
-            `ResNetEncoder`.
+        ValueError: `out_shape` is not three sizes, the input is not `(N, *latent_shape)`, or
+            `widths`, `depths` or `groups` are invalid, as in `ResNetEncoder`.
 
     >>> ResNetDecoder((20,), (3, 28, 20), (8, 8, 16))(torch.zeros(5, 20)).shape
     torch.Size([5, 3, 28, 20])
@@ -641,10 +645,10 @@ class ResNetDecoder(_Decoder):
 
 
 class Affine(nn.Module):
-    """`v -> scale v + shift`, between images in [0, 1] and the range that a net was made for.
+    """`v -> scale v + shift`: converts between images in [0, 1] and the range of a net.
 
-    `Affine(2, -1)` before an encoder and `Affine(0.5, 0.5)` after a decoder's tanh: the nets work
-    in [-1, 1], and the pair takes and returns images in [0, 1] like every other.
+    With `Affine(2, -1)` before an encoder and `Affine(0.5, 0.5)` after a decoder's tanh, the nets
+    work in [-1, 1], and the pair takes and returns images in [0, 1] like every other pair.
 
     >>> Affine(2, -1)(torch.tensor([0.0, 0.5, 1.0]))
     tensor([-1.,  0.,  1.])
@@ -659,7 +663,7 @@ class Affine(nn.Module):
 
 
 class LogCounts(nn.Module):
-    """`v -> sign(v) log(1 + |v|)`: counts, which may be large, in a range that suits a network.
+    """`v -> sign(v) log(1 + |v|)`: brings counts, which may be large, into a range for a network.
 
     >>> LogCounts()(torch.tensor([0.0, 1.0, 999.0]))
     tensor([0.0000, 0.6931, 6.9078])

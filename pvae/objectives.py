@@ -1,9 +1,10 @@
-"""What Pyro's objectives lack.
+"""The objectives that Pyro does not have.
 
-Tempering that may start at exactly zero; a mean-field ELBO that refuses what it would be wrong on;
-the importance-weighted bounds as differentiable losses, with the doubly-reparameterized gradient;
-free bits; and the MMD in the KL's place. Each objective is a `pyro.infer.ELBO`: for `SVI` and, by
-`objective(model, guide)`, for torch's own training loops. Losses are summed over images, in nats.
+These are tempering that may start at exactly zero; a mean-field ELBO that refuses pairs on which it
+would be wrong; the importance-weighted bounds as differentiable losses, with the
+doubly-reparameterized gradient; free bits; and the MMD in place of the KL. Each objective is a
+`pyro.infer.ELBO`: `SVI` takes it, and `objective(model, guide)` makes a loss for a training loop in
+torch. Losses are summed over images, in nats.
 """
 
 import math
@@ -24,11 +25,12 @@ from pvae.kinds import Distribution, Fn, Message, Trace
 
 
 class temper(Messenger):
-    r"""Weighs every latent site, or the one named `site`, in model and guide alike, by `beta`.
+    r"""Multiplies the log densities of all latent sites, or of the site named `site`, by `beta`.
 
-    `with temper(beta): svi.step(x)` optimizes `E_q[log p(x|z)] - beta KL(q(z|x) || p(z))`: the
-    beta-VAE's objective, and KL warm-up, from exactly 0 (`pyro.poutine.scale` refuses 0).
-    `temper(beta, "z2")` weighs one latent layer; a name that no latent has weighs nothing.
+    It does so in model and guide: `with temper(beta): svi.step(x)` optimizes
+    `E_q[log p(x|z)] - beta KL(q(z|x) || p(z))`, the objective of the beta-VAE and of KL warm-up
+    from exactly 0 (`pyro.poutine.scale` refuses 0). `temper(beta, "z2")` weighs one latent layer;
+    if no latent has the name, nothing changes.
     Source: beta-VAE (2017), openreview Sy2fzU9gl; KL annealing: Generating Sentences from a
     Continuous Space (2015), arXiv:1511.06349.
 
@@ -44,7 +46,7 @@ class temper(Messenger):
         super().__init__()
         if not 0 <= beta < float("inf"):
             raise ValueError(f"beta must be a finite number of at least 0, not {beta}")
-        self.beta = float(beta)  # captured.SVI takes a float as an input, but freezes an int
+        self.beta = float(beta)  # captured.SVI treats a float as an input, an int as a constant
         self.site = site
 
     def _pyro_sample(self, msg: Message) -> None:
@@ -53,17 +55,17 @@ class temper(Messenger):
 
 
 class part_of_batch(Messenger):
-    r"""Lets the losses of the parts of a batch add up to that of the batch, where not all of it is
-    a sum over images.
+    r"""Makes the losses of the parts of a batch add up to the loss of the whole batch.
 
-    `with part_of_batch(share): svi.step(part)`, with `share = len(part) / len(batch)`, weighs by
-    the share each site outside the data plate (the last batch dimension), such as the weights of a
-    Bayesian decoder, which is then counted once, not once in each part; and each site in a data
-    plate that is a subsample of N images, of which each part alone would stand for all N. Of
-    several processes each takes such a part, `share = len(x) / processes.total(len(x))`.
+    `with part_of_batch(share): svi.step(part)`, with `share = len(part) / len(batch)`, multiplies
+    the log densities of two kinds of sites by the share. Sites outside the data plate (the last
+    batch dimension), such as the weights of a Bayesian decoder, are then counted once, not once for
+    each part. Sites in a data plate that is a subsample of N images then stand for N images in all
+    parts together, not in each part. With several processes each process takes one part,
+    `share = len(x) / processes.total(len(x))`.
 
     Raises:
-        ValueError: `share` is not above 0, or above 1.
+        ValueError: `share` is not above 0 and at most 1.
 
     >>> part_of_batch(2.0)
     Traceback (most recent call last):
@@ -74,7 +76,7 @@ class part_of_batch(Messenger):
         super().__init__()
         if not 0 < share <= 1:
             raise ValueError(f"share must be above 0 and at most 1, not {share}")
-        self.share = float(share)  # captured.SVI takes a float as an input, but freezes an int
+        self.share = float(share)  # captured.SVI treats a float as an input, an int as a constant
 
     def _pyro_sample(self, msg: Message) -> None:
         plates = [frame for frame in msg["cond_indep_stack"] if frame.dim == -1]
@@ -83,9 +85,9 @@ class part_of_batch(Messenger):
 
 
 def inverse_multiquadric(scale: float) -> Callable[[Tensor], Tensor]:
-    """The kernel `k = 1 / (1 + d^2 / scale^2)`, of squared distances `d^2`.
+    """Returns the kernel `k = 1 / (1 + d^2 / scale^2)` as a function of squared distances `d^2`.
 
-    Its tail is heavy, so that points far from all others still feel a gradient.
+    Its tail is heavy, so that points far from all others still get a gradient.
     Source: Wasserstein Auto-Encoders (2017), arXiv:1711.01558.
 
     >>> inverse_multiquadric(1.0)(torch.tensor([0.0, 3.0]))
@@ -98,17 +100,17 @@ def mmd(a: Tensor, b: Tensor, kernel: Callable[[Tensor], Tensor]) -> Tensor:
     r"""The squared maximum mean discrepancy of two distributions, estimated without bias, `()`.
 
     `MMD^2 = E k(a, a') + E k(b, b') - 2 E k(a, b)` over independent draws: 0 where the two
-    distributions are one, else positive (for `inverse_multiquadric`). The estimate leaves
-    out the pairs of a point with itself, so its mean is exact, and single values may be negative.
+    distributions are equal, else positive (for `inverse_multiquadric`). The estimate leaves out
+    the pairs of a draw with itself, so its mean is exact, and single values may be negative.
     Source: A Kernel Two-Sample Test (2012), JMLR 13, equation 3; as the regularizer of a VAE:
     InfoVAE (2017), arXiv:1706.02262.
 
     Args:
-        a, b: draws `(N, D)` and `(M, D)`, two of each at least.
+        a, b: draws `(N, D)` and `(M, D)`, at least two of each.
         kernel: from squared distances to similarities.
 
     Raises:
-        ValueError: fewer than two draws, or events of two shapes.
+        ValueError: there are fewer than two draws, or `a` and `b` differ in `D`.
 
     >>> a, b = torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [2.0]])
     >>> mmd(a, b, inverse_multiquadric(1.0))
@@ -121,7 +123,7 @@ def mmd(a: Tensor, b: Tensor, kernel: Callable[[Tensor], Tensor]) -> Tensor:
                 f"not {tuple(draws.shape)}"
             )
 
-    def similarity(u: Tensor, v: Tensor) -> Tensor:  # (N, M), differentiable where u meets v
+    def similarity(u: Tensor, v: Tensor) -> Tensor:  # (N, M), differentiable even where u equals v
         return kernel((u[:, None] - v).square().sum(-1))
 
     def within(u: Tensor) -> Tensor:
@@ -132,7 +134,7 @@ def mmd(a: Tensor, b: Tensor, kernel: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 # Particles are one more leading dimension. max_plate_nesting is given, because an objective that
-# has to guess it spends random numbers on its first call
+# must guess it draws random numbers on its first call
 _VECTORIZED: dict[str, Any] = {"vectorize_particles": True, "max_plate_nesting": 1}
 
 
@@ -140,12 +142,12 @@ _VECTORIZED: dict[str, Any] = {"vectorize_particles": True, "max_plate_nesting":
 
 
 def in_data_plate(site: Message) -> bool:
-    """Whether a site is per image: in the plate of the last batch dimension."""
+    """Whether a site has a value for each image: it is in the plate of the last dimension."""
     return any(frame.dim == -1 for frame in site["cond_indep_stack"])
 
 
 def latent_names(trace: Trace) -> list[str]:
-    """The unobserved sample sites; a plate is a site too, but no latent."""
+    """The names of the unobserved sample sites, without the sites of plates."""
     return [n for n in trace.stochastic_nodes if not site_is_subsample(trace.nodes[n])]
 
 
@@ -153,8 +155,8 @@ def _log_density(trace: Trace) -> Tensor:
     """The log density of all sample sites for each particle and image, `(P, B)` or `(B,)`.
 
     Raises:
-        ValueError: a site outside the data plate, or a plate of which a subsample is seen: its
-            scale would be taken into the logarithm of the mean weight.
+        ValueError: a site is outside the data plate, or in a subsampled plate: the plate's scale
+            would enter the logarithm of the mean weight.
     """
     total: Any = 0.0
     for name, site in trace.nodes.items():
@@ -162,7 +164,7 @@ def _log_density(trace: Trace) -> Tensor:
             continue
         if not in_data_plate(site):
             raise ValueError(
-                f"site {name!r} lies outside the data plate (dim -1): no bound of it is per image"
+                f"site {name!r} is outside the data plate (dim -1): it has no bound for each image"
             )
         if any(f.full_size not in (None, f.size) for f in site["cond_indep_stack"]):
             raise ValueError(
@@ -173,8 +175,8 @@ def _log_density(trace: Trace) -> Tensor:
 
 
 def kl_by_unit(q: Distribution, p: Distribution) -> Tensor | None:
-    """The analytic KL of each latent unit, `(*, D)`, where both factorize over units and torch has
-    the formula; else None.
+    """The analytic KL of each latent unit, `(*, D)`; None unless both distributions factorize over
+    units and torch has the formula.
 
     >>> from torch.distributions import Independent, Normal
     >>> kl_by_unit(
@@ -191,14 +193,14 @@ def kl_by_unit(q: Distribution, p: Distribution) -> Tensor | None:
 
 
 class MeanField(TraceMeanField_ELBO):
-    """Pyro's `TraceMeanField_ELBO`, which refuses pairs on which it would be wrong.
+    """Pyro's `TraceMeanField_ELBO` with an error for pairs on which it would be wrong.
 
-    It takes KLs site by site. Where model and guide draw their latents in different orders, as a
-    hierarchical guide from below does, the KL of one site depends on a draw that it should have
-    been averaged over, and Pyro only warns.
+    It computes the KL site by site. If model and guide draw their latents in different orders, as
+    with `HierarchicalGuide`, the KL of one site depends on the draw of another, over which it
+    should be averaged; Pyro only warns.
 
     Raises:
-        ValueError: the latents of model and guide come in different orders, or draws are not
+        ValueError: model and guide draw their latents in different orders, or draws are not
             reparameterized.
 
     >>> MeanField().num_particles
@@ -207,7 +209,7 @@ class MeanField(TraceMeanField_ELBO):
 
     def _get_trace(self, model: Fn, guide: Fn, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
         with warnings.catch_warnings():
-            # Pyro's own word on it, which comes with validation only
+            # Pyro's own warning, which it gives only with validation on
             warnings.filterwarnings("ignore", message="Failed to verify mean field restriction")
             model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
         _require_reparameterized(guide_trace, "TraceMeanField_ELBO")
@@ -216,7 +218,7 @@ class MeanField(TraceMeanField_ELBO):
 
 
 def _require_same_order(model_trace: Trace, guide_trace: Trace, what: str) -> None:
-    """Refuses KLs by site where model and guide draw their latents in different orders."""
+    """Raises `ValueError` if model and guide draw their latents in different orders."""
     in_guide = latent_names(guide_trace)
     in_model = [name for name in latent_names(model_trace) if name in in_guide]
     if in_model != in_guide:
@@ -228,9 +230,9 @@ def _require_same_order(model_trace: Trace, guide_trace: Trace, what: str) -> No
 
 
 class _Differentiable(Trace_ELBO):
-    """An objective that is its `differentiable_loss`: the other methods follow from it.
+    """Base of the objectives that define `differentiable_loss`; other methods follow from it.
 
-    Its particles are vectorized: one more leading dimension outside the data plate, the only one.
+    Particles are one more leading dimension, outside the data plate, which is the only plate.
     """
 
     def __init__(self, num_particles: int = 1) -> None:
@@ -259,14 +261,14 @@ class Renyi(RenyiELBO):
     r"""Pyro's `RenyiELBO`, also as a differentiable loss, so that `Renyi(...)(model, guide)` works.
 
     `L_a(x) = 1 / (1 - a) log 1/K sum_k w_k^(1 - a)`, `w_k = p(x, z_k) / q(z_k|x)`; `a = 0` is the
-    importance-weighted bound (IWAE), `a -> 1` the ELBO. Draws must be reparameterized: without that
-    Pyro gives the guide a gradient of 0 at `a = 0`, and no word.
+    importance-weighted bound (IWAE), `a -> 1` the ELBO. Draws must be reparameterized: for
+    other draws Pyro gives the guide a gradient of 0 at `a = 0`, without a warning.
     Sources: Importance Weighted Autoencoders (2015), arXiv:1509.00519; Renyi Divergence Variational
     Inference (2016), arXiv:1602.02311.
 
     Raises:
-        ValueError: draws that are not reparameterized; of the differentiable loss also a site
-            outside the data plate, or a plate of which a subsample is seen.
+        ValueError: draws are not reparameterized; in the differentiable loss also, a site is
+            outside the data plate or in a subsampled plate.
 
     >>> import pvae
     >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
@@ -296,8 +298,8 @@ def _log_mean_exp(v: Tensor) -> Tensor:
 
 
 class _Leaves(Messenger):
-    """Lets a guide go on from each draw as from a leaf of autograd, and keeps the draw itself: a
-    function of the guide's parameters and of the leaves that were drawn before."""
+    """Replaces each draw of a guide by a new leaf of autograd, and keeps the draw itself, which is
+    a function of the guide's parameters and of the earlier leaves."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -314,8 +316,8 @@ class DReG(Renyi):
     r"""The importance-weighted bound with the doubly-reparameterized gradient of the guide.
 
     With `v_k` the normalized weights, the guide's gradient is `sum_k v_k^2 dlog w_k/dz_k
-    dz_k/dphi`: the same in expectation as IWAE's, without the term whose noise swamps it as K
-    grows. The model's gradient is the bound's own, `sum_k v_k dlog p(x, z_k)/dtheta`.
+    dz_k/dphi`: the same in expectation as IWAE's, without the term whose noise dominates as K
+    grows. The model's gradient is that of the bound, `sum_k v_k dlog p(x, z_k)/dtheta`.
     Source: Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives (2018),
     arXiv:1810.04152.
 
@@ -323,7 +325,7 @@ class DReG(Renyi):
         num_particles: `K`; with 1 it is "sticking the landing" (arXiv:1703.09194).
 
     Raises:
-        ValueError: as of `Renyi`.
+        ValueError: as in the differentiable loss of `Renyi`.
 
     >>> import pvae
     >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
@@ -336,7 +338,7 @@ class DReG(Renyi):
 
     def differentiable_loss(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> Tensor:
         model, guide = map(self._vectorized_num_particles, (model, guide))
-        # the guide runs once: where it has dropout, log q is that of the draw's own mask
+        # the guide runs once, so log q is taken under the dropout mask of the draw
         with _Leaves() as leaves:
             guide_trace: Trace = poutine.trace(guide).get_trace(*args, **kwargs)
         _require_reparameterized(guide_trace, "the doubly-reparameterized gradient")
@@ -361,7 +363,7 @@ class DReG(Renyi):
         for name in reversed(leaves.drawn):  # from the last layer drawn to the first
             draw, gradient = leaves.drawn[name], gradients.pop(name)
             surrogate = surrogate + (gradient * draw).sum()
-            if gradients:  # the draw moves with the layers drawn before it, too
+            if gradients:  # the draw also depends on the layers drawn before it
                 before = [z[other] for other in gradients]
                 parts = torch.autograd.grad(
                     draw, before, gradient, retain_graph=True, materialize_grads=True
@@ -374,12 +376,12 @@ class DReG(Renyi):
 
 
 class FreeBits(_Differentiable):
-    r"""The ELBO in which each latent unit's KL, averaged over the batch, counts from `nats` up.
+    r"""The ELBO with a floor of `nats` for each latent unit's KL, averaged over the batch.
 
     `sum_b E_q[log p(x_b|z)] - B sum_d max(nats, mean_b KL_d(x_b))`, with analytic KLs: below the
-    floor a unit's KL has no gradient, so that it is not squeezed out before it is of use. It is no
-    bound on `log p(x)`. Of several layers each unit has the floor, and its KL is that at the draws
-    of the layers above.
+    floor a unit's KL has no gradient, so that the KL does not switch off a unit before it is used.
+    The objective is at most the ELBO; to judge a model, use the ELBO. With several layers each unit
+    of each layer has the floor, and its KL is taken at the draws of the layers above.
     Source: Improved Variational Inference with Inverse Autoregressive Flow (2016),
     arXiv:1606.04934, section 5.2 and appendix C.8.
 
@@ -388,9 +390,9 @@ class FreeBits(_Differentiable):
         num_particles: draws of each posterior.
 
     Raises:
-        ValueError: `nats` is negative; a latent whose posterior and prior do not both factorize
-            over units with an analytic KL; latents in another order in the guide than in the
-            model; draws that are not reparameterized.
+        ValueError: `nats` is negative; the posterior or prior of a latent does not factorize over
+            units, or their KL is not analytic; model and guide draw the latents in different
+            orders; draws are not reparameterized.
 
     >>> import pvae
     >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
@@ -427,7 +429,7 @@ class FreeBits(_Differentiable):
 
 
 def _the_latent(model_trace: Trace, guide_trace: Trace, what: str) -> tuple[Any, Any]:
-    """The sites of the one latent in guide and model."""
+    """The site of the only latent, in the guide and in the model."""
     names = latent_names(guide_trace)
     if len(names) != 1:
         raise ValueError(f"{what} is for one latent site, not for {', '.join(names)}")
@@ -439,21 +441,22 @@ def _observed(trace: Trace) -> Tensor:
 
 
 class InfoVAE(_Differentiable):
-    r"""Reconstruction, and the MMD of the batch's aggregate posterior to the prior beside the KL.
+    r"""The ELBO with a weighted KL, and the MMD from the batch's aggregate posterior to the prior.
 
     `sum_b E_q[log p(x_b|z)] - kl_weight sum_b KL(q(z|x_b) || p(z)) - mmd_weight B MMD^2(q(z),
-    p(z))`; with `kl_weight = 0` it is the MMD-VAE (a Wasserstein autoencoder with random codes),
-    under which a learned prior does not train, for only the KL gives it a gradient. The KL is
-    sampled; the kernel is the inverse multiquadric of scale `sqrt(2 D)`. It is no bound on `log
-    p(x)`.
+    p(z))`. With `kl_weight = 0` this is the MMD-VAE (a Wasserstein autoencoder with random codes);
+    a learned prior is then not trained, because only the KL gives it a gradient. The KL is sampled;
+    the kernel is the inverse multiquadric of scale `sqrt(2 D)`. The objective is no bound on
+    `log p(x)`.
     Sources: InfoVAE (2017), arXiv:1706.02262; Wasserstein Auto-Encoders (2017), arXiv:1711.01558.
 
     Args:
         num_particles: draws of each posterior.
-        mmd_weight, kl_weight: weights of the two, for each image.
+        mmd_weight, kl_weight: the weights of the MMD and of the KL, for each image.
 
     Raises:
-        ValueError: a negative weight, several latents, or draws that are not reparameterized.
+        ValueError: a weight is negative, there are several latents, or draws are not
+            reparameterized.
 
     >>> import pvae
     >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
@@ -461,7 +464,7 @@ class InfoVAE(_Differentiable):
     True
     """
 
-    sums_over_images = False  # the MMD is of a batch
+    sums_over_images = False  # the MMD is that of a batch
 
     def __init__(
         self, num_particles: int = 1, *, mmd_weight: float = 100.0, kl_weight: float = 0.1
@@ -480,7 +483,7 @@ class InfoVAE(_Differentiable):
         reconstruction = _observed(model_trace) / self.num_particles
         a = q["value"].flatten(0, -2)  # (K B, D), draws of the aggregate posterior
         distance = a.new_zeros(())
-        if len(a) > 1:  # of a single draw there is no estimate
+        if len(a) > 1:  # the estimate needs two draws
             b = p["fn"].sample().flatten(0, -2)
             distance = mmd(a, b, inverse_multiquadric(math.sqrt(2 * a.shape[1])))
         batch = q["value"].shape[-2]

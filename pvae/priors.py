@@ -1,7 +1,7 @@
 """Priors p(z): modules that return a distribution over the latent.
 
-The priors here are called with the labels of a conditional pair too, and say which use they make of
-them. A prior `p(z | y)` written by hand sets `takes_y = True`.
+A conditional pair calls its prior with the labels `y`. A prior that ignores them says so in its
+docstring. A prior `p(z | y)` that you write by hand sets `takes_y = True`.
 """
 
 import pyro.distributions as dist
@@ -42,7 +42,7 @@ class StandardNormal(nn.Module):
 
 
 class _Mixture(dist.MixtureSameFamily):
-    """A mixture over the support of its components: NUTS knows no way into torch's own support."""
+    """A mixture with the support of its components: NUTS cannot transform to torch's own one."""
 
     @property
     def support(self) -> constraints.Constraint:
@@ -65,7 +65,7 @@ class MixtureOfNormals(nn.Module):
         _check_count("latent_dim", latent_dim)
         _check_count("components", components)
         self.logits = nn.Parameter(torch.zeros(components))
-        self.loc = nn.Parameter(torch.randn(components, latent_dim))  # equal ones would stay equal
+        self.loc = nn.Parameter(torch.randn(components, latent_dim))  # equal rows would stay equal
         self.log_scale = nn.Parameter(torch.zeros(components, latent_dim))
 
     def forward(self, y: Tensor | None = None) -> dist.Distribution:
@@ -74,25 +74,24 @@ class MixtureOfNormals(nn.Module):
 
 
 class VampPrior(nn.Module):
-    r"""The mixture of posteriors at `K` learned pseudo-inputs, `p(z | y) = sum_k w_k q(z | u_k,
-    y)`.
+    r"""The mixture of posteriors at `K` learned pseudo-inputs (VampPrior).
 
-    `posterior` is the guide's own module, so the prior follows what q learns. The best such prior,
-    with free weights and inputs, is the aggregate posterior. `u_k = sigmoid(v_k)` are images in
-    [0, 1]; for counts `u_k = softplus(v_k)` is at least 0.
+    `p(z | y) = sum_k w_k q(z | u_k, y)`. `posterior` is the guide's own module: the prior follows
+    q. The mixture approximates the aggregate posterior, which is the best prior for a given q.
+    `u_k = sigmoid(v_k)` are images in [0, 1]; for counts `u_k = softplus(v_k)` is at least 0.
     Source: VAE with a VampPrior (2017), arXiv:1705.07120.
 
     Args:
         posterior: a module with `posterior(x)` or `posterior(x, y)`, shared with the guide.
         image_shape: `(C, H, W)`, or the shape of one datum of any other kind.
         components: `K`.
-        mean_image: `image_shape`: the pseudo-inputs start around it; without it, around 1/2.
+        mean_image: `image_shape`; the pseudo-inputs start around it, or around 1/2 without it.
         counts: whether the data are counts, not numbers in [0, 1].
         label_dim: dimensions of one `y`: 0 for a label, 1 for a side vector.
 
     Raises:
-        ValueError: `components` is below 1; the posterior has BatchNorm, whose statistics the
-            pseudo-inputs would mix with those of data.
+        ValueError: `components` is below 1, or the posterior has BatchNorm, whose statistics would
+            then come from both pseudo-inputs and data.
 
     >>> from pvae.heads import Normal
     >>> posterior = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), Normal((3,)))

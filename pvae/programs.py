@@ -20,22 +20,23 @@ from torch import Tensor, nn
 
 from pvae.kinds import Distribution, Fn, Latents
 
-Sample = Callable[..., Tensor]  # `pyro.sample`, or what takes its place
+Sample = Callable[..., Tensor]  # `pyro.sample`, or a function called in the same way
 _MEAN_DRAWS = 100  # for a posterior whose mean has no formula
 
 _numbers = itertools.count()
 
 
 def _entry(name: str, parameter: Tensor) -> Any:
-    """What `set_state` of Pyro's store takes: it keeps the very parameter under the name."""
+    """Makes a state for `set_state` of Pyro's store, which then holds this very parameter."""
     return {"params": {name: parameter}, "constraints": {name: constraints.real}}
 
 
 def _forget(name: str) -> None:
-    """Takes a name out of Pyro's store.
+    """Removes a name from Pyro's store.
 
-    Two programs that share a module give each of its parameters two names, but the store maps a
-    parameter back to one, and fails to delete the other: so the map is set right before and after.
+    Two programs that share a module give each of its parameters two names. The store maps a
+    parameter back to only one of them, and cannot delete the other: this function corrects the map
+    before and after the deletion.
     """
     store = pyro.get_param_store()
     parameter = dict(store.named_parameters())[name]
@@ -52,7 +53,7 @@ def _leave_store(prefix: str) -> None:
 
 @contextlib.contextmanager
 def evaluating(*programs: Fn) -> Iterator[None]:
-    """Modules among `programs` are in eval mode inside, without gradients, and as before after.
+    """Runs the block without gradients, the modules among `programs` in eval mode; restores them.
 
     >>> net = nn.Dropout()
     >>> with evaluating(net):
@@ -74,9 +75,9 @@ def evaluating(*programs: Fn) -> Iterator[None]:
 
 
 def mean_of(p: Distribution) -> Tensor:
-    """The mean of a distribution; of a flow, which has no formula for it, that of 100 draws.
+    """The mean of a distribution, or of 100 draws where there is no formula, as for a flow.
 
-    The global random state is left as it was.
+    The global random state does not change.
 
     >>> import pyro.distributions as dist
     >>> mean_of(dist.Normal(torch.ones(2), 1.0))
@@ -93,9 +94,9 @@ def mean_of(p: Distribution) -> Tensor:
 class Program(nn.Module):
     """An `nn.Module` that keeps its parameters in Pyro's store under a name of its own.
 
-    Pyro's store is global and finds parameters by name, so the name belongs to the *object*: a
-    second VAE, a deep copy and an unpickled one draw their own, and the names leave the store
-    with the object. Save a `state_dict`, never the store.
+    Pyro's store is global and finds parameters by name, so each *object* has its own name: a
+    second VAE, a deep copy and an unpickled object get new names. When an object is deleted, its
+    names are removed from the store. Save a `state_dict`, never the store.
     """
 
     _unique_name: str
@@ -125,11 +126,11 @@ class Program(nn.Module):
         known = dict(store.named_parameters())
         for path, parameter in self.named_parameters():
             if not parameter.requires_grad:
-                continue  # frozen on purpose, of which pyro.module would warn
+                continue  # frozen on purpose; pyro.module would warn
             name = f"{self._unique_name}$$${path}"  # pyro.module's own naming
-            # New here, or replaced since (load_state_dict with assign=True): the store is to hold
-            # the very parameter. pyro.param would keep the one it knows, or a contiguous copy of
-            # a channels_last one, and train that while the module stays as it is.
+            # The parameter is new or replaced (load_state_dict with assign=True): the store must
+            # hold this very parameter. pyro.param would keep the old one, or a contiguous copy of
+            # a channels_last one; SVI would train that one, and the module would not change.
             if known.get(name) is not parameter:
                 if name in known:
                     _forget(name)
@@ -138,8 +139,8 @@ class Program(nn.Module):
 
 
 def optional(y: Tensor | None) -> tuple[Tensor, ...]:
-    """`y` as the last argument of a call, or no argument where it is None: so a module that takes
-    no `y`, such as an `nn.Sequential`, can be called too."""
+    """Returns the arguments `(y,)`, or no arguments if `y` is None: a module that takes no `y`,
+    such as an `nn.Sequential`, can then be called in the same way."""
     return () if y is None else (y,)
 
 
@@ -165,7 +166,7 @@ def _batch_size(x: Tensor | None, y: Tensor | None, size: int) -> int:
 
 
 def _observe(p: Any, x: Tensor | None) -> Tensor:
-    """The site `x`, drawn or scored."""
+    """Samples the site `x`, or scores the given `x`."""
     if x is not None and x.shape[1:] != p.event_shape:
         raise ValueError(
             f"x holds images of shape {tuple(x.shape[1:])}, "
@@ -175,7 +176,7 @@ def _observe(p: Any, x: Tensor | None) -> Tensor:
 
 
 def _datum(x: Tensor | None, index: Tensor | None) -> Tensor:
-    """What a posterior is conditional on: the images, or the data's index where one is given."""
+    """Returns the input of the posterior: the images, or the data's index if it is given."""
     if index is not None:
         return index
     if x is None:
@@ -185,7 +186,7 @@ def _datum(x: Tensor | None, index: Tensor | None) -> Tensor:
 
 
 def _log_densities(draw: Callable[[Sample], Tensor], latents: Latents) -> dict[str, Tensor]:
-    """The log density of each site that `draw` would sample, at given draws of all of them."""
+    """The log density of each site that `draw` samples, at the given `latents`."""
     log_p = {}
 
     def score(name: str, p: Distribution, infer: Any = None) -> Tensor:
@@ -197,7 +198,7 @@ def _log_densities(draw: Callable[[Sample], Tensor], latents: Latents) -> dict[s
 
 
 class _Generative(Program):
-    """A model: latents, then `p(x | z, y)`; a subclass draws the latents.
+    """Base of the models: the latents, then `p(x | z, y)`; a subclass defines `draw`.
 
     `lowest` names the site that the likelihood takes.
     """
@@ -210,10 +211,9 @@ class _Generative(Program):
         raise NotImplementedError
 
     def densities(self, x: Tensor, latents: Latents, y: Tensor | None = None) -> dict[str, Tensor]:
-        """`log p` of each latent given those above it, and of `x`, by site, `(*, B)` in nats,
-        without Pyro's handlers.
+        """`log p` of `x` and of each latent given the layers above it, by site, `(*, B)` in nats.
 
-        `latents` holds a draw `(*, B, D)` for each site.
+        `latents` holds a draw `(*, B, D)` for each site. Pyro's handlers are not used.
         """
         log_p = _log_densities(partial(self.draw, y), latents)
         likelihood = self.likelihood(latents[self.lowest], *optional(y))
@@ -227,8 +227,8 @@ class _Generative(Program):
         index: Tensor | None = None,
         size: int = 1,
     ) -> Tensor:
-        """Samples the latents and `x` (or scores the given `x`); returns `x`. `index` is the
-        guide's."""
+        """Samples the latents and `x` (or scores the given `x`); returns `x`. Only the guide uses
+        `index`."""
         self.register()
         with pyro.plate("data", _batch_size(x, y, size)):
             z = self.draw(y)
@@ -264,7 +264,7 @@ class Model(_Generative):
 
 
 class _Inference(Program):
-    """A guide: the latents given `x`, or given the data's index; a subclass draws them."""
+    """Base of the guides: the latents given `x` or the data's index; a subclass defines `draw`."""
 
     def draw(self, datum: Tensor, y: Tensor | None, sample: Sample = pyro.sample) -> Tensor:
         """Samples all latents; returns the last."""
@@ -295,8 +295,8 @@ class Guide(_Inference):
     Args:
         posterior: a module with `posterior(x)` or `posterior(x, y)`, a distribution over `z`.
         baseline: for a posterior that is not reparameterized, a network `(B, ...) -> (B, 1)` that
-            learns to predict each image's cost; `TraceGraph_ELBO` takes it off the score
-            function's coefficient, which leaves the gradient unbiased and lowers its variance.
+            learns to predict each image's cost. `TraceGraph_ELBO` subtracts the prediction from
+            the coefficient of the score function: the gradient stays unbiased, its variance falls.
 
     Source of the baseline: Neural Variational Inference and Learning (2014), arXiv:1402.0030.
 
@@ -318,25 +318,25 @@ class Guide(_Inference):
 
 
 def _baseline(net: nn.Module, datum: Tensor) -> dict[str, Any]:
-    """What `TraceGraph_ELBO` takes: `net` learns to predict the cost of each image, `(B, 1) ->
-    (B,)`."""
+    """Options for `TraceGraph_ELBO`: `net` learns to predict the cost of each image, `(B, 1)`,
+    which Pyro takes as `(B,)`."""
     return {"baseline": {"nn_baseline": lambda v: net(v).squeeze(-1), "nn_baseline_input": datum}}
 
 
 class HierarchicalModel(_Generative):
-    r"""Latent layers above one another, `p(zL | y) ... p(z2 | z3, y) p(z1 | z2, y) p(x | z1, y)`.
+    r"""The model of several layers, `p(zL | y) ... p(z2 | z3, y) p(z1 | z2, y) p(x | z1, y)`.
 
-    The arguments stand in the order of this product. The sites are `z1` to `zL`.
+    The arguments are in the order of this product. The sites are `z1` to `zL`.
 
     Args:
         top: a module with `top()` or `top(y)`, the prior of `zL`.
-        below: for each layer below one after another a module with `prior(z)` or `prior(z, y)`, a
-            distribution over it given the layer above; last the likelihood, a module with
-            `likelihood(z1)` or `likelihood(z1, y)`.
+        below: for each lower layer, from above, a module with `prior(z)` or `prior(z, y)`, a
+            distribution over this layer given the layer above; then the likelihood, a module with
+            `likelihood(z1)` or `likelihood(z1, y)`, a distribution over `x`.
 
-    Called as `Model`. Raises `ValueError` where there are fewer than two layers.
-    Source: Auto-Encoding Variational Bayes (2013), arXiv:1312.6114; Ladder Variational Autoencoders
-    (2016), arXiv:1602.02282.
+    It is called like `Model`. Raises `ValueError` if there are fewer than two layers.
+    Sources: Auto-Encoding Variational Bayes (2013), arXiv:1312.6114; Ladder Variational
+    Autoencoders (2016), arXiv:1602.02282.
 
     >>> from pvae.heads import Normal, NormalFixedScale
     >>> from pvae.priors import StandardNormal
@@ -354,11 +354,11 @@ class HierarchicalModel(_Generative):
         if len(below) < 2:
             raise ValueError(
                 "below must be at least two modules, the prior of z1 and the likelihood, not "
-                f"{len(below)}: of one layer pvae.Model is the program"
+                f"{len(below)}: for one layer use pvae.Model"
             )
         *between, prior, likelihood = below
         self.top, self.prior, self.likelihood = top, prior, likelihood
-        self.between = nn.ModuleList(between)  # of the layers between zL and z1, from above
+        self.between = nn.ModuleList(between)  # priors of the layers between zL and z1, from above
 
     def draw(self, y: Tensor | None, sample: Sample = pyro.sample) -> Tensor:
         priors = [*self.between, self.prior]
@@ -369,18 +369,18 @@ class HierarchicalModel(_Generative):
 
 
 class HierarchicalGuide(_Inference):
-    r"""The guide from below, `q(z1 | x, y) q(z2 | z1, y) ... q(zL | z(L-1), y)`.
+    r"""The guide that draws from below, `q(z1 | x, y) q(z2 | z1, y) ... q(zL | z(L-1), y)`.
 
-    Model and guide draw the layers in opposite orders, so that the KL of one site depends on the
-    draw of the other: `TraceMeanField_ELBO` would be wrong here, and `pvae.objectives.OBJECTIVES`
-    refuse it.
+    Model and guide draw the layers in opposite orders, so the KL of one site depends on the draw of
+    another site: Pyro's `TraceMeanField_ELBO` would be wrong here, and `pvae.objectives.MeanField`
+    raises an error.
 
     Args:
         posterior: a module with `posterior(x)` or `posterior(x, y)`, a distribution over `z1`.
-        above: for each layer above one after another a module with `q(z)` or `q(z, y)`, a
-            distribution over it given the layer below.
+        above: for each upper layer, from below, a module with `q(z)` or `q(z, y)`, a distribution
+            over this layer given the layer below.
 
-    Raises `ValueError` where there are fewer than two layers.
+    Raises `ValueError` if there are fewer than two layers.
 
     >>> from pvae.heads import Normal
     >>> posterior = nn.Sequential(nn.Linear(5, 6), Normal((3,)))
@@ -394,12 +394,12 @@ class HierarchicalGuide(_Inference):
         super().__init__()
         if not above:
             raise ValueError(
-                "above must be at least one module, q(z2 | z1), not none: of one layer pvae.Guide "
-                "is the program"
+                "above must be at least one module, q(z2 | z1), not none: for one layer use "
+                "pvae.Guide"
             )
         *between, top = above
         self.posterior, self.top = posterior, top
-        self.between = nn.ModuleList(between)  # of the layers between z1 and zL, from below
+        self.between = nn.ModuleList(between)  # of the layers z2 to z(L-1), from below
 
     def draw(self, datum: Tensor, y: Tensor | None, sample: Sample = pyro.sample) -> Tensor:
         z = sample("z1", self.posterior(datum, *optional(y)))
@@ -409,7 +409,7 @@ class HierarchicalGuide(_Inference):
 
 
 def _product(p: Any, q: Any) -> dist.Distribution:
-    """The normal whose density is, but for a factor, the product of two diagonal normals'."""
+    """The normal whose density is proportional to the product of two diagonal normal densities."""
     normals = [getattr(d, "base_dist", d) for d in (p, q)]
     for normal in normals:
         if not isinstance(normal, torch.distributions.Normal):
@@ -418,32 +418,33 @@ def _product(p: Any, q: Any) -> dist.Distribution:
                 f"{type(normal).__name__}"
             )
     (m, s), (n, t) = [(normal.loc, normal.scale) for normal in normals]
-    # 1 / (1/s^2 + 1/t^2) and the mean by precision, without a power that overflows
+    # variance 1 / (1/s^2 + 1/t^2), loc weighted by precision, without a power that overflows
     root = torch.hypot(s, t)
     return dist.Normal(m + (n - m) * (s / root) ** 2, s * (t / root)).to_event(1)
 
 
 class LadderGuide(_Inference):
-    r"""The guide from above that shares the model's path, `q(zL | x, y) ... q(z1 | z2, x, y)`.
+    r"""The guide that draws from above, by the model's priors, `q(zL | x, y) ... q(z1 | z2, x, y)`.
 
-    Upward there are no draws: `d1 = up1(x)`, `d2 = up2(d1)`, ..., and `r_l(z_l) = N(m_l, s_l^2)`,
-    `(m_l, s_l)` from `d_l`, is what the data say of layer `l`. Downward each layer combines that
-    with the model's own prior, `q(z_l | z_(l+1), x) ~ p(z_l | z_(l+1)) r_l(z_l)`: a normal whose
-    precision is the sum of the two, its loc their mean weighted by precision. At the top `q = r`.
+    The way up has no draws: `d1 = up1(x)`, `d2 = up2(d1)`, ... Each `d_l` gives the data's estimate
+    of layer `l`, `r_l(z_l) = N(m_l, s_l^2)`. On the way down each layer multiplies this estimate by
+    the model's own prior, `q(z_l | z_(l+1), x) ~ p(z_l | z_(l+1)) r_l(z_l)`. The product is a
+    normal: its precision is the sum of the two precisions, and its loc is the mean of the two locs
+    weighted by precision. At the top `q = r`.
 
-    Model and guide draw in one order. The parameters of the model's priors are shared: hand an
-    optimizer each once, as `vae.parameters()` does.
+    Model and guide draw the layers in the same order and share the parameters of the model's
+    priors: give each parameter to the optimizer once, as `vae.parameters()` does.
 
     Args:
         model: a `HierarchicalModel` whose layers below the top are diagonal normals.
-        up: for each layer, from below, a module with `up(v)` or `up(v, y)`, a tensor; the first
-            takes `x`, each further one what the last returned.
+        up: for each layer, from below, a module with `up(v)` or `up(v, y)` that returns a tensor;
+            the first takes `x`, each later one the tensor of the one before.
         estimates: for each layer, from below, a module with `r(d)` or `r(d, y)`, a diagonal normal
             over `z_l`.
 
     Raises:
-        ValueError: `up` or `estimates` are not one for each layer; where it is called, a layer that
-            is no diagonal normal.
+        ValueError: `up` or `estimates` are not one module for each layer; when the guide is called,
+            a prior below the top or an estimate is not a diagonal normal.
 
     Source: Ladder Variational Autoencoders (2016), arXiv:1602.02282.
 
@@ -484,7 +485,7 @@ class LadderGuide(_Inference):
         return z
 
     def posterior(self, x: Tensor, y: Tensor | None = None) -> Distribution:
-        """`q(z1 | z2, x, y)` where each layer above is at its mean, batch shape `(B,)`."""
+        """`q(z1 | z2, x, y)` with each layer above at its mean, batch shape `(B,)`."""
         drawn: list[Distribution] = []
 
         def at_mean(name: str, q: Distribution) -> Tensor:
@@ -502,8 +503,8 @@ def _classes(num_classes: int, like: Tensor) -> dist.Categorical:
 class LabelModel(Program):
     r"""The generative program `p(y) p(z) p(x | z, y)`, the classes equally likely a priori.
 
-    The label `y` `(B,)` is a site of its own: given, it is observed; not given, `LabelGuide` says
-    what it may be.
+    The label `y` `(B,)` is a site of its own. It is observed if it is given; otherwise it is a
+    latent, which `LabelGuide` infers.
 
     Args:
         prior: a module with `prior()`, a distribution over `z`.

@@ -1,4 +1,4 @@
-"""A VAE is a pair of Pyro programs: what people do with one."""
+"""The class `VAE`, a pair of Pyro programs, with methods to use a trained pair."""
 
 import textwrap
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ _TAKES = {
 
 
 class _AtMeans(Messenger):
-    """Every latent takes its distribution's mean instead of a draw."""
+    """A handler that sets every latent to its distribution's mean instead of a draw."""
 
     def _pyro_sample(self, msg: Message) -> None:
         if not msg["is_observed"] and not poutine.util.site_is_subsample(msg):
@@ -44,15 +44,15 @@ class _AtMeans(Messenger):
 class VAE(nn.Module):
     r"""A pair of Pyro programs, `vae.model = p(z) p(x|z)` and `vae.guide = q(z|x)`.
 
-    Hand the two to any stock Pyro tool; the methods here are what people do with a trained pair.
-    Images are `(B, C, H, W)` floats, latents `(*, B, D)`; `y` are labels `(B,)` for pairs that are
-    conditional on them. What returns images runs in eval mode and leaves the pair's own mode, and
-    BatchNorm's running statistics, as they were.
+    Any stock Pyro tool takes the two programs; the methods here use a trained pair. Images are
+    `(B, C, H, W)` floats, latents `(*, B, D)`; `y` holds labels `(B,)` or side vectors `(B, S)`,
+    for a pair that is conditional on them. Every method that returns images runs in eval mode: it
+    restores the pair's mode, and it does not change BatchNorm's running statistics.
 
     Args:
-        model: a `pvae.Model`, or any Pyro program with its `likelihood` and `densities`.
-        guide: a `pvae.Guide`, or any Pyro program with its `posterior` and `densities`.
-        oracle: the hand-written ELBO of this pair, where there is one.
+        model: a `pvae.Model`, or any Pyro program with a `prior`, a `likelihood` and `densities`.
+        guide: a `pvae.Guide`, or any Pyro program with a `posterior` and `densities`.
+        oracle: the hand-written ELBO of this pair, if there is one.
 
     >>> import pvae
     >>> vae = pvae.build(image_shape=(1, 8, 8), latent_dim=2)
@@ -67,13 +67,13 @@ class VAE(nn.Module):
         oracle: ClosedForm | None = None,
     ) -> None:
         super().__init__()
-        self.model: Any = model  # any pair of programs: what each has is said above
+        self.model: Any = model  # any program with the attributes named above
         self.guide: Any = guide
         self.describe(None, oracle)
 
     def describe(self, recipe: Any, oracle: ClosedForm | None) -> None:
-        """Keeps the `pvae.builder.Recipe` of the pair and its hand-written ELBO. Both hold for the
-        parts that the pair has now: when one of them is replaced, the pair has neither."""
+        """Keeps the `pvae.builder.Recipe` and the hand-written ELBO of the pair. Both describe the
+        pair's present parts: when a part is replaced, `recipe` and `oracle` become None."""
         self._recipe, self._oracle, self._described = recipe, oracle, self._parts()
 
     def _parts(self) -> tuple[nn.Module, ...]:
@@ -86,7 +86,7 @@ class VAE(nn.Module):
 
     @property
     def recipe(self) -> Any:
-        """The recipe of a pair that `build` made; None once a part of it is replaced."""
+        """The recipe of a pair that `build` made; None once a part of the pair is replaced."""
         return self._recipe if self._as_described() else None
 
     @property
@@ -96,21 +96,21 @@ class VAE(nn.Module):
 
     @property
     def takes_y(self) -> bool:
-        """Whether the pair is conditional on `y`: a module of it says so by `takes_y`."""
+        """Whether the pair is conditional on `y`: one of its modules has `takes_y = True`."""
         modules = (*self.model.modules(), *self.guide.modules())
         return any(getattr(module, "takes_y", False) for module in modules)
 
     @property
     def normalized(self) -> bool:
-        """Whether `p(x|z)` integrates to 1: a head of which that is not true says so itself."""
+        """Whether `p(x|z)` integrates to 1: no module of the model has `normalized = False`."""
         return all(getattr(module, "normalized", True) for module in self.model.modules())
 
     def given(self, y: Tensor | None) -> Tensor | None:
-        """`y` for a pair that takes it, else None: callers hand over what the data has."""
+        """Returns `y` for a pair that takes it, else None, whatever `y` the data has."""
         return y if self.takes_y else None
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Distribution:
-        """The posterior `q(z|x)`, batch shape `(B,)`, event shape `(D,)`; of layers `q(z1|x)`.
+        """The posterior `q(z|x)`, or `q(z1|x)` of several layers: batch shape `(B,)`, event `(D,)`.
 
         Raises:
             ValueError: `x` is not a batch of finite floating point images of the pair's shape, or
@@ -131,18 +131,18 @@ class VAE(nn.Module):
         return self.model.likelihood(z, *optional(y))
 
     def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """The mean image at the posterior mean, `(B, C, H, W)`; errors as `encode`."""
+        """The mean images at the posterior means, `(B, C, H, W)`; raises the errors of `encode`."""
         with evaluating(self):
-            self.encode(x, y)  # for its errors
+            self.encode(x, y)  # raises its errors
             with _AtMeans():
                 trace = poutine.trace(self.guide).get_trace(x, y)
             return _mean_image(poutine.replay(self.model, trace), x, y)
 
     def sample(self, n: int = 1, y: Tensor | None = None) -> Tensor:
-        """Mean images at `n` draws from the prior (one for each label where `y` is given).
+        """Mean images at `n` draws from the prior, or at one draw for each label of `y`.
 
         Raises:
-            ValueError: `n` is below 1, or is another number than that of the labels.
+            ValueError: `n` is below 1, or is neither 1 nor the number of labels.
         """
         if n < 1:
             raise ValueError(f"n must be at least 1, not {n}")
@@ -173,8 +173,8 @@ class VAE(nn.Module):
             return self.decode(z, y).mean.transpose(0, 1)
 
     def terms(self, x: Tensor, latents: Latents, y: Tensor | None = None) -> Terms:
-        """The ELBO's terms at draws `(*, B, D)` by site without any Pyro handler: hand-written
-        where there is an oracle, else from the distributions' own densities."""
+        """The ELBO's terms at `latents`, draws `(*, B, D)` by site, without any Pyro handler: from
+        the oracle if there is one, else from the distributions' own densities."""
         if self.oracle is not None:
             return self.oracle.terms(x, y, z=latents["z"])
         log_q = self.guide.densities(x, latents, y)
@@ -186,18 +186,18 @@ class VAE(nn.Module):
         return Terms(reconstruction, kl, kl_sampled, units)
 
     def _kl_by_unit(self, x: Tensor, y: Tensor | None) -> Tensor | None:
-        """`(B, D)`, where posterior and prior factorize and torch has the formula."""
+        """`(B, D)`; None unless both distributions factorize and torch has the formula."""
         prior = self.model.prior(*optional(y))
         return objectives.kl_by_unit(self.encode(x, y), prior)
 
     def check(self, x: Tensor, y: Tensor | None = None, further: Sequence[Tensor] = ()) -> None:
-        """Checks that the pair can be trained on images like `x`, before a long run starts, and
-        that the values of `further` images are in the likelihood's support too.
+        """Checks, before a long run starts, that the pair can be trained on images like `x`, and
+        that the values of the `further` images are in the likelihood's support too.
 
         Raises:
             ValueError: wrong shape or dtype, NaN, or values outside the likelihood's support.
         """
-        # a draw, as not every posterior has a mean; it leaves the random state as it was
+        # at a draw, since not every posterior has a mean; the random state is restored
         with evaluating(self), torch.random.fork_rng([x.device] if x.is_cuda else []):
             p = self.decode(self.encode(x, y).sample(), y)
         if p.event_shape != x.shape[1:]:
@@ -218,6 +218,6 @@ class VAE(nn.Module):
 
 
 def _mean_image(model: Fn, x: Tensor | None, y: Tensor | None, size: int = 1) -> Tensor:
-    """The mean of `p(x | latents)` at the draws of the program, `(B, C, H, W)`."""
+    """The mean of `p(x | latents)` at the latents that `model` draws, `(B, C, H, W)`."""
     trace: Trace = poutine.trace(model).get_trace(x, y, size=size)
     return trace.nodes["x"]["fn"].mean

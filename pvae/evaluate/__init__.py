@@ -1,9 +1,9 @@
-r"""What a trained model/guide pair is worth: bounds on `log p(x)` for each image, in nats, and what
-says whether they are to be believed.
+r"""Evaluates a trained pair: bounds on `log p(x)` for each image, in nats, and their diagnostics.
 
-Works on any Pyro pair whose sites all lie in one data plate. Numbers are computed for each image
-and averaged over images, never over batches; the noise comes from a fixed seed, and the global
-random state is left as it was. `python -m pvae.evaluate RUN_DIR` prints them all for a run.
+The functions work on any Pyro pair whose sites are all in one data plate. Numbers are computed for
+each image and averaged over images, never over batches. `over` takes its noise from a fixed seed
+and does not change the global random state. `python -m pvae.evaluate RUN_DIR` prints all numbers of
+a run.
 """
 
 from pvae.evaluate.annealed import (

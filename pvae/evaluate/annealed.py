@@ -6,13 +6,14 @@ Chains move from an initial `q0(z)`, the prior or the guide, to the posterior al
 
 by Hamiltonian Monte Carlo on all latents, all images and chains at once. The weights
 `log w = sum_t (b_t - b_{t-1}) (log p(x, z_{t-1}) - log q0(z_{t-1}))` have `E[w] = p(x)`, so their
-log-mean is a lower bound on `log p(x)` in expectation. Run backwards from an *exact* draw of the
-posterior, `E[1/w] = 1/p(x)`: an upper bound. Such a draw is there for simulated data only, as
-`z ~ p(z)`, `x ~ p(x|z)` is also `x ~ p(x)`, `z ~ p(z|x)`.
+log-mean is a lower bound on `log p(x)` in expectation. Chains that run backwards, from an *exact*
+draw of the posterior, have `E[1/w] = 1/p(x)`, which gives an upper bound. Such a draw exists for
+simulated data only: `z ~ p(z)`, `x ~ p(x|z)` has the same law as `x ~ p(x)`, `z ~ p(z|x)`.
 
-Two limits. The step sizes are adapted on the way, and the two equalities hold exactly for fixed
-ones only; this is usual, and the effect vanishes as the temperatures become many. And the sandwich
-says how far off the sampler is on *simulated* data; on real data there is only the lower bound.
+There are two limits. First, the step sizes are adapted during the run, but the two equalities are
+exact for fixed step sizes only; this is usual, and the effect vanishes with many temperatures.
+Second, the sandwich of both bounds shows the sampler's error on *simulated* data; on real data
+there is only the lower bound.
 
 Sources: Annealed importance sampling (1998), arXiv:physics/9803008; Sandwiching the marginal
 likelihood using bidirectional Monte Carlo (2015), arXiv:1511.02543; On the quantitative analysis of
@@ -43,11 +44,11 @@ _SIGMOID = 4.0  # temperatures are a sigmoid's values from -4 to 4: dense at bot
 
 
 class Annealed(NamedTuple):
-    """What annealing says of each image, `(B,)` each.
+    """The result of annealing for each image, `(B,)` each.
 
-    `log_evidence` is the bound, in nats; `acceptance` the mean acceptance probability of the HMC
-    moves; `diverged` the share of them whose trajectory left the finite numbers. After such a move
-    the chain stays where it was: the bound holds, but it is looser the more moves diverge.
+    `log_evidence` is the bound, in nats; `acceptance` is the mean acceptance probability of the HMC
+    moves; `diverged` is the share of moves that end at an energy that is not finite. Such a move
+    leaves the chain where it was: the bound holds, but more divergent moves make it looser.
     """
 
     log_evidence: Tensor
@@ -63,9 +64,11 @@ class Simulated(NamedTuple):
 
 
 class Sandwich(NamedTuple):
-    """Bounds on `log p(x)` of the same simulated images, `(B,)` each, nats; in expectation
-    `lower <= log p(x) <= upper`, so their mean difference bounds the sampler's error there.
-    `diverged` is the share of HMC moves, of both directions, as in `Annealed`."""
+    """Two bounds on `log p(x)` of the same simulated images, `(B,)` each, in nats.
+
+    In expectation `lower <= log p(x) <= upper`, so the sampler's error is at most the mean of
+    `upper - lower`. `diverged` is the share of divergent HMC moves in both directions.
+    """
 
     lower: Tensor
     upper: Tensor
@@ -159,12 +162,12 @@ class _Chains:
         return log_f.detach(), gradient, log_q0.detach(), log_joint.detach()
 
     def move(self, b: float) -> None:
-        """One HMC move that leaves f_b invariant; each chain accepts or stays for itself.
+        """One HMC move that leaves f_b invariant; each chain accepts or rejects for itself.
 
         A chain whose trajectory diverges, to an energy that is not finite, stays where it was.
         """
         momentum, half = torch.randn_like(self.z), self.step[..., None] / 2
-        # no validation: far out, latents and parameters of distributions may be NaN, for that chain
+        # no validation: a divergent chain may have NaN as latents and parameters of distributions
         with pyro.validation_enabled(False):
             start, gradient, log_q0, log_joint = self._at(self.z, b)
             z, p, end = self.z, momentum, start
@@ -200,8 +203,7 @@ def _anneal(chains: _Chains, betas: list[float], title: str) -> Tensor:
 
 
 def simulate(model: Fn, x: Tensor, y: Tensor | None = None) -> Simulated:
-    """Draws as many images as `x` holds from the model, given the labels `y`; what the images `x`
-    show plays no part.
+    """Draws `len(x)` images from the model, given the labels `y`; the pixels of `x` are not used.
 
     Raises:
         ValueError: the model has not exactly one observed site.
@@ -224,23 +226,25 @@ def simulate(model: Fn, x: Tensor, y: Tensor | None = None) -> Simulated:
 
 @dataclass(frozen=True)
 class Annealer:
-    r"""Annealing of a batch of images: called with `x` `(B, C, H, W)` (and `y`), it gives a lower
-    bound on `log p(x)` of each image, in nats, in expectation.
+    r"""Annealed importance sampling for a batch of images.
+
+    Call it with `x` `(B, C, H, W)` (and `y`): it returns for each image a lower bound on `log p(x)`
+    in expectation, in nats.
 
     Args:
-        model: a Pyro program `model(x, y)` whose sites all lie in one data plate.
-        initial: the program of q0, such as the guide. None is the model's own prior: then the guide
-            plays no part.
-        num_temperatures: steps from q0 to the joint; the bound tightens with them.
+        model: a Pyro program `model(x, y)` whose sites are all in one data plate.
+        initial: the program of q0, such as the guide. None takes the model's own prior; the guide
+            is then not used.
+        num_temperatures: steps from q0 to the joint; more steps make the bound tighter.
         num_chains: chains for each image. All run at once, so memory grows with their number and
             with the batch.
-        num_leapfrogs: gradients for each HMC move.
-        title: of the progress bar; without a title there is no bar.
+        num_leapfrogs: leapfrog steps of each HMC move.
+        title: the title of the progress bar; without a title there is no bar.
 
     Raises:
         ValueError: a number is below 1, or a latent is not real-valued.
 
-    Source: as this module.
+    Sources: those of this module.
 
     >>> import pvae
     >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
@@ -265,8 +269,8 @@ class Annealer:
         return self._run(x, y, None, self.title)
 
     def back(self, simulated: Simulated, y: Tensor | None = None) -> Annealed:
-        """An upper bound on `log p(x)` of simulated images, in expectation: annealing run backwards
-        from the latents that made them.
+        """An upper bound on `log p(x)` of simulated images, in expectation: chains run backwards
+        from the latents that made the images.
 
         >>> import pvae
         >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
@@ -277,8 +281,9 @@ class Annealer:
         return self._run(simulated.x, y, simulated.latents, self.title)
 
     def sandwich(self, x: Tensor, y: Tensor | None = None) -> Sandwich:
-        """Bidirectional Monte Carlo: both bounds on as many simulated images as `x` holds, with its
-        labels. Errors as `simulate`.
+        """Bidirectional Monte Carlo: both bounds on `len(x)` simulated images with the labels `y`.
+
+        Raises the errors of `simulate`.
 
         >>> import pvae
         >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
@@ -295,7 +300,7 @@ class Annealer:
     def _run(
         self, x: Tensor, y: Tensor | None, exact: dict[str, Tensor] | None, title: str
     ) -> Annealed:
-        """From draws of q0 or, given `exact` draws of the posterior, backwards from them."""
+        """Anneals from draws of q0, or backwards from `exact` draws of the posterior if given."""
         betas = temperatures(self.num_temperatures).tolist()
         with evaluating(self.model, self.model if self.initial is None else self.initial):
             path = _Path(self.model, self.initial, x, y, self.num_chains)

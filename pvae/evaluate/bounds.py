@@ -1,5 +1,5 @@
-"""The ELBO of each image with its parts, and what all evaluations share: fixed noise, chunks of a
-split with a progress bar, means over images with their standard errors."""
+"""The ELBO of each image with its terms, and functions that all evaluations share: fixed noise,
+chunks of a split with a progress bar, means over images with their standard errors."""
 
 import contextlib
 import math
@@ -20,7 +20,7 @@ from pvae.programs import evaluating
 
 @contextlib.contextmanager
 def fixed_noise(device: torch.device | str, seed: int) -> Iterator[None]:
-    """Draws inside come from `seed`; the random state outside is untouched.
+    """Inside the block draws come from `seed`; the global random state is restored.
 
     >>> with fixed_noise("cpu", 0):
     ...     a = torch.randn(2)
@@ -40,7 +40,7 @@ def fixed_noise(device: torch.device | str, seed: int) -> Iterator[None]:
 class Bound(NamedTuple):
     """The ELBO `reconstruction - kl` and its terms, each `(B,)`, in nats for each image.
 
-    `kl` is also the *rate*, what the code z costs, and `-reconstruction` the *distortion*.
+    `kl` is also called the *rate*, the cost of the code z, and `-reconstruction` the *distortion*.
     Source: Fixing a Broken ELBO (2017), arXiv:1711.00464.
     """
 
@@ -55,7 +55,7 @@ class Bound(NamedTuple):
 def traces(
     model: Fn, guide: Fn, x: Tensor, y: Tensor | None, particles: int
 ) -> tuple[Trace, Trace]:
-    """Traces of guide and model at `particles` draws of the latents: log_probs `(particles, B)`."""
+    """Traces of model and guide at `particles` draws of the latents: log_probs `(particles, B)`."""
     with pyro.plate("particles", particles, dim=-2):
         guide_trace = poutine.trace(guide).get_trace(x, y)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(x, y)
@@ -79,8 +79,8 @@ def sum_sites(trace: Trace, names: list[str], shape: tuple[int, int]) -> Tensor:
 
 
 def not_finite(model: Fn, guide: Fn, x: Tensor, y: Tensor | None = None) -> str | None:
-    """The first site of guide and model whose draw or log density is not finite; None where all
-    are finite.
+    """Returns the first site of guide and model whose draw or log density is not finite, None if
+    all are finite.
 
     >>> import pvae
     >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
@@ -116,13 +116,13 @@ def _analytic_kl(model_trace: Trace, guide_trace: Trace, shape: tuple[int, int])
 def elbo(
     model: Fn, guide: Fn, x: Tensor, y: Tensor | None = None, *, num_samples: int = 1
 ) -> Bound:
-    r"""The ELBO (beta = 1) of each image of a batch, `num_samples` draws averaged.
+    r"""The ELBO (beta = 1) of each image of a batch, averaged over `num_samples` draws.
 
-    `log p(x) >= E_q[log p(x|z)] - KL(q(z|x) || p(z))`. The KL is analytic where there is a single
-    latent with a known formula, else sampled.
+    `log p(x) >= E_q[log p(x|z)] - KL(q(z|x) || p(z))`. The KL is analytic if there is one latent
+    site and torch has the formula, else sampled.
 
     Raises:
-        ValueError: `num_samples` is below 1, or a site lies outside the data plate.
+        ValueError: `num_samples` is below 1, or a site is outside the data plate.
 
     >>> import pvae
     >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
@@ -147,9 +147,9 @@ def elbo(
 def bits_per_dimension(nats: Tensor, elements: int, *, levels: int = 1) -> Tensor:
     r"""`(D log levels - nats) / (D log 2)`, `nats` a bound on the log density of `D` elements.
 
-    For discrete data alone. Binary pixels have a probability as it is: `levels = 1`. Pixels of 256
+    Use it for discrete data only. Binary pixels have a probability: `levels = 1`. Pixels of 256
     grey levels, dequantised to [0, 1], have a density; a level is 1/256 wide, so `levels = 256`,
-    and the bits are an upper bound (Jensen's) on those of the levels' own probability.
+    and the result is an upper bound (by Jensen's inequality) on the bits of the levels themselves.
     Source: A note on the evaluation of generative models (2015), arXiv:1511.01844.
 
     >>> bits_per_dimension(torch.tensor([-784 * math.log(2)]), 784)  # a fair coin for each pixel
@@ -171,7 +171,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Tensor) -> Estimate:
-    """Mean and standard error over images `(N,)`; the error of a single image is not known.
+    """Mean and standard error over images `(N,)`; the error is NaN for a single image.
 
     >>> estimate(torch.tensor([1.0, 3.0]))
     Estimate(mean=2.0, se=1.0)
@@ -189,8 +189,8 @@ def over(
     seed: int,
     title: str = "",
 ) -> Any:
-    """`function(x, y)` on a whole split in chunks, with fixed noise: `(N, ...)`, or a named tuple
-    of such. With a title, a progress bar on a terminal.
+    """Applies `function(x, y)` to a whole split in chunks, with fixed noise, and returns a tensor
+    `(N, ...)` or a named tuple of such tensors. A title shows a progress bar on a terminal.
 
     Raises:
         ValueError: the split is empty.
@@ -215,7 +215,7 @@ def over(
         for x, y in bar:
             found = function(x, y)
             parts = (found,) if isinstance(found, Tensor) else found
-            if not done:  # small tensors kept between big ones that are freed would break up memory
+            if not done:  # full size now: small tensors among freed large ones would split memory
                 results = [part.new_empty(count, *part.shape[1:]) for part in parts]
             for result, part in zip(results, parts, strict=True):
                 result[done : done + len(x)] = part

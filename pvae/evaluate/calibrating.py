@@ -1,7 +1,7 @@
-r"""Simulation-based calibration: whether `q(z|x)` is the posterior of images that the model makes.
+r"""Simulation-based calibration: tests whether `q(z|x)` is the posterior, on simulated images.
 
-With `z ~ p(z)`, `x ~ p(x|z)`, `z` is itself a draw of the posterior `p(z|x)`. So where the guide is
-that posterior, the rank of each unit of `z` among draws of `q(z|x)` is uniform.
+If `z ~ p(z)` and `x ~ p(x|z)`, then `z` is a draw of the posterior `p(z|x)`. So if the guide equals
+this posterior, the rank of each unit of `z` among draws of `q(z|x)` is uniform.
 Source: Validating Bayesian Inference Algorithms with Simulation-Based Calibration (2018),
 arXiv:1804.06788.
 """
@@ -19,17 +19,17 @@ from pvae.kinds import Fn, Trace
 from pvae.objectives import latent_names
 from pvae.programs import evaluating
 
-_AT_ONCE = 100  # images: bounds the memory
-CALIBRATED = 20  # images at least, so that 5 or more are expected in each of at least 4 bins
-_BINS = 20  # of the ranks, at most
+_AT_ONCE = 100  # images at a time: bounds the memory
+CALIBRATED = 20  # fewest images: 5 or more are then expected in each of at least 4 bins
+_BINS = 20  # most bins of the ranks
 
 
 class Calibration(NamedTuple):
-    """What the ranks of simulated latents say of a guide.
+    """The ranks of simulated latents among a guide's draws, and their p-values.
 
-    `ranks` `(N, D)` says of each image and unit how many of the guide's `num_draws` draws are below
-    the latent that made the image. `p_values` `(D,)` are of the hypothesis that a unit's ranks are
-    uniform, corrected for the number of units: the least of them is the one number.
+    `ranks` `(N, D)` counts for each image and unit how many of the guide's `num_draws` draws are
+    below the latent that made the image. `p_values` `(D,)` test whether a unit's ranks are uniform,
+    corrected for the number of units: the smallest p-value judges the whole guide.
     """
 
     ranks: Tensor
@@ -40,14 +40,13 @@ class Calibration(NamedTuple):
 def calibration(
     model: Fn, guide: Fn, x: Tensor, y: Tensor | None = None, *, num_draws: int = 100
 ) -> Calibration:
-    r"""Simulation-based calibration of `q(z|x)` on as many simulated images as `x` holds, given the
-    labels `y`; what the images `x` show plays no part.
+    r"""Tests the calibration of `q(z|x)` on `len(x)` simulated images, given the labels `y`.
 
-    Each unit's ranks `r = #{i : z_i < z}`, `z_i ~ q(z|x)`, are compared with the uniform
-    distribution on `0, ..., num_draws` by a chi-squared test over 20 bins, and the p-values of all
-    units are corrected by Holm's method: of an exact guide the least is below 0.05 in at most 5 %
-    of cases.
-    Source: as this module; of the correction, A Simple Sequentially Rejective Multiple Test
+    The pixels of `x` are not used. A chi-squared test over at most 20 bins compares each unit's
+    ranks `r = #{i : z_i < z}`, `z_i ~ q(z|x)`, with the uniform distribution on
+    `0, ..., num_draws`. Holm's method corrects the p-values of all units: for an exact guide the
+    smallest is below 0.05 in at most 5 % of cases.
+    Sources: that of this module; for the correction, A Simple Sequentially Rejective Multiple Test
     Procedure (1979), Scand. J. Statist. 6.
 
     Raises:
@@ -86,10 +85,10 @@ def _ranks(model: Fn, guide: Fn, x: Tensor, y: Tensor | None, num_draws: int) ->
 
 
 def _p_values(ranks: Tensor, num_draws: int) -> Tensor:
-    """Of the chi-squared test that the ranks `(N, D)` of each unit are uniform, `(D,)`."""
+    """P-values `(D,)` of the chi-squared test that each unit's ranks `(N, D)` are uniform."""
     bins = min(_BINS, num_draws + 1, len(ranks) // 5)
     bin_of = torch.arange(num_draws + 1) * bins // (num_draws + 1)
-    shares = bin_of.bincount().double() / (num_draws + 1)  # bins may differ by one rank
+    shares = bin_of.bincount().double() / (num_draws + 1)  # the bins' widths may differ by one rank
     expected = len(ranks) * shares
     counts = one_hot(bin_of[ranks], bins).sum(0).double()  # (D, bins)
     statistic = ((counts - expected).square() / expected).sum(-1)
@@ -97,7 +96,7 @@ def _p_values(ranks: Tensor, num_draws: int) -> Tensor:
 
 
 def _holm(p_values: Tensor) -> Tensor:
-    """P-values corrected for their number.
+    """Corrects p-values for their number, by Holm's method.
 
     >>> _holm(torch.tensor([0.5, 0.01, 0.02]))
     tensor([0.5000, 0.0300, 0.0400])

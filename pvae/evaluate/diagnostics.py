@@ -1,4 +1,4 @@
-r"""What the latents are used for: active units, information, and the aggregate posterior."""
+r"""How much the latents are used: active units, information, and the aggregate posterior."""
 
 import math
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from pvae.objectives import latent_names
 from pvae.programs import evaluating, mean_of
 
 ACTIVE = 0.01  # the variance of a unit's posterior mean above which it is active
-_AT_ONCE = 250  # images, and draws compared with them: bounds the memory
+_AT_ONCE = 250  # images, and draws, at a time: bounds the memory
 
 
 def posterior_means(guide: Fn, x: Tensor, y: Tensor | None = None) -> Tensor:
-    """The mean of the posterior of each image, `(B, D)`: of the latent whose name comes first,
-    `z` or `z1`, in whatever order the guide draws.
+    """The posterior mean of each image, `(B, D)`, for the latent whose name is first in the
+    alphabet (`z` or `z1`), whatever the order in which the guide draws.
 
     >>> import pvae
     >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
@@ -45,7 +45,7 @@ def unit_variances(means: Tensor) -> Tensor:
 
 
 def active_units(means: Tensor) -> int:
-    """How many units are active, of posterior means `(N, D)`.
+    """Counts the active units of posterior means `(N, D)`.
 
     >>> active_units(torch.tensor([[0.0, 1.0], [0.0, -1.0]]))
     1
@@ -54,13 +54,13 @@ def active_units(means: Tensor) -> int:
 
 
 class Information(NamedTuple):
-    r"""How the mean rate splits, `E_x KL(q(z|x) || p(z)) = I(x; z) + KL(q(z) || p(z))`, in nats.
+    r"""The parts of the mean rate, `E_x KL(q(z|x) || p(z)) = I(x; z) + KL(q(z) || p(z))`, in nats.
 
-    `q(z) = 1/N sum_n q(z|x_n)` is the aggregate posterior of `images` images. `mutual` is the
-    information of z about *which of these* images x is: never above `log N`, which it reaches where
-    no two posteriors overlap, and a lower bound on I(x; z) under the law of all data. `aggregate`
-    is the rest, `KL(q(z) || p(z))`, so an upper bound, and an overestimate where `mutual` is near
-    `log N`. Each with the standard error over the draws.
+    `q(z) = 1/N sum_n q(z|x_n)` is the aggregate posterior of N = `images` images. `mutual` is the
+    information of z about *which of these* images x is. It is at most `log N`, which it reaches if
+    no two posteriors overlap, and it is a lower bound on I(x; z) under the distribution of all
+    data. `aggregate` is the rest, `KL(q(z) || p(z))`: an upper bound, which is too large if
+    `mutual` is near `log N`. Both have the standard error over the draws.
     """
 
     mutual: Estimate
@@ -74,8 +74,8 @@ def information(
     r"""`I(x; z)` and `KL(q(z) || p(z))` over a whole split, for a pair with one latent site.
 
     Draws `z ~ q(z|x_n)` for `num_draws` images spread over the split, and compares `q(z|x_n)`,
-    `q(z)` (with all images of the split, `x_n` among them) and `p(z)` there. The programs get the
-    split's `y` where it has one; a `title` shows a progress bar on a terminal.
+    `q(z)` (over all images of the split, including `x_n`) and `p(z)` at these draws. The programs
+    get the split's `y` if it has one; a `title` shows a progress bar on a terminal.
     Source: ELBO surgery (2016), Hoffman and Johnson, NIPS workshop on approximate inference.
 
     Raises:
@@ -113,7 +113,7 @@ def information(
 
 
 def _log_mixture(posteriors: Sequence[Distribution], z: Tensor, title: str) -> Tensor:
-    """`log sum_n q(z_s|x_n)`, `(S,)`; of a thousand draws and images, a few at once."""
+    """`log sum_n q(z_s|x_n)`, `(S,)`, for a part of the draws and images at a time."""
     pieces = []
     # disable=None: no bar where the output is not a terminal
     for piece in tqdm(z.split(_AT_ONCE), title, leave=False, disable=None if title else True):

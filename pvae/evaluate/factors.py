@@ -1,4 +1,4 @@
-r"""One variational factor for each image, optimized for it alone: what the encoder's sharing costs.
+r"""One variational factor for each image, optimized for this image: the cost of amortization.
 
     log p(x) - ELBO(encoder)  =  log p(x) - ELBO(factor)           approximation gap: the family
                               +  ELBO(factor) - ELBO(encoder)      amortization gap: the sharing
@@ -32,10 +32,10 @@ from pvae.programs import Guide, evaluating
 class Gaps(NamedTuple):
     """`amortization = factor - encoder` and `approximation = log_evidence - factor`, nats, `(B,)`.
 
-    `encoder` and `factor` are the ELBO by the one guide and by the image's own factor, at the same
-    noise; `log_evidence` is an importance-weighted bound by the factor. Where the factors are not
-    at their optimum yet, the first gap is too small and the second too large; and the second lacks
-    what the bound lacks of log p(x).
+    `encoder` and `factor` are the ELBOs of the guide and of the image's own factor, at the same
+    noise; `log_evidence` is an importance-weighted bound by the factor. If the factors are not yet
+    at their optimum, the amortization gap is too small and the approximation gap too large. The
+    approximation gap is also too small by the amount by which the bound is below log p(x).
     """
 
     amortization: Tensor
@@ -47,7 +47,7 @@ class Gaps(NamedTuple):
 
 @contextlib.contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """In eval mode and without gradients of its parameters inside, as before after."""
+    """Runs the block with the model in eval mode and its parameters frozen; restores both."""
     trained = [p for p in model.parameters() if p.requires_grad]
     training = [m for m in model.modules() if m.training]
     model.eval().requires_grad_(False)
@@ -61,10 +61,10 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def one_factor_each(guide: nn.Module, x: Tensor, y: Tensor | None = None) -> Guide:
-    """The guide `q(z | index)`: the encoder's output for each `x` `(N, C, H, W)`, now free.
+    """The guide `q(z | index)`: a factor for each `x` `(N, C, H, W)`, from the encoder's output.
 
     Raises:
-        ValueError: `guide` is no `Guide` with a `Conditional`, whose head the factors take.
+        ValueError: `guide` is not a `Guide` with a `Conditional`, whose head the factors need.
 
     >>> import pvae
     >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")
@@ -81,7 +81,7 @@ def one_factor_each(guide: nn.Module, x: Tensor, y: Tensor | None = None) -> Gui
     with evaluating(encoder):
         raw = encoder.raw(x, y)  # (N, 2 D)
     factors = nn.Embedding.from_pretrained(raw, freeze=False)
-    head = copy.deepcopy(encoder.head).requires_grad_(False)  # a flow's parameters stay as they are
+    head = copy.deepcopy(encoder.head).requires_grad_(False)  # a flow's parameters are not trained
     join = None if y is None else ignore_label
     return Guide(Conditional(factors, head, event_dim=0, join=join))
 
@@ -89,12 +89,12 @@ def one_factor_each(guide: nn.Module, x: Tensor, y: Tensor | None = None) -> Gui
 def full_covariance_factors(
     guide: Fn, x: Tensor, y: Tensor | None = None, *, num_draws: int = 1000
 ) -> Guide:
-    r"""The guide `q(z | index)`: for each `x` `(N, C, H, W)` a normal with a covariance of its own.
+    r"""The guide `q(z | index)`: a normal with a full covariance for each `x` `(N, C, H, W)`.
 
-    They start at the mean and the variances of `num_draws` draws of `guide`, any program with one
-    vector-valued latent site. Optimized (`optimize_factors`), they are a far better proposal for
-    importance sampling than the encoder's diagonal: where its k-hat says that the weights are not
-    to be believed, theirs often may be. Cost: `D (D + 3) / 2` numbers for each image.
+    The factors start at the mean and the variances of `num_draws` draws of `guide`, which is any
+    program with one vector-valued latent site. After `optimize_factors` they are a far better
+    proposal for importance sampling than the encoder's diagonal normals: often their weights are
+    reliable (by k-hat) where the encoder's are not. They have `D (D + 3) / 2` numbers for an image.
 
     Raises:
         ValueError: `num_draws` is below 2, or `guide` has more than one latent site.
@@ -132,7 +132,7 @@ def optimize_factors(
     particles: int = 1,
     on_step: Callable[[int], Any] = lambda step: None,
 ) -> None:
-    """Stock SVI over the factors of `x` alone, the decoder frozen; `on_step` is called after.
+    """Trains the factors of `x` by stock SVI, the model frozen; calls `on_step` after each step.
 
     >>> import pvae
     >>> vae, x = pvae.build((1, 8, 8), latent_dim=2, net="mlp"), torch.ones(5, 1, 8, 8)
@@ -165,8 +165,8 @@ def gaps(
 ) -> Gaps:
     """Amortization and approximation gap of each image, by factors optimized for `steps` steps.
 
-    `num_draws` are those of both ELBOs, `num_samples` those of the importance-weighted bound.
-    Errors as `one_factor_each`.
+    `num_draws` is the number of draws of both ELBOs, `num_samples` that of the importance-weighted
+    bound. Raises the errors of `one_factor_each`.
 
     >>> import pvae
     >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")

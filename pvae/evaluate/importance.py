@@ -1,7 +1,7 @@
-r"""Importance sampling of `log p(x)` with the guide as the proposal, and whether to believe it.
+r"""Importance sampling of `log p(x)` with the guide as the proposal, and its diagnostics.
 
-The weights `w_i = p(x, z_i) / q(z_i|x)`, `z_i ~ q(z|x)`, are drawn in pieces and summed as they
-come, so memory does not grow with their number `k`.
+The weights `w_i = p(x, z_i) / q(z_i|x)`, `z_i ~ q(z|x)`, are drawn and summed piece by piece, so
+memory does not grow with their number `k`.
 """
 
 import math
@@ -19,20 +19,20 @@ from pvae.kinds import Fn
 from pvae.objectives import latent_names
 from pvae.programs import evaluating
 
-DECODES = 2000  # images decoded at once: bounds the memory
-UNRELIABLE = 0.7  # a Pareto k-hat above it
-_LEAST_TAIL = 10  # weights that a Pareto tail is fitted to, as in Pyro's psis_diagnostic
+DECODES = 2000  # images decoded at a time: bounds the memory
+UNRELIABLE = 0.7  # weights with a Pareto k-hat above this are not reliable
+_LEAST_TAIL = 10  # fewest weights to fit a Pareto tail to, as in Pyro's psis_diagnostic
 
 
 class Importance(NamedTuple):
-    r"""What `k` importance weights say of each image, all `(B,)`.
+    r"""The result of `k` importance weights for each image, `(B,)` each.
 
     `log_evidence` is `log 1/k sum_i w_i`: a lower bound on `log p(x)` in expectation, in nats.
     `ess` is `(sum_i w_i)^2 / sum_i w_i^2`, the effective number of draws, between 1 and `k`. It is
-    itself computed from the draws: where all of them miss the posterior it is not small.
+    computed from the draws themselves: if all draws miss the posterior, `ess` is not small.
     `pareto_k` is the tail index of the weights, k-hat: the weights have `1 / k-hat` finite moments.
-    Above 0.7 neither the bound nor `ess` is to be believed at this `k`; `nan` where there are too
-    few weights to tell. A k-hat below 0.7 does not make the bound tight, only its error small.
+    Above 0.7 neither the bound nor `ess` is reliable at this `k`; `nan` means too few weights. A
+    k-hat below 0.7 means that the bound's error is small, not that the bound is tight.
     """
 
     log_evidence: Tensor
@@ -50,7 +50,7 @@ def _log_weights(model: Fn, guide: Fn, x: Tensor, y: Tensor | None, num_samples:
 
 
 def _pieces(num_samples: int, images: int) -> list[int]:
-    """How many draws at once, so that about `DECODES` images are decoded."""
+    """Splits `num_samples` draws into pieces that decode about `DECODES` images each."""
     at_once = max(1, DECODES // images)
     return [min(at_once, num_samples - done) for done in range(0, num_samples, at_once)]
 
@@ -62,8 +62,8 @@ def _tail_size(num_samples: int) -> int:
 def pareto_k(largest: Tensor) -> float:
     """The tail index of importance weights, from the logarithms of the largest, in any order.
 
-    The least of them is the threshold, over which a generalized Pareto distribution is fitted to
-    the others; `nan` where fewer than 10 lie above it.
+    The smallest of these weights is the threshold: a generalized Pareto distribution is fitted to
+    the others' excess over it. The result is `nan` if fewer than 10 weights are above it.
     Sources: Pareto smoothed importance sampling (2015), arXiv:1507.02646; Yes, but did it work?
     (2018), arXiv:1802.02538.
 
@@ -83,19 +83,19 @@ def pareto_k(largest: Tensor) -> float:
 class ImportanceSampler:
     r"""Importance sampling of each image of a batch: the bound, and the diagnostics of its weights.
 
-    Memory does not grow with `num_samples`: the sums of `w` and `w^2` are kept, and of the weights
-    themselves the largest `min(0.2 k, 3 sqrt k)`, to which the Pareto tail is fitted. The object is
-    called with batches `x` `(B, C, H, W)` (and labels `y`).
-    Sources: Importance Weighted Autoencoders (2015), arXiv:1509.00519; of k-hat as `pareto_k`.
+    The object is called with batches `x` `(B, C, H, W)` (and labels `y`). Memory hardly grows with
+    `num_samples`: only the sums of `w` and `w^2` are kept, and the `min(0.2 k, 3 sqrt k)` largest
+    weights, to which the Pareto tail is fitted.
+    Sources: Importance Weighted Autoencoders (2015), arXiv:1509.00519; of k-hat: see `pareto_k`.
 
     Args:
-        model, guide: the programs; all their sites lie in one data plate.
+        model, guide: the programs; all their sites are in one data plate.
         num_samples: k, for each image.
-        compiler: captures the weights of a piece once for each shape (`captured.inductor`), which
-            pays where there are thousands of pieces; None runs Pyro's handlers for each.
+        compiler: compiles the function of a piece's weights once for each shape, such as
+            `captured.inductor`: faster for thousands of pieces. None runs Pyro's handlers for each.
 
     Raises:
-        ValueError: `num_samples` is below 1, or a site lies outside the data plate.
+        ValueError: `num_samples` is below 1, or a site is outside the data plate.
 
     >>> import pvae
     >>> from pvae import captured
@@ -148,12 +148,12 @@ def importance_weighted(
 ) -> Tensor:
     r"""The importance-weighted bound of each image of a batch, `(B,)`, in nats.
 
-    `log p(x) >= E log 1/k sum_i p(x, z_i) / q(z_i|x)`, `k = num_samples`: 1 is the ELBO, and it
-    does not fall with `k`. Memory does not grow with `k`.
+    `log p(x) >= E log 1/k sum_i p(x, z_i) / q(z_i|x)`, `k = num_samples`. `k = 1` is the ELBO, and
+    the bound does not fall with `k`. Memory does not grow with `k`.
     Source: Importance Weighted Autoencoders (2015), arXiv:1509.00519.
 
     Raises:
-        ValueError: `num_samples` is below 1, or a site lies outside the data plate.
+        ValueError: `num_samples` is below 1, or a site is outside the data plate.
 
     >>> import pvae
     >>> vae = pvae.build((1, 8, 8), latent_dim=2, net="mlp")

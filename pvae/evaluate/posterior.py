@@ -1,4 +1,4 @@
-"""The posterior of one image by Pyro's own NUTS: what the guide is an approximation to."""
+"""The posterior of one image by Pyro's own NUTS: the distribution that the guide approximates."""
 
 import torch
 from pyro.infer import MCMC, NUTS
@@ -22,7 +22,7 @@ def nuts(
     """Draws of `p(z | x)` for one image `x` `(1, C, H, W)`: `(num_samples, *event)` of each latent.
 
     One chain of the No-U-Turn sampler, exact as its length grows: successive draws are correlated,
-    and a mode that the chain never visits is missing. The guide plays no part.
+    and a mode that the chain never visits is missing. The guide is not used.
     Source: The No-U-Turn Sampler (2011), arXiv:1111.4246.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a representation holds of the labels: two simple classifiers on posterior means."""
+"""How well two simple classifiers find the labels from posterior means, the codes."""
 
 from typing import NamedTuple
 
@@ -11,8 +11,8 @@ from pvae.evaluate.bounds import Estimate, estimate
 class Probe(NamedTuple):
     """Test accuracies, between 0 and 1, with their standard errors over test images.
 
-    They say what a linear map or a neighbourhood finds in the codes. They are no measure of the
-    generative model: a worse bound may come with a better probe.
+    They say how much a linear map or the nearest neighbours find of the labels in the codes. They
+    do not measure the generative model: a worse bound may come with a better probe.
     """
 
     nearest_neighbours: Estimate
@@ -27,9 +27,9 @@ def probe(
     *,
     neighbours: int = 5,
 ) -> Probe:
-    """Fits both on training codes `(N, D)` with labels `(N,)` and scores them on test codes.
+    """Fits both classifiers to training codes `(N, D)` with labels `(N,)`, and tests them.
 
-    Each unit is standardized by the training codes. scikit-learn's own defaults otherwise.
+    Each unit is standardized by the training codes. All other settings are scikit-learn's defaults.
 
     Raises:
         ValueError: the training labels are all the same, or fewer than `neighbours`.
@@ -39,7 +39,7 @@ def probe(
     >>> probe(codes, labels, codes, labels).logistic_regression.mean
     1.0
     """
-    # here, as scikit-learn takes a second to import and few runs need it
+    # imported here: scikit-learn takes a second to import, and few runs need it
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.pipeline import make_pipeline
@@ -63,8 +63,8 @@ def probe(
 
 
 def can_probe(labels: Tensor, neighbours: int = 5) -> bool:
-    """Whether both classifiers can be fitted to these labels: `neighbours` or more, of two classes
-    or more.
+    """Whether both classifiers can be fitted to these labels: at least `neighbours` labels, of at
+    least two classes.
 
     >>> import torch
     >>> can_probe(torch.tensor([0, 0, 0, 0, 1])), can_probe(torch.zeros(5))
