@@ -289,14 +289,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         resumable=True,
         default_data="the row's",
     )
-    what = f"one of {', '.join(ROWS)}; or table, and files results.json"
+    what = f"one of {', '.join(ROWS)}; or table, and then results.json files"
     # SUPPRESS: if no row is given, it is that of the resumed run
     parser.set_defaults(row=[], engine="captured")
     parser.add_argument("row", nargs="*", metavar="ROW", default=argparse.SUPPRESS, help=what)
-    cli.option(parser, "--epochs", "of each stage (default: the row's)", cli.NATURAL, metavar="N")
+    cli.option(parser, "--epochs", "epochs of each stage (default: the row's)", cli.NATURAL, metavar="N")
     what = "a run whose finished stages of the same name are not trained again"
     cli.option(parser, "--start-from", what, metavar="RUN")
-    cli.option(parser, "--num-samples", "draws k of log p(x)", cli.NATURAL, 500, "K")
+    cli.option(parser, "--num-samples", "draws k for log p(x)", cli.NATURAL, 500, "K")
     cli.option(parser, "--checkpoint-minutes", "minutes between checkpoints", float, 5.0, "M")
     args = cli.resumed(parser, argv)
     if args.row[:1] != ["table"]:

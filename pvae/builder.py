@@ -244,7 +244,7 @@ GUIDES: Mapping[str, Posterior] = {
     "ladder": Posterior(
         heads.Normal,
         None,
-        "of two layers or more, from above: the model's priors times normals of the data",
+        "for two layers or more: from the top down, the prior of each layer times a normal from x",
         ladder=True,
     ),
     "per_datum": Posterior(

@@ -153,7 +153,7 @@ def _data_arguments(p: argparse.ArgumentParser, default: str = _DEFAULT_DATA) ->
     g = p.add_argument_group("data")
     what = f"{', '.join(data.NAMES)}, a .npz/.npy file or an image folder (default: {default})"
     option(g, "--dataset", what, metavar="NAME|PATH")
-    what = "where MNIST/raw and its like are looked for, before $PVAE_DATA, ./data and the cache"
+    what = "folder with MNIST/raw and the like; searched before $PVAE_DATA, ./data and the cache"
     option(g, "--data-root", what, metavar="DIR")
     what = "seed of splits and fixed binarisations: runs to be compared share it"
     option(g, "--data-seed", what, COUNT, 0, "S")
@@ -171,7 +171,7 @@ def _data_arguments(p: argparse.ArgumentParser, default: str = _DEFAULT_DATA) ->
 
 
 def _pair_arguments(g: Any) -> None:
-    what = "dimension of z; several make layers ... -> z2 -> z1 -> x, the first is that of z1"
+    what = "dimension of z; several make layers ... -> z2 -> z1 -> x, that of z1 first"
     flags = ("--latent-dims", "--latent-dim")
     g.add_argument(*flags, type=NATURAL, nargs="+", default=[32], metavar="D", help=what)
     choice(g, "--net", NETS, "conv", "networks of encoder and decoder")
@@ -220,7 +220,7 @@ def _schedule_arguments(g: Any) -> None:
     g.add_argument("--kl-warmup", nargs="+", type=_FRACTION, default=[0.05], metavar="F", help=what)
     what = "how often beta rises from 0, each time in its share of training"
     option(g, "--kl-cycles", what, NATURAL, 1, "N")
-    what = "scale gradients down to this norm, over all parameters (default: as they are)"
+    what = "scale down a gradient above this norm, over all parameters (default: never)"
     option(g, "--clip-norm", what, _POSITIVE, metavar="C")
     what = "at a loss or a gradient that is not finite: stop the run, or skip the batch"
     choice(g, "--on-nan", ["stop", "skip"], "stop", what)

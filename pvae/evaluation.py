@@ -52,14 +52,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for flag, default, text in (
         ("--num-samples", 1000, "draws k of the importance-weighted bound"),
         ("--temperatures", 200, "steps of annealing"),
-        ("--chains", 1, "of annealing, for each image"),
+        ("--chains", 1, "chains of annealing for each image"),
         ("--gap-steps", 500, "optimization steps of the gaps' factors"),
         ("--proposal-steps", 600, "optimization steps of each image's own proposal"),
     ):
         cli.option(g, flag, text, cli.NATURAL, default, "N")
     for flag, text in (
         ("--from-prior", "anneal from the prior: without the guide, but it needs many more steps"),
-        ("--captured", "compile the weights of IWAE-k, which pays from a million draws on"),
+        ("--captured", "compile the weights of IWAE-k; this saves time from a million draws on"),
     ):
         g.add_argument(flag, action="store_true", help=text)
     g = parser.add_argument_group("run")
