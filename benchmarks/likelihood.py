@@ -293,7 +293,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     # SUPPRESS: if no row is given, it is that of the resumed run
     parser.set_defaults(row=[], engine="captured")
     parser.add_argument("row", nargs="*", metavar="ROW", default=argparse.SUPPRESS, help=what)
-    cli.option(parser, "--epochs", "epochs of each stage (default: the row's)", cli.NATURAL, metavar="N")
+    what = "epochs of each stage (default: the row's)"
+    cli.option(parser, "--epochs", what, cli.NATURAL, metavar="N")
     what = "a run whose finished stages of the same name are not trained again"
     cli.option(parser, "--start-from", what, metavar="RUN")
     cli.option(parser, "--num-samples", "draws k for log p(x)", cli.NATURAL, 500, "K")
