@@ -16,10 +16,11 @@ from pvae.captured.compiling import Compiler, NotCaptured
 from pvae.captured.moment import Moment, keeping_random_state, other_random_state, position, strided
 from pvae.captured.private import pytree
 from pvae.captured.reasons import in_words
-from pvae.captured.seen import FLOATS, Seen, Spot, is_value, layout
-from pvae.captured.tracing import parameters, without_onednn
+from pvae.captured.seen import FLOATS, Seen, Spot, is_value, layout, may_vary
+from pvae.captured.tracing import parameters, unhashable, without_onednn
 
 _SIGNATURES = 100  # that are kept; after so many, a call with a new one runs eager
+_UNREPEATED = 16  # signatures without one that came again; after so many, a warning says so
 _IN_A_ROW = 4  # new entries for one key; after so many, a warning names what changes
 _TRIES = 8  # runs of the programs to measure what rounding does to their results
 _SOMETIMES = 1000  # captured calls; after every so many, one is compared with the programs
@@ -67,6 +68,8 @@ def signature_of(args: Any, kwargs: Any) -> Signature:
         if isinstance(value, Tensor):
             if value.requires_grad:
                 raise NotCaptured(f"{where} is a tensor that requires a gradient")
+            if value.is_nested:
+                raise NotCaptured(f"{where} is a nested tensor")
             tensors.append(value)
             key.append((layout(value), first.setdefault(id(value), len(first))))
         elif is_value(value):
@@ -77,6 +80,8 @@ def signature_of(args: Any, kwargs: Any) -> Signature:
                 "can be told apart, alone or in lists, tuples and dictionaries"
             )
 
+    if private.has_mode():
+        raise NotCaptured("the call is inside a mode of torch that changes what its functions do")
     if torch.is_inference_mode_enabled():
         raise NotCaptured("the call is in torch.inference_mode, where nothing is traced")
     floats = [(i, float(leaf)) for i, leaf in enumerate(leaves) if isinstance(leaf, FLOATS)]
@@ -163,7 +168,7 @@ class Entry:
             self.seen.holds()
             and places(self.seen, signature) == self.among
             and all(
-                i in self.free or now == then
+                (may_vary(now, then) if i in self.free else now == then)
                 for (i, now), (_, then) in zip(signature.floats, self.floats, strict=True)
             )
         )
@@ -285,6 +290,8 @@ class Capturing:
             return self._eager(args, kwargs)
         if entry is None and (always := self._always_new(entries)):
             self._refuse(always)
+        elif entry is None and not self.captures and self._signatures == _UNREPEATED:
+            self._refuse(self._too_many(entries))
         if entry is None or entry.runs < self.after:
             with called(self._modules):
                 result = self._eager(args, kwargs)
@@ -390,7 +397,7 @@ class Capturing:
         self.captures += 1
         seen = self._look()
         seen.vary_as(entry.seen)
-        entry.seen, entry.among = seen, places(seen, signature)
+        entry.seen, entry.among, entry.floats = seen, places(seen, signature), signature.floats
         start = self._moment([*signature.tensors, *seen.tensors])
         store = _store()
         elsewhere = other_random_state(seen.generators)
@@ -402,7 +409,10 @@ class Capturing:
             n for (n, i), at in zip(seen.iterators, positions, strict=True) if position(i) != at
         ]
         if seen.clocks:
-            reason: str | None = f"the programs ask for the time, by `{seen.clocks[0]}`"
+            reason: str | None = (
+                f"the programs ask for the time, or for the system's random numbers, by "
+                f"`{seen.clocks[0]}`"
+            )
         elif drawn_from:
             reason = f"the programs can draw from the iterator `{drawn_from[0]}`"
         elif changes:
@@ -462,7 +472,10 @@ class Capturing:
             start.put_back()
             with keeping_random_state(seen.generators):
                 try:
-                    with as_tensors([*signature.numbers, *own], before):
+                    with (
+                        unhashable(inputs[len(signature.tensors) :]),
+                        as_tensors([*signature.numbers, *own], before),
+                    ):
                         graph = self._make(inputs, args, kwargs)
                 finally:
                     seen.put_back()

@@ -106,12 +106,24 @@ _DICE = _door("pyro.infer.util.Dice.compute_expectation")
 _door("torch.distributions.Distribution._validate_sample")
 
 
+# the modes of torch that are on, which change what its functions do
+_function_modes = _door("torch.overrides._get_current_function_mode_stack")
+_dispatch_modes = _door("torch._C._len_torch_dispatch_stack")
+# the mode of `torch.set_default_device`
+_DeviceContext = _door("torch.utils._device.DeviceContext")
+
 # ---- functions that use them ----
 
 
 def global_hooks() -> list[Any]:
     """Returns the hooks that torch calls for all modules."""
     return [hook for hooks in _OF_ALL_MODULES for hook in hooks.values()]
+
+
+def has_mode() -> bool:
+    """Returns whether a mode of torch is on, other than that of the default device."""
+    others = [m for m in _function_modes() if not isinstance(m, _DeviceContext)]
+    return bool(others) or _dispatch_modes() > 0
 
 
 def has_hooks(t: Any) -> bool:

@@ -18,6 +18,8 @@ def is_of_tracing(error: Exception) -> bool:
 
 def in_words(error: Exception) -> str:
     """Returns the reason for an error as one line."""
+    if "convert all Tensors to FakeTensors" in str(error):
+        return f"the programs copy a tensor, or call a function of C++ on it, in `{_where(error)}`"
     if "FakeTensor(" in str(error):  # a tensor without data as text
         return "the programs put the value of a tensor into the name of a site or parameter"
     if isinstance(error, NotCaptured):

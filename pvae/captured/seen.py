@@ -10,8 +10,8 @@ there now. A float may change if its place is in `varying`. Every other value ha
 
 Not looked at: values under names that a program makes while it runs; files and the environment;
 the elements of containers of more than 256 (only identity and length are compared); all but 1,024
-numbers of a NumPy array; an `array.array` or similar object of more than 8 KiB; the inside of
-libraries.
+numbers of a NumPy array; an `array.array` or similar object of more than 8 KiB; which names Pyro's
+store has; the inside of libraries.
 """
 
 import contextvars
@@ -22,12 +22,25 @@ import enum
 import fractions
 import functools
 import operator
+import pathlib
 import random
 import sys
+import sysconfig
 import time
 import types
+import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Hashable,
+    ItemsView,
+    Iterator,
+    KeysView,
+    Mapping,
+    Sequence,
+    ValuesView,
+)
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,17 +51,21 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pvae.captured import private
+from pvae.captured.compiling import NotCaptured
 
 _LONG = 256  # elements; of a longer container only identity and length are compared
 _MANY = 1024  # numbers of a NumPy array that are compared
 _MOST = 20_000  # objects that are visited
 _PYTEST = ("pytest", "_pytest", "pluggy")  # pytest makes an `assert` in a test name these
-_LIBRARIES = frozenset(
-    {"torch", "torchvision", "pyro", "numpy", "opt_einsum", *_PYTEST, *sys.stdlib_module_names}
-)
+_LIBRARIES = frozenset({"torch", "torchvision", "pyro", "numpy", "opt_einsum", *_PYTEST})
+_STDLIB = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib"))
+# functions that read attributes by strings, and what reads all attributes of an object
+_BY_STRING = frozenset({"getattr", "hasattr"})
+_OF_ALL = frozenset({"vars", "__dict__"})
 _PLAIN = (
     *(bool, int, float, complex, str, bytes, type(None), range),
     *(torch.dtype, torch.device, np.generic, decimal.Decimal, fractions.Fraction),
+    pathlib.PurePath,
 )
 _OF_PYRO = (
     torch.distributions.Distribution,
@@ -62,6 +79,7 @@ _COLLECTIONS = (*_CONTAINERS, set)
 _CLOCKS = (time, datetime, datetime.datetime)
 FLOATS = (float, np.floating)
 _NOTHING = object()
+_NO_ATTRIBUTES: dict[str, Any] = {}
 
 
 class Spot(NamedTuple):
@@ -89,7 +107,8 @@ class Spot(NamedTuple):
 
 def layout(t: Tensor) -> tuple[Hashable, ...]:
     """Returns what two tensors must share for one to take the place of the other."""
-    return t.shape, t.stride(), t.dtype, t.device, t.requires_grad
+    bits = t.is_neg(), t.is_conj()  # of a view whose values are still to be negated or conjugated
+    return t.shape, t.stride(), t.dtype, t.device, t.requires_grad, *bits
 
 
 def _is_input(t: Any) -> bool:
@@ -99,7 +118,9 @@ def _is_input(t: Any) -> bool:
 
 def is_value(value: Any) -> bool:
     """Returns whether `value` never changes and can be compared by `==`."""
-    return isinstance(value, (*_PLAIN, frozenset, enum.Enum)) or (
+    if isinstance(value, enum.Enum):
+        return is_value(value._value_)
+    return isinstance(value, (*_PLAIN, frozenset)) or (
         isinstance(value, tuple) and len(value) <= _LONG and all(map(is_value, value))
     )
 
@@ -109,6 +130,10 @@ def _same(now: Any, then: Any) -> bool:
         return True
     if type(now) is not type(then):
         return False
+    if isinstance(now, tuple) and is_value(now) and is_value(then):
+        return len(now) == len(then) and all(map(_same, now, then))
+    if isinstance(now, float) and now == then == 0:
+        return str(now) == str(then)  # 0.0 is not -0.0
     if is_value(now) and is_value(then):
         return bool(now == then) or bool(now != now and then != then)
     return _is_input(now) and _is_input(then) and layout(now) == layout(then)
@@ -210,15 +235,9 @@ def _at(pairs: Sequence[tuple[Mapping[str, Any], str]]) -> Callable[[], Sequence
 
 
 def _refill(holder: Any, content: Any) -> None:
-    if not isinstance(holder, dict):
-        if len(holder) != len(content) or not all(map(operator.is_, holder, content)):
-            holder.clear()
-            holder.extend(content)
-    elif list(holder) != list(content) or not all(
-        map(operator.is_, holder.values(), content.values())
-    ):
+    if not _holds_the_same(holder, content):
         holder.clear()
-        holder.update(content)
+        (holder.update if isinstance(holder, dict) else holder.extend)(content)
 
 
 def _put(holder: dict[Any, Any], content: dict[Any, Any]) -> None:
@@ -227,23 +246,48 @@ def _put(holder: dict[Any, Any], content: dict[Any, Any]) -> None:
             holder[key] = value
 
 
+@functools.lru_cache(maxsize=10_000)
 def is_library(module: str | None) -> bool:
     """Returns whether a module belongs to a library, which is not looked into."""
-    return (module or "").partition(".")[0] in _LIBRARIES
+    name = (module or "").partition(".")[0]
+    if name not in sys.stdlib_module_names:
+        return name in _LIBRARIES
+    file = getattr(sys.modules.get(name), "__file__", None)  # a user's module may have such a name
+    return file is None or (file.startswith(_STDLIB) and "site-packages" not in file)
+
+
+class _Asked(NamedTuple):
+    """What a piece of code names."""
+
+    variables: frozenset[str]  # globals
+    others: frozenset[str]  # attributes, and strings, which may be names of attributes
+    modules: frozenset[str]  # imported while the code runs
 
 
 @functools.lru_cache(maxsize=10_000)
-def _asked(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """Returns the globals that a piece of code names, and its other names and strings."""
+def _asked(code: types.CodeType) -> _Asked:
     variables: set[str] = set()
     others: set[str] = set()
+    modules: set[str] = set()
     for inner in _codes(code):
         for instruction in dis.get_instructions(inner):
             if instruction.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "LOAD_NAME"):
                 variables.add(instruction.argval)
+            elif instruction.opname == "IMPORT_NAME":
+                modules.add(instruction.argval)
         others.update(inner.co_names)
-        others.update(c for c in inner.co_consts if isinstance(c, str))
-    return frozenset(variables), frozenset(others - variables)
+        others.update(_strings(inner.co_consts))
+    # `vars` and the like decide how attributes are looked at
+    others -= variables - _BY_STRING - _OF_ALL
+    return _Asked(frozenset(variables), frozenset(others), frozenset(modules))
+
+
+def _strings(constants: Collection[Any]) -> Iterator[str]:
+    for constant in constants:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, (tuple, frozenset)):
+            yield from _strings(constant)
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -254,8 +298,11 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    found = getattr(value, "__dict__", None)
-    return found if isinstance(found, dict) else {}
+    try:
+        found = getattr(value, "__dict__", None)
+    except Exception:  # a class may refuse to be asked
+        return _NO_ATTRIBUTES
+    return found if isinstance(found, dict) else _NO_ATTRIBUTES
 
 
 _HOOKS = (
@@ -275,6 +322,9 @@ class Seen:
         holder: a dictionary of variables.
         names: the keys of the programs in `holder`.
         modules: further modules, such as those that the programs called.
+
+    Raises:
+        NotCaptured: the programs can read more than 20,000 objects.
     """
 
     def __init__(
@@ -288,7 +338,11 @@ class Seen:
             self._simple: list[tuple[Spot, Mapping[str, Any], str]] = []  # all on one shelf
             self.iterators: list[tuple[str, Any]] = []
             self.generators: list[Any] = []  # of random numbers
-            self.clocks: list[str] = []  # names of what tells the time
+            self.clocks: list[str] = []  # names of what tells the time, or draws from the system
+            self._typed: dict[int, tuple[str, Any]] = {}  # objects whose class is compared
+            self._sized: dict[int, tuple[str, Any]] = {}  # namespaces whose size is compared
+            self._coded: dict[int, tuple[str, Any]] = {}  # functions whose code is compared
+            self._long: list[tuple[str, Any, Any]] = []  # long containers with copies
             self._visited: dict[Any, Any] = {}  # keeps objects alive, and so their ids unique
             self._back: list[Callable[[], None]] = []  # each restores one object
             self._named(holder, "", names)
@@ -296,6 +350,9 @@ class Seen:
                 self._visit(module, type(module).__name__)
         pairs = [(holder, key) for _, holder, key in self._simple]
         self._shelf([spot for spot, _, _ in self._simple], _at(pairs))
+        self._facts(self._typed, type)
+        self._facts(self._sized, len)
+        self._facts(self._coded, operator.attrgetter("__code__"))
         hooks = [Spot(None, None, "a hook of all modules")] * len(private.global_hooks())
         self._shelves.append(_Shelf(hooks, private.global_hooks))
         self._visited.clear()
@@ -332,7 +389,7 @@ class Seen:
     def _may_hold(self, i: int, now: Sequence[Any]) -> bool:
         then = self._shelves[i].then
         return len(now) == len(then) and all(
-            _same(a, b) or (isinstance(a, FLOATS) and (i, leaf) in self.varying)
+            _same(a, b) or ((i, leaf) in self.varying and may_vary(a, b))
             for leaf, (a, b) in enumerate(zip(now, then, strict=True))
         )
 
@@ -365,7 +422,7 @@ class Seen:
             for value, then, spot in zip(now, shelf.then, shelf.spots, strict=True):
                 if value is not then and (isinstance(value, Tensor) or not _same(value, then)):
                     found.append(spot.name)
-        return found
+        return found + [name for name, now, then in self._long if not _holds_the_same(now, then)]
 
     def _others_than(self, other: "Seen") -> Iterator[tuple[int, int]]:
         """Yields `(shelf, leaf)` of each value that differs from that in `other`."""
@@ -412,14 +469,22 @@ class Seen:
             back()
 
     def forget(self) -> None:
-        """Frees the copies that `put_back` needs."""
+        """Frees the copies that `put_back` and `changes` need."""
         self._back.clear()
+        self._long.clear()
 
     # ---- finding ----
 
     def _shelf(self, spots: Sequence[Spot], read: Callable[[], Sequence[Any]]) -> None:
         if spots:
             self._shelves.append(_Shelf(spots, read))
+
+    def _facts(self, of: dict[int, tuple[str, Any]], fact: Callable[[Any], Any]) -> None:
+        """Puts one fact of each of the objects on a shelf."""
+        objects = [value for _, value in of.values()]
+        self._shelf(
+            [Spot(None, None, name) for name, _ in of.values()], lambda: [*map(fact, objects)]
+        )
 
     def _look_at(
         self, spots: Sequence[Spot], holder: Mapping[str, Any], keys: Sequence[str]
@@ -434,10 +499,16 @@ class Seen:
     def _visit(self, value: Any, name: str) -> None:
         if isinstance(value, (*_PLAIN, Tensor, np.ndarray)) or value is _NOTHING:
             return
-        if id(value) in self._visited or len(self._visited) >= _MOST:
+        if id(value) in self._visited or isinstance(value, pyro.infer.SVI):
             return
+        if len(self._visited) >= _MOST:
+            raise NotCaptured(f"the programs can read more than {_MOST:,} objects")
         self._visited[id(value)] = value
-        if any(value is clock for clock in _CLOCKS) or _is_of_time(value):
+        if (
+            any(value is clock for clock in _CLOCKS)
+            or _is_of_time(value)
+            or isinstance(value, random.SystemRandom)
+        ):
             self.clocks.append(name)
         elif isinstance(value, _GENERATORS):
             self.generators.append(value)
@@ -458,7 +529,8 @@ class Seen:
 
     def _of_module(self, module: types.ModuleType, name: str) -> None:
         if not is_library(module.__name__):
-            self._named(vars(module), f"{module.__name__}.", self._names)
+            self._sized[id(module)] = module.__name__, vars(module)
+            self._named(vars(module), f"{module.__name__}.", {*self._names, "__getattr__"})
 
     def _getter(self, getter: Any, name: str) -> None:
         """Adds the names that an `operator.attrgetter` or `methodcaller` holds."""
@@ -470,18 +542,33 @@ class Seen:
         for key, inner in proxy.items():
             self._visit(inner, f"{name}[{key!r}]")
 
+    def _view(self, view: Any, name: str) -> None:
+        self._shelf([Spot(None, None, name)], lambda: [list(view)])
+        for inner in list(view):
+            self._visit(inner, name)
+
+    def _member(self, member: enum.Enum, name: str) -> None:
+        self._shelf([Spot(None, None, f"{name}.value")], lambda: [member._value_])
+        self._visit(member._value_, f"{name}.value")
+        self._object(member, name)
+
     def _variable(self, variable: contextvars.ContextVar[Any], name: str) -> None:
         self._shelf([Spot(None, None, name)], lambda: [variable.get(_NOTHING)])
         self._visit(variable.get(None), name)
 
     def _container(self, value: Any, name: str) -> None:
+        if isinstance(value, (list, dict, deque)):
+            content = value.copy()
+            self._back.append(functools.partial(_refill, value, content))
+            if len(value) > _LONG:
+                self._long.append((name, value, content))
         if len(value) > _LONG:
             return
-        if isinstance(value, (list, dict, deque)):
-            self._back.append(functools.partial(_refill, value, value.copy()))
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         for key, inner in list(pairs):
             self._visit(inner, f"{name}[{key!r}]")
+            if isinstance(inner, str) and not _BY_STRING.isdisjoint(self._names):
+                self._names.add(inner)
         if type(value) not in _COLLECTIONS:  # a subclass
             self._object(value, name)
 
@@ -519,11 +606,21 @@ class Seen:
             self._visit(function.__wrapped__, name)
         if is_library(function.__module__):
             return
-        variables, others = _asked(function.__code__)
-        self._names |= others
+        asked = _asked(function.__code__)
+        self._names |= asked.others
+        self._coded[id(function)] = f"the code of {name}", function
+        self._sized[id(function)] = f"the attributes of {name}", vars(function)
         if vars(function):
             self._named(vars(function), f"{name}.", self._names)
-        self._named(function.__globals__, "", variables)
+        for module in asked.modules:
+            package = function.__globals__.get("__package__")
+            for path in (module, f"{package}.{module}"):
+                self._visit(sys.modules.get(path), path)
+        held = function.__globals__
+        self._named(held, "", asked.variables)
+        # a global may appear, also in place of a builtin
+        missing = [key for key in asked.variables if key not in held]
+        self._look_at([Spot(held, key, key) for key in missing], held, missing)
 
     def _named(self, holder: dict[str, Any], prefix: str, names: Collection[str]) -> None:
         """Looks at the variables of `holder` that have one of the names."""
@@ -549,6 +646,7 @@ class Seen:
         for base in kind.__mro__:
             if is_library(base.__module__):
                 continue
+            self._sized[id(base)] = f"the attributes of {base.__name__}", vars(base)
             held = {
                 key: value
                 for key, value in vars(base).items()
@@ -565,6 +663,8 @@ class Seen:
                     value = value.fget
                 elif isinstance(value, (staticmethod, classmethod)):
                     value = value.__func__
+                elif isinstance(value, functools.partialmethod):
+                    value = functools.partial(value.func, *value.args, **value.keywords)
                 self._visit(value, f"{base.__name__}.{key}")
 
     def _module(self, module: nn.Module, name: str) -> None:
@@ -597,11 +697,15 @@ class Seen:
         """Looks at an object's own attributes that code names, or that a library reads."""
         attributes = _attributes(value)
         of_library = _has_library_base(type(value))
+        if not of_library:
+            self._typed[id(value)] = f"the class of {name}", value
+            self._sized[id(value)] = f"the attributes of {name}", attributes
+        whole = of_library or not _OF_ALL.isdisjoint(self._names)
         keys = [
             key
             for key, inner in attributes.items()
             if key not in skipped
-            and (key in self._names or key == "forward" or of_library)
+            and (key in self._names or key == "forward" or whole)
             and not (of_library and (key.startswith("_cached") or not _is_simple(inner)))
         ]
         # the object may get an attribute of its own in place of one of its class
@@ -627,7 +731,13 @@ class Seen:
         attributes = _attributes(value)
         if "__wrapped__" in attributes:
             self._visit(attributes["__wrapped__"], name)
-        if attributes:
+        if isinstance(value, weakref.ref):
+            self._shelf([Spot(None, None, name)], lambda: [value()])
+            self._visit(value(), f"{name}()")
+        if hasattr(kind, "cache_info"):  # of `functools.lru_cache`
+            size = Spot(None, None, f"the cache of {name}")
+            self._shelf([size], lambda: [value.cache_info().currsize])
+        if attributes is not _NO_ATTRIBUTES:
             self._back.append(functools.partial(_refill, attributes, attributes.copy()))
             self._plain(value, name, fields)
         slots = [
@@ -642,7 +752,10 @@ class Seen:
 
 # methods that are called when an object or a class is made
 _MAKING = ("__new__", "__init__", "__post_init__", "__set_name__", "__init_subclass__")
-_METHODS = (types.FunctionType, property, staticmethod, classmethod)
+_METHODS = (
+    *(types.FunctionType, property, staticmethod, classmethod),
+    functools.partialmethod,
+)
 
 
 def _is_special(name: str) -> bool:
@@ -666,7 +779,10 @@ def _is_of_time(value: Any) -> bool:
 
 def _slots(kind: type) -> Sequence[str]:
     slots = vars(kind).get("__slots__", ())
-    return (slots,) if isinstance(slots, str) else tuple(slots)
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    own = f"_{kind.__name__.lstrip('_')}"  # Python puts it before a name such as `__scale`
+    private = [s.startswith("__") and not s.endswith("__") for s in names]
+    return [f"{own}{s}" if hidden else s for s, hidden in zip(names, private, strict=True)]
 
 
 def _is_simple(value: Any) -> bool:
@@ -687,6 +803,21 @@ def _memory(value: Any) -> bytes | None:
     except TypeError:
         return None
     return memory.tobytes() if memory.nbytes <= 8 * _MANY else None
+
+
+def may_vary(now: Any, then: Any) -> bool:
+    """Returns whether a graph with the input `then` is right for the number `now`.
+
+    Python raises an error where a number is divided by 0; a tensor does not.
+    """
+    return isinstance(now, FLOATS) and bool((now == 0) == (then == 0))
+
+
+def _holds_the_same(now: Any, then: Any) -> bool:
+    """Returns whether two containers hold the same objects."""
+    if isinstance(now, dict):
+        return list(now) == list(then) and all(map(operator.is_, now.values(), then.values()))
+    return len(now) == len(then) and all(map(operator.is_, now, then))
 
 
 def _content(cell: types.CellType) -> Any:
@@ -713,4 +844,6 @@ _VISITS: tuple[tuple[Any, Callable[[Seen, Any, str], None]], ...] = (
     (contextvars.ContextVar, Seen._variable),
     ((operator.attrgetter, operator.methodcaller), Seen._getter),
     (types.MappingProxyType, Seen._proxy),
+    ((KeysView, ValuesView, ItemsView), Seen._view),
+    (enum.Enum, Seen._member),
 )

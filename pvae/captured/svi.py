@@ -237,7 +237,10 @@ class SVI(Capturing, StockSVI):
             return None
         if self.captures >= self.max_graphs:
             return self._refuse(self._too_many(entries))
-        seen = self._look()
+        try:
+            seen = self._look()
+        except NotCaptured as error:
+            return self._refuse(str(error))
         start = self._moment([*signature.tensors, *seen.tensors])
         try:
             with keeping_random_state():

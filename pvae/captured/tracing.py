@@ -58,6 +58,12 @@ class _Outside(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.__hash__:  # Pyro's store finds parameters by their hash
             return func(*args)
+        if func is Tensor.__deepcopy__:  # torch's own would share the fake tensor's memory
+            t, memo = args
+            copy = memo.get(id(t))
+            if copy is None:
+                copy = memo[id(t)] = _leaf(self._stand_in(t).clone(), t)
+            return copy
         given = pytree.tree_leaves((args, kwargs))
         if self.in_backward and not any(id(t) in self.stand_ins for t in given):
             return func(*args, **kwargs)
@@ -105,6 +111,23 @@ def _without_looking() -> Iterator[None]:
         ):
             patches.enter_context(mock.patch.object(owner, name, value))
         patches.enter_context(pyro.validation_enabled(False))
+        yield
+
+
+@contextlib.contextmanager
+def unhashable(numbers: Sequence[Tensor]) -> Iterator[None]:
+    """Refuses these tensors, which stand for numbers, as keys inside the block.
+
+    A dictionary finds a number by its value, but a tensor by its identity.
+    """
+    ids, hash_of = set(map(id, numbers)), Tensor.__hash__
+
+    def hashed(t: Tensor) -> int:
+        if id(t) in ids:
+            raise NotCaptured("the programs look up a number in a dictionary or a set")
+        return hash_of(t)
+
+    with mock.patch.object(Tensor, "__hash__", hashed):
         yield
 
 
