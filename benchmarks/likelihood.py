@@ -295,7 +295,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("row", nargs="*", metavar="ROW", default=argparse.SUPPRESS, help=what)
     what = "epochs of each stage (default: the row's)"
     cli.option(parser, "--epochs", what, cli.NATURAL, metavar="N")
-    what = "a run whose finished stages of the same name are not trained again"
+    what = "a run whose first stages of the same names are not trained again"
     cli.option(parser, "--start-from", what, metavar="RUN")
     cli.option(parser, "--num-samples", "draws k for log p(x)", cli.NATURAL, 500, "K")
     cli.option(parser, "--checkpoint-minutes", "minutes between checkpoints", float, 5.0, "M")
@@ -332,7 +332,9 @@ def with_stages_of(source: Path, row: Row, study: Study) -> Study:
     before = run.read_config(source)["dataset"]
     study.dataset.require_same(before["name"], before["sha256"], source)
     for name in row.stages:
-        if (source / name).is_dir() and not (study.folder / name).exists():
+        if not (source / name).is_dir():
+            break  # a later stage of the same name starts from another pair
+        if not (study.folder / name).exists():
             shutil.copytree(source / name, study.folder / name)
     args = argparse.Namespace(**{**vars(study.args), "resume": str(study.folder)})
     return replace(study, args=args)

@@ -208,12 +208,16 @@ def test_stages_follow_one_another_and_are_taken_over(tmp_path, monkeypatch, cap
     )
     monkeypatch.setitem(likelihood.ROWS, "1", row)
 
-    def trained(folder, *more):
+    def start_of(folder, *more):
         args = likelihood.arguments(
             ["1", "--dataset", "digits", "--quiet", "--out", str(folder), *more]
         )
         args.engine = "eager"
-        study = start(args, "row", row.observe)
+        return start(args, "row", row.observe)
+
+    def trained(folder, *more):
+        study = start_of(folder, *more)
+        args = study.args
         if args.start_from:
             study = likelihood.with_stages_of(Path(args.start_from), row, study)
         vae, states = row.pair(study.dataset.mean_image), []
@@ -231,6 +235,10 @@ def test_stages_follow_one_another_and_are_taken_over(tmp_path, monkeypatch, cap
     assert all(torch.equal(t, guide[name]) for name, t in again[-1].items())
     metrics = [(tmp_path / run / "guide" / "metrics.csv").read_text() for run in "ab"]
     assert metrics[0] == metrics[1]  # also the column of time: no epoch ran again
+    (tmp_path / "a" / "flow").rename(tmp_path / "a" / "layer")
+    study = start_of(tmp_path / "d")
+    likelihood.with_stages_of(tmp_path / "a", row, study)
+    assert {p.name for p in study.folder.iterdir() if p.is_dir()} == {"pair"}
     with pytest.raises(SystemExit):
         trained(tmp_path / "c", "--start-from", str(tmp_path / "nowhere"))
     assert "--start-from" in capsys.readouterr().err
