@@ -24,6 +24,7 @@ import threading
 import time
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -58,6 +59,7 @@ from pyro.infer.reparam import LocScaleReparam
 from pyro.infer.trace_tail_adaptive_elbo import TraceTailAdaptive_ELBO
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from pvae import captured, temper
 from pvae.captured import as_traced
@@ -3282,6 +3284,271 @@ def a_net_by_torch_compile(svi_of):
     svi = svi_of(model, guide)
     for i in range(STEPS):
         yield svi.step(batch(i))
+
+
+# ---- what appears, or is replaced as a whole ----
+
+
+def changed(name):
+    """Returns a program whose prior has the scale `scale()`; `change()` runs before step 7.
+
+    By the comparisons alone the change would be found at step 10.
+    """
+
+    def run(svi_of):
+        scale, change = {name: both for name, *both in appearing()}[name]
+
+        def model(data):
+            observed(pyro.sample("z", dist.Normal(0.0, scale())), data)
+
+        svi = svi_of(model, guide)
+        for i in range(12):
+            if i == 7:
+                change()
+            yield svi.step(batch(i))
+
+    return run
+
+
+class Bare:
+    scale = torch.tensor(1.0)
+
+
+class Further(Bare):
+    def other(self):
+        return torch.tensor(3.0)
+
+
+def appearing():
+    """Yields a name, the scale and its change, each with objects of its own."""
+    three = torch.tensor(3.0)
+
+    held = types.SimpleNamespace()
+    yield (
+        "an_attribute_that_appears",
+        lambda: getattr(held, "wide", 1.0),
+        lambda: setattr(held, "wide", 3.0),
+    )
+    empty = Bare()
+    yield (
+        "an_attribute_of_an_object_without_any",
+        lambda: empty.scale,
+        lambda: setattr(empty, "scale", three),
+    )
+    kind = type("Sub", (Bare,), {})
+    yield (
+        "an_attribute_of_a_subclass_that_appears",
+        lambda: kind.scale,
+        lambda: setattr(kind, "scale", three),
+    )
+    net = nn.Linear(1, 1)
+    yield (
+        "an_attribute_of_a_module_that_appears",
+        lambda: 3.0 if hasattr(net, "wide") else 1.0,
+        lambda: setattr(net, "wide", True),
+    )
+
+    def marked():
+        return getattr(marked, "wide", 1.0)
+
+    yield (
+        "an_attribute_of_a_function_that_appears",
+        marked,
+        lambda: setattr(marked, "wide", 3.0),
+    )
+
+    globals().pop("appeared", None)
+
+    def global_or_not():
+        try:
+            return appeared
+        except NameError:
+            return 1.0
+
+    yield (
+        "a_global_that_appears",
+        global_or_not,
+        lambda: globals().__setitem__("appeared", 3.0),
+    )
+    other = Further()
+    other.__class__ = Further
+    yield (
+        "an_object_of_another_class",
+        lambda: other.other() if isinstance(other, Further) else torch.tensor(1.0),
+        lambda: setattr(other, "__class__", Bare),
+    )
+
+    def by_code():
+        return 1.0
+
+    yield (
+        "code_that_is_replaced",
+        by_code,
+        lambda: setattr(by_code, "__code__", (lambda: 3.0).__code__),
+    )
+    weights = types.SimpleNamespace(first=0.5, second=0.5)
+    yield (
+        "attributes_named_in_a_tuple",
+        lambda: sum(getattr(weights, name) for name in ("first", "second")),
+        lambda: setattr(weights, "second", 2.5),
+    )
+    listed, names = types.SimpleNamespace(first=0.5, second=0.5), ["first", "second"]
+    yield (
+        "attributes_named_in_a_list",
+        lambda: sum(getattr(listed, name) for name in names),
+        lambda: setattr(listed, "second", 2.5),
+    )
+    options = types.SimpleNamespace(first=0.5, second=0.5)
+    yield (
+        "all_attributes",
+        lambda: sum(vars(options).values()),
+        lambda: setattr(options, "second", 2.5),
+    )
+    settings = types.ModuleType("settings_of_a_test")
+    settings.scale = 1.0
+    sys.modules["settings_of_a_test"] = settings
+
+    def imported():
+        import settings_of_a_test
+
+        return settings_of_a_test.scale
+
+    yield "a_module_imported_inside", imported, lambda: setattr(settings, "scale", 3.0)
+
+    class Hidden:
+        __slots__ = ("__scale",)
+
+        def __init__(self):
+            self.__scale = 1.0
+
+        def widen(self):
+            self.__scale = 3.0
+
+        def get(self):
+            return self.__scale
+
+    hidden = Hidden()
+    yield "a_private_slot", hidden.get, hidden.widen
+    table = {"first": 1.0}
+    values = table.values()
+    yield "values_of_a_dictionary", lambda: sum(values), lambda: table.update(first=3.0)
+    target = Further()
+    behind = weakref.ref(target)
+    yield (
+        "an_object_behind_a_weak_reference",
+        lambda: behind().scale,
+        lambda: setattr(target, "scale", three),
+    )
+    source = [1.0]
+
+    @functools.lru_cache
+    def cached():
+        return source[0]
+
+    def forget():
+        source[0] = 3.0
+        cached.cache_clear()
+
+    yield "a_cache_that_is_cleared", cached, forget
+    zero = types.SimpleNamespace(scale=-0.0)
+    yield (
+        "a_zero_of_another_sign",
+        lambda: 2.0 + math.copysign(1.0, zero.scale),
+        lambda: setattr(zero, "scale", 0.0),
+    )
+
+
+for _name, *_ in appearing():
+    PROGRAMS[_name] = Program(changed(_name), True, "")
+
+
+@program()
+def a_float_that_is_zero_once(svi_of):
+    def model(data, weight):
+        try:
+            scale = 1 / weight
+        except ZeroDivisionError:
+            scale = 3.0
+        observed(pyro.sample("z", dist.Normal(0.0, scale)), data)
+
+    svi = svi_of(model, guide)
+    for i in range(16):
+        yield svi.step(batch(i), 0.0 if i == 11 else 1 + 0.1 * i)
+
+
+@program(captured=None, says="number")
+def a_float_as_a_key(svi_of):
+    def model(data, weight):
+        observed(pyro.sample("z", dist.Normal(0.0, {1.5: 3.0}.get(weight, 1.0))), data)
+
+    svi = svi_of(model, guide)
+    for i in range(12):
+        yield svi.step(batch(i), 1.5 if i == 7 else 1 + 0.01 * i)
+
+
+@program()
+def a_tensor_that_is_copied_inside(svi_of):
+    prior = {"loc": torch.zeros(()), "scale": torch.tensor(1.0)}
+
+    def model(data):
+        observed(pyro.sample("z", dist.Normal(**copy.deepcopy(prior))), data)
+
+    svi = svi_of(model, guide)
+    for i in range(12):
+        prior["scale"].fill_(1 + 0.1 * i)
+        yield svi.step(batch(i))
+
+
+@program(captured=False, says="the programs change `memory`")
+def a_long_list_that_is_written(svi_of):
+    memory = [torch.zeros(())] * 300
+
+    def model(data):
+        z = pyro.sample("z", dist.Normal(0.1 * memory[7], 1.0))
+        memory[7] = z.detach()
+        observed(z, data)
+
+    svi = svi_of(model, guide)
+    for i in range(STEPS):
+        yield svi.step(batch(i)), memory[7]
+
+
+@program(captured=False, says="the system's random numbers, by `dice`")
+def random_numbers_of_the_system(svi_of):
+    dice = random.SystemRandom()
+
+    def model(data):
+        observed(pyro.sample("z", dist.Normal(0.0, 1.0 + 0 * dice.random())), data)
+
+    svi = svi_of(model, guide)
+    for i in range(STEPS):
+        yield svi.step(batch(i))
+
+
+@program()
+def a_view_whose_values_are_negated_later(svi_of):
+    x = torch.complex(DATA, DATA)
+
+    svi = svi_of(model, guide)
+    for i in range(12):
+        yield svi.step(x.conj().imag if i > 6 else x.imag)
+
+
+@program(captured=False, says="inside a mode of torch")
+def inside_a_mode_of_torch(svi_of):
+    class Doubled(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            return 2 * result if func is torch.Tensor.exp else result
+
+    def model(data):
+        scale = torch.zeros(()).exp()
+        observed(pyro.sample("z", dist.Normal(0.0, scale)), data)
+
+    svi = svi_of(model, guide)
+    for i in range(12):
+        with Doubled() if i >= 7 else contextlib.nullcontext():
+            yield svi.step(batch(i))
 
 
 # ---- the table ----

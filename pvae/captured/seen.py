@@ -697,7 +697,7 @@ class Seen:
         """Looks at an object's own attributes that code names, or that a library reads."""
         attributes = _attributes(value)
         of_library = _has_library_base(type(value))
-        if not of_library:
+        if not of_library or isinstance(value, nn.Module):
             self._typed[id(value)] = f"the class of {name}", value
             self._sized[id(value)] = f"the attributes of {name}", attributes
         whole = of_library or not _OF_ALL.isdisjoint(self._names)
