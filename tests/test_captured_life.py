@@ -236,6 +236,20 @@ def test_a_function_is_held_against_itself(monkeypatch):
     assert torch.equal(last, 3 * DATA)
 
 
+def test_writing_through_the_data_of_a_gradient_is_found():
+    def noisy_steps():
+        for _ in range(4):
+            for _, p in pyro.get_param_store().named_parameters():
+                p.grad.data.add_(1.0)
+            svi.step(DATA)
+
+    svi = made(strict=False)
+    trained(svi, 4)
+    with pytest.warns(UserWarning, match="a gradient, to which other code wrote"):
+        noisy_steps()
+    assert svi.engine == "eager"
+
+
 # ---- what is refused ----
 
 

@@ -403,6 +403,8 @@ class SVI(Capturing, StockSVI):
 
         They may differ in half of their digits, and by `_ROUNDINGS` times the changes in `moved`.
         """
+        if any(self._is_zero(t) and t.grad is not None and t.grad.any() for t in graph.trained):
+            return "a gradient, to which other code wrote through its `.data`"
         outcomes = [outcome, *moved]
         tensors = [*graph.trained, *graph.others]
         tolerance = resolution(tensors)
