@@ -3551,6 +3551,29 @@ def inside_a_mode_of_torch(svi_of):
             yield svi.step(batch(i))
 
 
+def of_plate(make, is_captured):
+    def run(svi_of):
+        def model(data):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            for i in make():
+                pyro.sample(f"x{i}", dist.Normal(z, 1.0 + i), obs=data[i])
+
+        svi = svi_of(model, guide)
+        for i in range(STEPS):
+            yield svi.step(batch(i))
+
+    return Program(run, is_captured, "" if is_captured else "value of a tensor")
+
+
+_few = torch.tensor([1, 3])
+for _name, _make, _is_captured in (
+    ("a plate", lambda: pyro.plate("loop", 5), True),
+    ("a plate of 3 of 5", lambda: pyro.plate("loop", 5, subsample_size=3), False),
+    ("a plate of given indices", lambda: pyro.plate("loop", 5, subsample=_few), False),
+):
+    PROGRAMS[f"one after another in {_name}"] = of_plate(_make, _is_captured)
+
+
 # ---- the table ----
 
 

@@ -108,6 +108,8 @@ def _without_looking() -> Iterator[None]:
             (private.infer_util, "_fulldot", _without_zeros),
             (Distribution, "_validate_sample", lambda self, value: None),
             (Distribution, "__init__", _without_validation(Distribution.__init__)),
+            (private.Subsample, "sample", _marked(private.Subsample.sample)),
+            (private.IndepMessenger, "__iter__", _of_known(private.IndepMessenger.__iter__)),
         ):
             patches.enter_context(mock.patch.object(owner, name, value))
         patches.enter_context(pyro.validation_enabled(False))
@@ -151,6 +153,28 @@ def _without_validation(init: Callable[..., None]) -> Callable[..., None]:
         init(self, torch.Size(batch_shape), torch.Size(event_shape), False)
 
     return unvalidated
+
+
+def _marked(sample: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    """Returns the draw of a plate's indices, which marks those of a whole plate."""
+
+    def marked(self: Any, sample_shape: Any = ()) -> Tensor:
+        indices: Any = sample(self)
+        indices.are_all = self.subsample_size is None or self.subsample_size >= self.size
+        return indices
+
+    return marked
+
+
+def _of_known(iterate: Callable[[Any], Iterator[Any]]) -> Callable[[Any], Iterator[Any]]:
+    """Returns the iteration over a plate, by numbers where all indices of the plate are meant."""
+
+    def known(self: Any) -> Iterator[Any]:
+        if self._indices is None or getattr(self._indices, "are_all", False):
+            self._indices = list(range(self.size))
+        yield from iterate(self)
+
+    return known
 
 
 def _without_zeros(prob: Tensor, cost: Tensor) -> Tensor:
