@@ -16,7 +16,7 @@ from pvae.captured.compiling import Compiler, NotCaptured
 from pvae.captured.moment import Moment, keeping_random_state, other_random_state, position, strided
 from pvae.captured.private import pytree
 from pvae.captured.reasons import in_words
-from pvae.captured.seen import FLOATS, Seen, Spot, is_value, layout, may_vary
+from pvae.captured.seen import FLOATS, Seen, Spot, is_library, is_value, layout, may_vary, same
 from pvae.captured.tracing import parameters, unhashable, without_onednn
 
 _SIGNATURES = 100  # that are kept; after so many, a call with a new one runs eager
@@ -40,6 +40,16 @@ class Signature(NamedTuple):
         """Returns `(args, kwargs)`, with `tensors[i]` in place of leaf `i`."""
         leaves = [tensors.get(i, leaf) for i, leaf in enumerate(self.leaves)]
         return pytree.tree_unflatten(leaves, self.structure)  # new lists and dictionaries
+
+    def kinds(self) -> list[type]:
+        """Returns the classes of arguments and handlers that are not a library's."""
+        found = [*map(type, self.leaves), *map(type, private.runtime._PYRO_STACK)]
+        inside = [self.structure]
+        while inside:
+            part = inside.pop()
+            inside += private.children(part)
+            found += [kind for kind in (part.type, part.context) if isinstance(kind, type)]
+        return [kind for kind in dict.fromkeys(found) if not is_library(kind.__module__)]
 
     def is_of(self, args: Any, kwargs: Any) -> bool:
         """Returns whether the arguments hold the same objects as before the call."""
@@ -70,6 +80,8 @@ def signature_of(args: Any, kwargs: Any) -> Signature:
                 raise NotCaptured(f"{where} is a tensor that requires a gradient")
             if value.is_nested:
                 raise NotCaptured(f"{where} is a nested tensor")
+            if vars(value):
+                raise NotCaptured(f"{where} is a tensor with attributes: {', '.join(vars(value))}")
             tensors.append(value)
             key.append((layout(value), first.setdefault(id(value), len(first))))
         elif is_value(value):
@@ -84,6 +96,8 @@ def signature_of(args: Any, kwargs: Any) -> Signature:
         raise NotCaptured("the call is inside a mode of torch that changes what its functions do")
     if torch.is_inference_mode_enabled():
         raise NotCaptured("the call is in torch.inference_mode, where nothing is traced")
+    if torch.is_anomaly_enabled():
+        raise NotCaptured("torch.autograd.set_detect_anomaly is on, which looks at every gradient")
     floats = [(i, float(leaf)) for i, leaf in enumerate(leaves) if isinstance(leaf, FLOATS)]
     key.append(tuple((i, type(leaves[i])) for i, _ in floats))
     for leaf in leaves:
@@ -91,7 +105,7 @@ def signature_of(args: Any, kwargs: Any) -> Signature:
             add(leaf, "an argument")
     numbers = []
     for handler in private.runtime._PYRO_STACK:
-        key.append(str(type(handler)))
+        key.append(type(handler))
         for name, value in vars(handler).items():
             where = f"{name} of the handler {type(handler).__name__} around the step"
             if type(value) is float:
@@ -168,7 +182,7 @@ class Entry:
             self.seen.holds()
             and places(self.seen, signature) == self.among
             and all(
-                (may_vary(now, then) if i in self.free else now == then)
+                (may_vary(now, then) if i in self.free else same(now, then))
                 for (i, now), (_, then) in zip(signature.floats, self.floats, strict=True)
             )
         )
@@ -193,7 +207,7 @@ class Capturing:
 
     - `_eager` runs a call without a graph.
     - `_reference` runs a call without a graph, but only the programs; `_finish` does the rest of
-      this call (for SVI, the optimizer's part).
+      this call (for SVI, the optimizer's part). `_repeats` returns whether two runs agree.
     - `_make` makes a graph; `_try` runs it, and `_accept` does the rest of this call.
     - `_difference` names a result in which graph and programs differ. It also gets the outcomes of
       the programs with parameters that were moved by their last digits.
@@ -230,6 +244,7 @@ class Capturing:
         """Forgets all graphs, and all that is known of the programs."""
         self._entries: dict[Hashable, list[Entry]] = {}
         self._signatures = 0
+        self._kinds: dict[type, None] = {}  # of arguments and of handlers around a call
         # places of numbers that could not be made inputs of a graph, and why not
         self._frozen: list[tuple[Spot, str]] = []
         self._frozen_floats: set[int] = set()  # the same, for indices of arguments
@@ -250,6 +265,9 @@ class Capturing:
         raise NotImplementedError
 
     def _finish(self, outcome: Any) -> Any:
+        raise NotImplementedError
+
+    def _repeats(self, again: Any, outcome: Any) -> bool:
         raise NotImplementedError
 
     def _make(self, inputs: list[Tensor], args: Any, kwargs: Any) -> Any:
@@ -320,12 +338,13 @@ class Capturing:
         entry.runs += 1
 
     def _entry(self, signature: Signature) -> Entry:
+        self._kinds.update(dict.fromkeys(signature.kinds()))
         seen = self._look()
         seen.forget()
         return Entry(seen, places(seen, signature), signature.floats)
 
     def _look(self) -> Seen:
-        return Seen(vars(self), self._programs, list(self._modules))
+        return Seen(vars(self), self._programs, [*self._modules, *self._kinds])
 
     def _let_vary(self, entry: Entry, others: list[Entry]) -> None:
         """If only numbers differ from another entry, makes them inputs of the graph of `entry`."""
@@ -481,9 +500,19 @@ class Capturing:
                     seen.put_back()
                 graph.bind_to(seen)
                 start.put_back()
+                known = set(map(id, start.tensors))
+                unseen = Moment(strided(t for t in graph.tensors if id(t) not in known))
                 by_graph = self._try(graph, inputs)
-            difference = self._unlike(start, graph, by_graph, outcome, args, kwargs)
-            difference = difference or Moment(end.tensors).difference(end)
+            try:
+                if (written := unseen.changed()) is not None:
+                    return (
+                        f"the programs write to a tensor {tuple(written.shape)} in a place that "
+                        "is not looked up"
+                    )
+                difference = self._unlike(start, graph, by_graph, outcome, args, kwargs)
+                difference = difference or Moment(end.tensors).difference(end)
+            finally:
+                unseen.put_back()
         except Exception as error:  # tracer and compiler may raise anything
             return in_words(error)
         if difference:
@@ -527,6 +556,8 @@ class Capturing:
     ) -> str | None:
         """Names a result in which graph and programs differ by more than rounding explains.
 
+        Programs that give another result at the same noise are refused: they count or draw.
+
         To measure rounding, the programs run again without oneDNN's kernels, with each parameter
         moved by its last digits. A small sum of large terms is mostly rounding error: oneDNN's
         gradient of a bias may be off by a percent. And a ReLU has a kink: two roundings of one
@@ -539,6 +570,11 @@ class Capturing:
         moved: list[Any] = []
         signs = torch.Generator().manual_seed(0)
         try:
+            start.put_back()
+            with pyro.validation_enabled(False):
+                again = self._reference(leaves, args, kwargs)
+            if not self._repeats(again, outcome):
+                return f"{difference}, and a second run at the same noise gives other results too"
             while difference and leaves and len(moved) < _TRIES:
                 start.put_back()
                 for t in leaves:

@@ -107,6 +107,9 @@ class Function(Capturing):
     def _finish(self, outcome: Any) -> Any:
         return outcome
 
+    def _repeats(self, again: Any, outcome: Any) -> bool:
+        return _same(pytree.tree_leaves(again), pytree.tree_leaves(outcome))
+
     def _try(self, graph: _Graph, inputs: list[Tensor]) -> Any:
         return graph(inputs)
 
@@ -121,7 +124,7 @@ class Function(Capturing):
         return None if same else "a result"
 
     def _make(self, inputs: list[Tensor], args: Any, kwargs: Any) -> _Graph:
-        results, found = touched(lambda: self.function(*args, **kwargs))
+        results, found, _ = touched(lambda: self.function(*args, **kwargs))
         leaves, structure = pytree.tree_flatten(results)
         others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
         if others:

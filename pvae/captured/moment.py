@@ -30,6 +30,11 @@ class Moment:
         if self._random[1:]:
             torch.cuda.set_rng_state_all(self._random[1:])
 
+    def changed(self) -> Tensor | None:
+        """Returns the first tensor whose values are others now; None if there is none."""
+        pairs = zip(self.tensors, self._values, strict=True)
+        return next((t for t, value in pairs if not _close(t.detach(), value)), None)
+
     def difference(self, other: "Moment") -> str | None:
         """Names a difference from `other`, or returns None; half of the digits may differ."""
         for t, ours, theirs in zip(self.tensors, self._values, other._values, strict=True):

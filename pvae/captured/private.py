@@ -119,6 +119,12 @@ Subsample = _door("pyro.poutine.subsample_messenger._Subsample")
 # ---- functions that use them ----
 
 
+def children(structure: Any) -> list[Any]:
+    """Returns the parts of a structure of `pytree`."""
+    is_new = hasattr(structure, "children")  # torch 2.8 has only the other name
+    return structure.children() if is_new else structure.children_specs
+
+
 def global_hooks() -> list[Any]:
     """Returns the hooks that torch calls for all modules."""
     return [hook for hooks in _OF_ALL_MODULES for hook in hooks.values()]

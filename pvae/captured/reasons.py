@@ -23,7 +23,7 @@ def in_words(error: Exception) -> str:
     if "FakeTensor(" in str(error):  # a tensor without data as text
         return "the programs put the value of a tensor into the name of a site or parameter"
     if isinstance(error, NotCaptured):
-        return str(error)
+        return str(error).partition("\n")[0]  # Pyro adds lines about its sites
     if _is_of_jit(error):
         return (
             "the programs run code of torch.jit, which cannot be traced: take the ELBO without Jit"

@@ -107,8 +107,9 @@ class Spot(NamedTuple):
 
 def layout(t: Tensor) -> tuple[Hashable, ...]:
     """Returns what two tensors must share for one to take the place of the other."""
+    stride = t.stride() if t.layout is torch.strided else t.layout
     bits = t.is_neg(), t.is_conj()  # of a view whose values are still to be negated or conjugated
-    return t.shape, t.stride(), t.dtype, t.device, t.requires_grad, *bits
+    return t.shape, stride, t.dtype, t.device, t.requires_grad, type(t), *bits
 
 
 def _is_input(t: Any) -> bool:
@@ -125,13 +126,14 @@ def is_value(value: Any) -> bool:
     )
 
 
-def _same(now: Any, then: Any) -> bool:
+def same(now: Any, then: Any) -> bool:
+    """Returns whether a graph that was made with `then` is right for `now`."""
     if now is then:
         return True
     if type(now) is not type(then):
         return False
     if isinstance(now, tuple) and is_value(now) and is_value(then):
-        return len(now) == len(then) and all(map(_same, now, then))
+        return len(now) == len(then) and all(map(same, now, then))
     if isinstance(now, float) and now == then == 0:
         return str(now) == str(then)  # 0.0 is not -0.0
     if is_value(now) and is_value(then):
@@ -389,7 +391,7 @@ class Seen:
     def _may_hold(self, i: int, now: Sequence[Any]) -> bool:
         then = self._shelves[i].then
         return len(now) == len(then) and all(
-            _same(a, b) or ((i, leaf) in self.varying and may_vary(a, b))
+            same(a, b) or ((i, leaf) in self.varying and may_vary(a, b))
             for leaf, (a, b) in enumerate(zip(now, then, strict=True))
         )
 
@@ -420,7 +422,7 @@ class Seen:
                 found.append(shelf.spots[0].name if shelf.spots else "a hook of all modules")
                 continue
             for value, then, spot in zip(now, shelf.then, shelf.spots, strict=True):
-                if value is not then and (isinstance(value, Tensor) or not _same(value, then)):
+                if value is not then and (isinstance(value, Tensor) or not same(value, then)):
                     found.append(spot.name)
         return found + [name for name, now, then in self._long if not _holds_the_same(now, then)]
 
@@ -428,7 +430,7 @@ class Seen:
         """Yields `(shelf, leaf)` of each value that differs from that in `other`."""
         for i, (ours, theirs) in enumerate(zip(self._shelves, other._shelves, strict=False)):
             for leaf, (a, b) in enumerate(zip(ours.then, theirs.then, strict=False)):
-                if not _same(a, b):
+                if not same(a, b):
                     yield i, leaf
 
     def vary_from(self, other: "Seen") -> list[tuple[int, int]] | None:

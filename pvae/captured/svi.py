@@ -49,7 +49,7 @@ class _Outcome(NamedTuple):
 
     losses: Any
     trained: set[Tensor]  # the parameters
-    gradients: dict[Tensor, Tensor | None]  # of the parameters and other leaves
+    gradients: dict[Tensor, Tensor | None]  # the new `grad` of those leaves where it changed
 
 
 @dataclasses.dataclass
@@ -65,14 +65,20 @@ class _Graph:
     layouts: list[Hashable]  # of parameters and rest
     losses: int  # how many of the results are losses (an ELBO may have several)
     is_tuple: bool
-    others: list[Tensor]  # those of the rest that get a gradient but are not trained
     with_gradient: list[int]  # indices, in parameters and others, of those with a gradient
+    stored: list[str | None]  # names of the rest in Pyro's store
+    reads_gradients: bool  # so it is right only if there are none from before
     trained: list[Tensor] = dataclasses.field(default_factory=list)  # the parameters now
     places: list[int | None] = dataclasses.field(default_factory=list)  # of rest, in `Seen`
 
     @property
     def tensors(self) -> list[Tensor]:
         return [*self.trained, *self.rest]
+
+    @property
+    def others(self) -> list[Tensor]:
+        """Those of the rest that get a gradient but are not trained."""
+        return [t for t in self.rest if t.requires_grad]
 
     def bind_to(self, seen: Seen) -> None:
         """Notes the place of each tensor of the rest in `seen`, from which `bind` takes it."""
@@ -96,10 +102,15 @@ class _Graph:
                 return False
             trained.append(tensor)
         self.trained = trained
-        self.rest = [
-            t if place is None else seen.tensors[place]
-            for t, place in zip(self.rest, self.places, strict=True)
-        ]
+        for i, (place, name) in enumerate(zip(self.places, self.stored, strict=True)):
+            if place is not None:
+                self.rest[i] = seen.tensors[place]
+            elif name is not None:
+                self.rest[i] = known.get(name, self.rest[i])
+        if self.reads_gradients and any(
+            t.grad is not None and t.grad.any() for t in (*trained, *self.others)
+        ):
+            return False
         return [layout(t) for t in self.tensors] == self.layouts and not any(
             map(private.has_hooks, self.others)
         )
@@ -366,14 +377,21 @@ class SVI(Capturing, StockSVI):
     # ---- capturing ----
 
     def _reference(self, leaves: list[Tensor], args: Any, kwargs: Any) -> _Outcome:
-        """Runs stock SVI's step up to the optimizer's part. Leaves no gradient on a tensor."""
+        """Runs stock SVI's step up to the optimizer's part. Puts the gradients back afterwards."""
         before = {t: t.grad for t in leaves}
-        for t in leaves:
-            t.grad = None
+        copies = {id(g): g.clone() for g in before.values() if g is not None}
+        versions = {id(g): g._version for g in copies.values()}
+        for t, gradient in before.items():
+            t.grad = None if gradient is None else copies[id(gradient)]
         try:
             loss, sites = self._loss_and_sites(args, kwargs)
             trained = {site["value"].unconstrained() for site in sites.values()}
-            gradients = {t: t.grad for t in {*leaves, *trained}}
+            gradients = {
+                t: t.grad
+                for t in {*leaves, *trained}
+                if t.grad is not copies.get(id(before.get(t)))
+                or (t.grad is not None and t.grad._version != versions[id(t.grad)])
+            }
             for t in trained:
                 t.grad = None
         finally:
@@ -382,9 +400,17 @@ class SVI(Capturing, StockSVI):
         losses = tuple(map(torch_item, loss)) if isinstance(loss, tuple) else torch_item(loss)
         return _Outcome(losses, trained, gradients)
 
+    def _repeats(self, again: _Outcome, outcome: _Outcome) -> bool:
+        tolerance = resolution(list(outcome.trained))
+        losses = [torch.tensor(o.losses, dtype=torch.float64) for o in (again, outcome)]
+        return torch.allclose(*losses, rtol=tolerance, atol=tolerance, equal_nan=True)
+
     def _finish(self, outcome: _Outcome) -> Any:
         for t, gradient in outcome.gradients.items():
-            _add_gradient(t, gradient)
+            if t.grad is None or gradient is None:
+                t.grad = gradient
+            else:
+                t.grad.copy_(gradient)
         self.optim(outcome.trained)
         self._leave_zeros(outcome.trained)
         return outcome.losses
@@ -409,20 +435,21 @@ class SVI(Capturing, StockSVI):
         tensors = [*graph.trained, *graph.others]
         tolerance = resolution(tensors)
         losses = [o.losses if graph.is_tuple else (o.losses,) for o in outcomes]
-        for ours, theirs, *others in zip(by_graph.losses, *losses, strict=True):
-            loss = ours.item()
+        for by_us, theirs, *others in zip(by_graph.losses, *losses, strict=True):
+            loss = by_us.item()
             slack = tolerance * max(abs(theirs), 1.0) + _largest(abs(v - theirs) for v in others)
             if not (abs(loss - theirs) <= slack or _as_odd(loss, theirs)):
                 return "the loss"
         if set(graph.trained) != outcome.trained:
             return "the set of parameters"
-        gradients = [[o.gradients.get(t) for o in outcomes] for t in tensors]
+        gradients = [[o.gradients.get(t, t.grad) for o in outcomes] for t in tensors]
         total = sum(h.norm().item() ** 2 for h, *_ in gradients if h is not None) ** 0.5
         known = set(tensors)
         if any(g is not None and t not in known for t, g in outcome.gradients.items()):
             return "the set of tensors that get a gradient"
         names = [*graph.names, *("a tensor outside of Pyro's store" for _ in graph.others)]
-        for name, g, (h, *near) in zip(names, by_graph.gradients, gradients, strict=True):
+        ours = map(_total, tensors, by_graph.gradients)
+        for name, g, (h, *near) in zip(names, ours, gradients, strict=True):
             if g is None and h is None:
                 continue
             if g is None or h is None:
@@ -441,7 +468,7 @@ class SVI(Capturing, StockSVI):
     def _make(self, inputs: list[Tensor], args: Any, kwargs: Any) -> _Graph:
         """Traces and compiles loss and gradients, for these arguments."""
         # the programs run once to see which tensors they touch ...
-        (loss, sites), found = touched(lambda: self._loss_and_sites(args, kwargs))
+        (loss, sites), found, reads = touched(lambda: self._loss_and_sites(args, kwargs))
         by_name: dict[str, Tensor] = {}
         for name, site in sites.items():
             parameter = site["value"].unconstrained()
@@ -449,6 +476,12 @@ class SVI(Capturing, StockSVI):
             if not any(parameter is other for other in by_name.values()):
                 by_name[name] = parameter
         trained = list(by_name.values())
+        names = {id(t): name for name, t in parameters().items()}
+        missing = [name for name, t in by_name.items() if id(t) not in names]
+        if missing:
+            raise NotCaptured(
+                f"the parameter {missing[0]!r} is not in Pyro's store: module_local_params is on"
+            )
         known = {id(t) for t in (*inputs, *trained)}
         rest = [t for t in found if id(t) not in known]
         others = [t for t in rest if t.requires_grad]
@@ -478,8 +511,9 @@ class SVI(Capturing, StockSVI):
             layouts=[layout(t) for t in (*trained, *rest)],
             losses=len(loss) if isinstance(loss, tuple) else 1,
             is_tuple=isinstance(loss, tuple),
-            others=others,
             with_gradient=with_gradient,
+            stored=[names.get(id(t)) for t in rest],
+            reads_gradients=reads,
         )
 
 
@@ -503,8 +537,17 @@ def _loss(graph: _Graph, losses: list[Tensor]) -> Any:
 
 
 def _add_gradient(t: Tensor, gradient: Tensor | None) -> None:
-    if gradient is not None:
-        t.grad = gradient if t.grad is None else t.grad + gradient
+    if gradient is None:
+        return
+    if t.grad is None:
+        t.grad = gradient
+    else:  # in place, as torch does: two tensors may share a gradient
+        t.grad.add_(gradient)
+
+
+def _total(t: Tensor, gradient: Tensor | None) -> Tensor | None:
+    """Returns the gradient of `t` after `gradient` is added."""
+    return gradient if t.grad is None else t.grad if gradient is None else t.grad + gradient
 
 
 def _largest(moves: Iterable[float]) -> float:

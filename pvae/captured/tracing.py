@@ -40,6 +40,7 @@ class _Outside(TorchFunctionMode):
         self.found: list[Tensor] = []  # keeps tensors alive, and so their ids unique
         self.error: Exception | None = None  # of tracing; the programs may have caught it
         self.in_backward = False  # there torch also uses tensors of its own
+        self.reads_gradients = False  # of tensors from outside
 
     def _stand_in(self, t: Tensor) -> Tensor:
         # torch makes a fake tensor around a meta tensor
@@ -47,10 +48,23 @@ class _Outside(TorchFunctionMode):
             return t
         if private.functorch.is_batchedtensor(t):
             return private.batched(t, self._stand_in)
+        if t.layout is not torch.strided or t.is_quantized:
+            kind = "quantized" if t.is_quantized else t.layout
+            self._refuse(f"the programs use a tensor that is not dense ({kind})")
         if id(t) not in self.stand_ins:
             self.stand_ins[id(t)] = self.make(t)
             self.found.append(t)
         return self.stand_ins[id(t)]
+
+    def _read_gradient(self, stand_in: Tensor) -> None:
+        """Notes that a gradient is read; refuses one that an earlier call may have left."""
+        self.reads_gradients = True
+        if stand_in.grad is None:
+            self._refuse("the programs read a gradient before they compute it")
+
+    def _refuse(self, reason: str) -> None:
+        self.error = NotCaptured(reason)
+        raise self.error
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -70,6 +84,10 @@ class _Outside(TorchFunctionMode):
         args, kwargs = pytree.tree_map_only(
             Tensor, self._stand_in, (args, kwargs), is_leaf=lambda v: isinstance(v, torch.Size)
         )
+        if func == Tensor.grad.__get__ and args[0] is not given[0]:
+            self._read_gradient(args[0])
+        if func in _AS_TEXT:
+            self._refuse("the programs put the value of a tensor into a text")
         if func is Tensor.item:  # a number that the program reads stays in the graph
             return args[0].detach()
         if func is Tensor.all and private.asks_for_dice():
@@ -95,6 +113,9 @@ class _Outside(TorchFunctionMode):
                 if isinstance(t, Tensor) and self.stand_ins.get(id(t)) is result:
                     return t
         return result
+
+
+_AS_TEXT = (Tensor.__repr__, Tensor.__format__)
 
 
 @contextlib.contextmanager
@@ -239,8 +260,11 @@ def _keeping_store() -> Iterator[None]:
         raise NotCaptured(f"the programs make a new parameter at this step: {new[0]!r}")
 
 
-def touched(function: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
-    """Runs `function` on fake tensors; returns its result, and the outside tensors it touches."""
+def touched(function: Callable[[], Any]) -> tuple[Any, list[Tensor], bool]:
+    """Runs `function` on fake tensors.
+
+    Returns its result, the outside tensors that it touches, and whether it reads a gradient.
+    """
     with (
         _without_looking(),
         _keeping_store(),
@@ -250,7 +274,7 @@ def touched(function: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
         result = function()
         if outside.error is not None:
             raise outside.error
-        return result, outside.found
+        return result, outside.found, outside.reads_gradients
 
 
 def compiled(
