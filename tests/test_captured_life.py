@@ -170,7 +170,7 @@ HIDDEN = 1.0
 
 
 def hidden(data):
-    z = pyro.sample("z", dist.Normal(0.0, globals()["HID" + "DEN"]))
+    z = pyro.sample("z", dist.Normal(0.0, globals()["".join(["HID", "DEN"])]))
     with pyro.plate("data", len(data)):
         pyro.sample("x", dist.Normal(z, 1.0), obs=data)
 
@@ -222,7 +222,7 @@ def test_when_a_call_is_held_against_the_programs():
 
 
 def test_a_function_is_held_against_itself(monkeypatch):
-    ours = captured.Function(lambda x: x * globals()["HID" + "DEN"], compiler=as_traced)
+    ours = captured.Function(lambda x: x * globals()["".join(["HID", "DEN"])], compiler=as_traced)
     for _ in range(2 + 5):
         ours(DATA)
     assert ours.engine == "captured"

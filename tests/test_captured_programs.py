@@ -1483,7 +1483,7 @@ HIDDEN_A = 1.0
 @program(captured=False, says="calls by this graph may be wrong")
 def a_name_that_is_put_together(svi_of):
     def model(data):
-        scale = globals()["HIDDEN" + "_" + "A"]
+        scale = globals()["_".join(["HIDDEN", "A"])]
         observed(pyro.sample("z", dist.Normal(0.0, 1.0)), data, scale)
 
     global HIDDEN_A
@@ -2223,7 +2223,7 @@ def what_is_kept_only_while_tracing(svi_of):
 def a_gradient_that_is_zero_and_then_none(svi_of):
     def model(data):
         shift = pyro.param("shift", torch.tensor(0.5))
-        used = globals()["HIDDEN" + "_" + "A"] == 1.0
+        used = globals()["_".join(["HIDDEN", "A"])] == 1.0
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         observed(z + 0.0 * shift if used else z, data)
 
@@ -3073,7 +3073,7 @@ def nothing_to_train(svi_of):
         yield svi.step(batch(i))
 
 
-@program(captured=False, says="put the value of a tensor into the name of a site")
+@program(captured=False, says="put the value of a tensor into a text")
 def names_of_a_subsample(svi_of):
     def model(data):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -3572,6 +3572,442 @@ for _name, _make, _is_captured in (
     ("a plate of given indices", lambda: pyro.plate("loop", 5, subsample=_few), False),
 ):
     PROGRAMS[f"one after another in {_name}"] = of_plate(_make, _is_captured)
+
+
+# ---- gradients that programs read ----
+
+
+def clipped(model, guide, data):
+    loss = Trace_ELBO().loss_and_grads(model, guide, data)
+    parameters = [p for _, p in pyro.get_param_store().named_parameters()]
+    torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+    return loss
+
+
+@program()
+def gradients_clipped_inside_with_older_ones(svi_of):
+    svi = svi_of(model, guide)
+    svi.loss_and_grads = clipped
+    for i in range(12):
+        if i == 6:  # the clipped gradient is the sum of this one and the step's
+            (3.0 * pyro.param("loc")).backward()
+        yield svi.step(batch(i))
+
+
+@program(captured=False, says="read a gradient before they compute it")
+def a_guide_that_reads_a_gradient(svi_of):
+    def guide(data):
+        loc = pyro.param("loc", torch.tensor(0.3))
+        pyro.sample("z", dist.Normal(loc, 1.0 if loc.grad is None else 2.0))
+
+    svi = svi_of(model, guide)
+    for i in range(STEPS):
+        yield svi.step(batch(i))
+
+
+@program(captured=False, says="read a gradient before they compute it")
+def an_optimizer_inside_of_the_programs(svi_of):
+    w = torch.zeros(5, requires_grad=True)
+    inner = torch.optim.SGD([w], 0.1, momentum=0.9)
+
+    def loss_and_grads(model, guide, data):
+        inner.zero_grad()
+        ((w - data) ** 2).sum().backward()
+        inner.step()
+        inner.zero_grad()
+        return Trace_ELBO().loss_and_grads(model, guide, data)
+
+    svi = svi_of(model, guide)
+    svi.loss_and_grads = loss_and_grads
+    for i in range(STEPS):
+        yield svi.step(batch(i)), w
+
+
+@program()
+def one_gradient_of_two_parameters(svi_of):
+    def guide(data):
+        a, b = (pyro.param(name, torch.tensor(0.3)) for name in "ab")
+        pyro.sample("z", dist.Normal(a + 2 * b, 1.0))
+
+    svi = svi_of(model, guide)
+    for i in range(12):
+        if i == 6:  # torch adds to it in place, once for each of the two
+            pyro.param("a").grad = pyro.param("b").grad = torch.ones(())
+        yield svi.step(batch(i))
+
+
+# ---- state that is written, or drawn from, out of sight ----
+
+
+@program(captured=False, says="write to a tensor .3,. in a place that is not looked up")
+def a_tensor_that_is_written_out_of_sight(svi_of):
+    held = [torch.zeros(3) for _ in range(300)]
+
+    def model(data):
+        held[7].add_(data.mean())
+        observed(pyro.sample("z", dist.Normal(0.0, 1.0)) + held[7].sum(), data)
+
+    svi = svi_of(model, guide)
+    for i in range(STEPS):
+        yield svi.step(batch(i)), held[7]
+
+
+@program(captured=False, says="Python or NumPy, or of a generator")
+def a_draw_by_a_bound_method(svi_of):
+    draw = random.Random(0).random
+
+    def model(data):
+        observed(pyro.sample("z", dist.Normal(0.0, 1.0)), data, 1.0 + draw())
+
+    svi = svi_of(model, guide)
+    for i in range(STEPS):
+        yield svi.step(batch(i))
+
+
+class Hidden:  # a class of NumPy by its name: it is not looked into
+    __module__ = "numpy"
+
+    def __init__(self):
+        self.count = 0.0
+
+    def __call__(self):
+        self.count += 0.3
+        return 1.0 + self.count
+
+
+def test_a_difference_that_a_second_run_has_too_is_not_rounding():
+    """The programs count out of sight, so that no run at the same noise repeats another."""
+    counted = Hidden()
+
+    def model(data):
+        observed(pyro.sample("z", dist.Normal(0.0, 1.0)), data, counted())
+
+    svi = captured_svi(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+    svi.step(batch(0))
+    with pytest.warns(UserWarning, match="a second run at the same noise gives other results"):
+        svi.step(batch(1))
+
+
+def of_bound(make, change, is_captured=True, says=""):
+    """A program that calls the method of a builtin object, which changes at step 6."""
+
+    def run(svi_of):
+        held, method = make()
+
+        def model(data):
+            observed(pyro.sample("z", dist.Normal(0.0, 1.0)), data, method())
+
+        svi = svi_of(model, guide)
+        for i in range(12):
+            if i == 6:
+                change(held)
+            yield svi.step(batch(i)), len(held)
+
+    return Program(run, is_captured, says)
+
+
+def _bound(held, name, *arguments):
+    return held, partial(getattr(held, name), *arguments)
+
+
+PROGRAMS["a value by the bound method of a dictionary"] = of_bound(
+    lambda: _bound({"s": 1.0}, "get", "s"), lambda held: held.update(s=2.0)
+)
+PROGRAMS["a value that a bound method takes out"] = of_bound(
+    lambda: _bound([1.0 + 0.1 * i for i in range(40)], "pop"),
+    lambda held: None,
+    is_captured=False,
+    says="change `.*` at every call",
+)
+
+
+# ---- places that are easily overlooked ----
+
+
+class WithPriors(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.spread = 1.0
+        self.w = PyroSample(lambda self: dist.Normal(0.0, self.spread))
+
+    def forward(self, data):
+        observed(self.w, data)
+
+
+class WithDecoratedPrior(PyroModule):
+    spread = 1.0
+
+    @PyroSample
+    def w(self):
+        return dist.Normal(0.0, self.spread)
+
+    def forward(self, data):
+        observed(self.w, data)
+
+
+def guide_of_w(data):
+    pyro.sample("w", dist.Normal(pyro.param("loc", torch.tensor(0.3)), 1.0))
+
+
+def of_priors(make, change):
+    def run(svi_of):
+        model = make()
+        svi = svi_of(model, guide_of_w)
+        for i in range(12):
+            if i == 6:
+                change(model)
+            yield svi.step(batch(i))
+
+    return Program(run, True, "")
+
+
+for _name, _make, _change in (
+    ("an attribute", WithPriors, lambda model: setattr(model, "spread", 3.0)),
+    ("another prior", WithPriors, lambda m: setattr(m, "w", PyroSample(dist.Normal(0.0, 3.0)))),
+    ("a decorated prior", WithDecoratedPrior, lambda model: setattr(model, "spread", 3.0)),
+):
+    PROGRAMS[f"a PyroModule whose prior depends on {_name}"] = of_priors(_make, _change)
+
+
+@program()
+def a_handler_of_ones_own_around_the_step(svi_of):
+    class Weigh(poutine.messenger.Messenger):
+        beta = 1.0
+
+        def _pyro_sample(self, msg):
+            msg["scale"] = msg["scale"] * Weigh.beta
+
+    svi = svi_of(model, guide)
+    for i in range(12):
+        Weigh.beta = 1.0 if i < 6 else 3.0
+        with Weigh():
+            yield svi.step(batch(i))
+
+
+@program()
+def a_step_inside_a_block(svi_of):
+    svi = svi_of(model, guide)
+    for i in range(STEPS):
+        with poutine.block():  # as `svi.run` has it
+            yield svi.step(batch(i))
+
+
+class Given(NamedTuple):
+    data: torch.Tensor
+
+    def scale(self):
+        return NUMBER
+
+
+@program()
+def a_global_that_a_method_of_the_argument_reads(svi_of):
+    global NUMBER
+
+    def model(given):
+        observed(pyro.sample("z", dist.Normal(0.0, 1.0)), given.data, given.scale())
+
+    svi = svi_of(model, guide)
+    for i in range(12):
+        NUMBER = 1.0 if i < 6 else 3.0
+        yield svi.step(Given(batch(i)))
+    NUMBER = 1.0
+
+
+@program(captured=False, says="an argument is a tensor with attributes: scale")
+def an_argument_with_an_attribute(svi_of):
+    def model(data):
+        observed(pyro.sample("z", dist.Normal(0.0, 1.0)), data, data.scale)
+
+    svi = svi_of(model, guide)
+    for i in range(12):
+        data = batch(i)
+        data.scale = 1.0 if i < 6 else 3.0
+        yield svi.step(data)
+
+
+@program()
+def a_parameter_under_a_block_that_is_replaced(svi_of):
+    def model(data):
+        with poutine.block():
+            w = pyro.param("w", torch.tensor(1.0))
+        observed(pyro.sample("z", dist.Normal(0.0, 1.0)) * w, data)
+
+    svi = svi_of(model, guide)
+    for i in range(12):
+        if i == 6:
+            pyro.get_param_store()["w"] = torch.tensor(3.0)
+        yield svi.step(batch(i))
+
+
+def of_module(change):
+    """A program around a module, which is changed at step 6."""
+
+    def run(svi_of):
+        torch.manual_seed(1)
+        net = nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)})
+
+        def model(data):
+            h = net["a"](data[:, None]) - 2 * net["b"](data[:, None])
+            observed(pyro.sample("z", dist.Normal(0.0, 1.0)) + h.squeeze(-1), data)
+
+        svi = svi_of(model, guide)
+        for i in range(12):
+            if i == 6:
+                change(net)
+            yield svi.step(batch(i))
+
+    return Program(run, True, "")
+
+
+def _exchange(net):
+    a, b = net.pop("a"), net.pop("b")
+    net["b"], net["a"] = a, b
+
+
+for _name, _change in (
+    ("its layers exchanged", _exchange),
+    ("its state set", lambda net: net["a"].__setstate__(nn.Linear(1, 1).__dict__)),
+):
+    PROGRAMS[f"a module with {_name}"] = of_module(_change)
+
+
+def _of_keyword(*, s=1.0):
+    return s
+
+
+def _with_empty_cell():
+    def read():
+        try:
+            return s
+        except NameError:
+            return 1.0
+
+    def fill():
+        nonlocal s
+        s = 3.0
+
+    if False:
+        s = 0.0
+    return read, fill
+
+
+def of_function(make):
+    """A program that calls a function, which changes at step 6."""
+
+    def run(svi_of):
+        scale, change = make()
+
+        def model(data):
+            observed(pyro.sample("z", dist.Normal(0.0, 1.0)), data, scale())
+
+        svi = svi_of(model, guide)
+        for i in range(12):
+            if i == 6:
+                change()
+            yield svi.step(batch(i))
+        _of_keyword.__kwdefaults__ = {"s": 1.0}
+        NAMED.clear()
+
+    return Program(run, True, "")
+
+
+NAMED: dict = {}
+_by_partial = partial(lambda s=1.0: s)
+for _name, _make in (
+    (
+        "other keyword defaults",
+        lambda: (_of_keyword, lambda: setattr(_of_keyword, "__kwdefaults__", {"s": 3.0})),
+    ),
+    ("a cell that was empty", _with_empty_cell),
+    (
+        "a global that it names by a string",
+        lambda: (lambda: globals()["NAMED"].get("s", 1.0), lambda: NAMED.update(s=3.0)),
+    ),
+    (
+        "the name and globals of a library's",
+        lambda: (
+            functools.wraps(nn.Linear.forward)(lambda: NAMED.get("s", 1.0)),
+            lambda: NAMED.update(s=3.0),
+        ),
+    ),
+):
+    PROGRAMS[f"a function with {_name}"] = of_function(_make)
+
+
+# ---- what torch does to gradients and memory ----
+
+
+@program(captured=False, says="set_detect_anomaly is on")
+def anomaly_detection_at_later_steps(svi_of):
+    svi = svi_of(model, guide)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Anomaly Detection")
+        for i in range(12):
+            with torch.autograd.set_detect_anomaly(True) if i > 6 else contextlib.nullcontext():
+                yield svi.step(batch(i))
+
+
+@program(captured=False, says="a tensor that is not dense .torch.sparse_csr.")
+def a_sparse_tensor_of_rows(svi_of):
+    def model(rows):
+        data = rows.to_dense().sum(0)
+        observed(pyro.sample("z", dist.Normal(0.0, 1.0)), data)
+
+    svi = svi_of(model, guide)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR")
+        for i in range(STEPS):
+            yield svi.step(batch(i).diag().to_sparse_csr())
+
+
+@program(captured=False, says="ask where the memory of a tensor is")
+def a_window_that_asks_for_its_offset(svi_of):
+    whole = torch.linspace(-1, 2, 40)
+
+    def model(data):
+        observed(pyro.sample("z", dist.Normal(0.0, 1.0)), data, 1.0 + data.storage_offset())
+
+    svi = svi_of(model, guide)
+    for i in range(12):
+        yield svi.step(whole[i : i + 5])
+
+
+@program(captured=False, says="is not in Pyro's store: module_local_params is on")
+def parameters_of_modules_alone(svi_of):
+    with pyro.settings.context(module_local_params=True):
+        svi = svi_of(model, AutoNormal(model))
+        for i in range(STEPS):
+            yield svi.step(batch(i))
+
+
+def of_correlations(guide_of):
+    def run(svi_of):
+        def model(data):
+            factor = pyro.sample("factor", dist.LKJCholesky(3, 2.0))
+            with pyro.plate("data", len(data)):
+                given = dist.MultivariateNormal(torch.zeros(3), scale_tril=factor)
+                pyro.sample("x", given, obs=data[:, None] * torch.ones(3))
+
+        svi = svi_of(model, guide_of(model))
+        for i in range(STEPS):
+            yield svi.step(batch(i))
+
+    return Program(run, True, "")
+
+
+for _guide_of in (AutoNormal, AutoDelta, AutoMultivariateNormal):
+    PROGRAMS[f"a correlation matrix and {_guide_of.__name__}"] = of_correlations(_guide_of)
+
+
+@program()
+def a_mask_made_of_numbers(svi_of):
+    def model(data):
+        kept = (torch.arange(5) % 2 == 0) & ~(torch.arange(5) >= 4)
+        observed(pyro.sample("z", dist.Normal(0.0, 1.0)), data[kept])
+
+    svi = svi_of(model, guide)
+    for i in range(STEPS):
+        yield svi.step(batch(i))
 
 
 # ---- the table ----

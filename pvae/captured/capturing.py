@@ -1,11 +1,13 @@
 """Captures calls as graphs, finds the graph of a later call, and compares it with the programs."""
 
 import contextlib
+import enum
+import functools
 import operator
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pyro
 import torch
@@ -84,8 +86,12 @@ def signature_of(args: Any, kwargs: Any) -> Signature:
                 raise NotCaptured(f"{where} is a tensor with attributes: {', '.join(vars(value))}")
             tensors.append(value)
             key.append((layout(value), first.setdefault(id(value), len(first))))
-        elif is_value(value):
+        elif is_value(value) and (isinstance(value, enum.Enum) or not hasattr(value, "__dict__")):
             key.append((type(value), value))
+        elif isinstance(value, functools.partial) and is_library(value.func.__module__):
+            key.append(value.func)  # Pyro's `block` has one
+            for inner in pytree.tree_leaves((value.args, value.keywords)):
+                add(inner, where)
         else:
             raise NotCaptured(
                 f"{where} is of type {type(value).__name__}; only tensors, numbers and strings "
@@ -105,7 +111,7 @@ def signature_of(args: Any, kwargs: Any) -> Signature:
             add(leaf, "an argument")
     numbers = []
     for handler in private.runtime._PYRO_STACK:
-        key.append(type(handler))
+        key.append(cast(Hashable, type(handler)))
         for name, value in vars(handler).items():
             where = f"{name} of the handler {type(handler).__name__} around the step"
             if type(value) is float:

@@ -52,6 +52,8 @@ FakeTensor = _door("torch._subclasses.fake_tensor.FakeTensor")
 FakeTensorMode = _door("torch._subclasses.fake_tensor.FakeTensorMode")
 # traces a function to a graph of torch's operators
 make_fx = _door("torch.fx.experimental.proxy_tensor.make_fx")
+# turns tracing off inside a block
+without_modes = _door("torch.utils._python_dispatch._disable_current_modes")
 # turns autocast off on every device: a graph has the casts of autocast itself
 DisableAutocast = _door("torch._C._DisableAutocast")
 # `_is_compiling_flag` is the result of `torch.compiler.is_compiling`
@@ -109,6 +111,8 @@ _door("torch.distributions.Distribution._validate_sample")
 # the modes of torch that are on, which change what its functions do
 _function_modes = _door("torch.overrides._get_current_function_mode_stack")
 _dispatch_modes = _door("torch._C._len_torch_dispatch_stack")
+# what `saved_tensors_hooks` and `save_on_cpu` set
+_saved_hooks = _door("torch._C._autograd._top_saved_tensors_default_hooks")
 # the mode of `torch.set_default_device`
 _DeviceContext = _door("torch.utils._device.DeviceContext")
 
@@ -131,9 +135,9 @@ def global_hooks() -> list[Any]:
 
 
 def has_mode() -> bool:
-    """Returns whether a mode of torch is on, other than that of the default device."""
+    """Returns whether a mode of torch is on other than that of the default device, or a hook."""
     others = [m for m in _function_modes() if not isinstance(m, _DeviceContext)]
-    return bool(others) or _dispatch_modes() > 0
+    return bool(others) or _dispatch_modes() > 0 or _saved_hooks(True) is not None
 
 
 def has_hooks(t: Any) -> bool:

@@ -21,6 +21,7 @@ import dis
 import enum
 import fractions
 import functools
+import importlib.util
 import operator
 import pathlib
 import random
@@ -46,8 +47,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyro
 import torch
-from pyro.nn import PyroModule
+from pyro.infer.reparam.reparam import Reparam
+from pyro.nn import PyroModule, PyroSample
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.reparam_messenger import ReparamHandler
 from torch import Tensor, nn
 
 from pvae.captured import private
@@ -57,7 +60,12 @@ _LONG = 256  # elements; of a longer container only identity and length are comp
 _MANY = 1024  # numbers of a NumPy array that are compared
 _MOST = 20_000  # objects that are visited
 _PYTEST = ("pytest", "_pytest", "pluggy")  # pytest makes an `assert` in a test name these
-_LIBRARIES = frozenset({"torch", "torchvision", "pyro", "numpy", "opt_einsum", *_PYTEST})
+_LIBRARIES = frozenset(
+    {
+        *("torch", "torchvision", "pyro", "numpy", "opt_einsum", "scipy", "sklearn", "pandas"),
+        *("matplotlib", "tqdm", "PIL", "tensorboard", "wandb", "lightning", *_PYTEST),
+    }
+)
 _STDLIB = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib"))
 # functions that read attributes by strings, and what reads all attributes of an object
 _BY_STRING = frozenset({"getattr", "hasattr"})
@@ -72,6 +80,10 @@ _OF_PYRO = (
     torch.distributions.Transform,
     Messenger,
     pyro.infer.ELBO,
+    Reparam,
+    torch.utils.data.Dataset,
+    torch.optim.Optimizer,
+    torch.optim.lr_scheduler.LRScheduler,
 )
 _GENERATORS = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)
 _CONTAINERS = (list, tuple, dict, deque)
@@ -134,7 +146,7 @@ def same(now: Any, then: Any) -> bool:
         return False
     if isinstance(now, tuple) and is_value(now) and is_value(then):
         return len(now) == len(then) and all(map(same, now, then))
-    if isinstance(now, float) and now == then == 0:
+    if isinstance(now, (*FLOATS, range)) and now == then:
         return str(now) == str(then)  # 0.0 is not -0.0
     if is_value(now) and is_value(then):
         return bool(now == then) or bool(now != now and then != then)
@@ -213,14 +225,20 @@ def _places(spots: Sequence[Spot], values: Sequence[Any]) -> list[Spot]:
 
 
 class _Shelf:
-    """A group of values that are read together: the leaves then and now, with their spots."""
+    """A group of values that are read together: the leaves then and now, with their spots.
 
-    def __init__(self, spots: Sequence[Spot], read: Callable[[], Sequence[Any]]) -> None:
+    Args:
+        closed: containers are compared by identity, and not by what they hold.
+    """
+
+    def __init__(
+        self, spots: Sequence[Spot], read: Callable[[], Sequence[Any]], *, closed: bool = False
+    ) -> None:
         self._read = read
         values = read()
-        self.deep = any(map(_is_deep, values))
-        self.then = _flat(values, [])
-        self.spots = _places(spots, values)
+        self.deep = not closed and any(map(_is_deep, values))
+        self.then = _flat(values, []) if self.deep else list(values)
+        self.spots = _places(spots, values) if self.deep else list(spots)
 
     def now(self) -> Sequence[Any]:
         values = self._read()
@@ -263,20 +281,24 @@ class _Asked(NamedTuple):
 
     variables: frozenset[str]  # globals
     others: frozenset[str]  # attributes, and strings, which may be names of attributes
-    modules: frozenset[str]  # imported while the code runs
+    modules: frozenset[tuple[str, Any]]  # imported while the code runs: name with dots, and items
 
 
 @functools.lru_cache(maxsize=10_000)
 def _asked(code: types.CodeType) -> _Asked:
     variables: set[str] = set()
     others: set[str] = set()
-    modules: set[str] = set()
+    modules: set[tuple[str, Any]] = set()
     for inner in _codes(code):
+        constants: list[Any] = [0, None]  # an import names its level and its items before it
         for instruction in dis.get_instructions(inner):
             if instruction.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "LOAD_NAME"):
                 variables.add(instruction.argval)
             elif instruction.opname == "IMPORT_NAME":
-                modules.add(instruction.argval)
+                level, items = constants[-2:]
+                modules.add(("." * level + instruction.argval, items))
+            elif instruction.opname.startswith(("LOAD_CONST", "LOAD_SMALL_INT")):
+                constants.append(instruction.argval)
         others.update(inner.co_names)
         others.update(_strings(inner.co_consts))
     # `vars` and the like decide how attributes are looked at
@@ -287,7 +309,7 @@ def _asked(code: types.CodeType) -> _Asked:
 def _strings(constants: Collection[Any]) -> Iterator[str]:
     for constant in constants:
         if isinstance(constant, str):
-            yield constant
+            yield from (constant, *constant.split("."))
         elif isinstance(constant, (tuple, frozenset)):
             yield from _strings(constant)
 
@@ -323,14 +345,14 @@ class Seen:
     Args:
         holder: a dictionary of variables.
         names: the keys of the programs in `holder`.
-        modules: further modules, such as those that the programs called.
+        others: further objects, such as modules that the programs called, and classes of arguments.
 
     Raises:
         NotCaptured: the programs can read more than 20,000 objects.
     """
 
     def __init__(
-        self, holder: dict[str, Any], names: Sequence[str], modules: Sequence[nn.Module] = ()
+        self, holder: dict[str, Any], names: Sequence[str], others: Sequence[Any] = ()
     ) -> None:
         self._names: set[str] = set()  # names in code, of attributes or others
         known = -1
@@ -342,19 +364,25 @@ class Seen:
             self.generators: list[Any] = []  # of random numbers
             self.clocks: list[str] = []  # names of what tells the time, or draws from the system
             self._typed: dict[int, tuple[str, Any]] = {}  # objects whose class is compared
+            self._modules: dict[int, tuple[str, Any]] = {}  # whose dictionaries are compared
             self._sized: dict[int, tuple[str, Any]] = {}  # namespaces whose size is compared
             self._coded: dict[int, tuple[str, Any]] = {}  # functions whose code is compared
             self._long: list[tuple[str, Any, Any]] = []  # long containers with copies
             self._visited: dict[Any, Any] = {}  # keeps objects alive, and so their ids unique
             self._back: list[Callable[[], None]] = []  # each restores one object
             self._named(holder, "", names)
-            for module in modules:
-                self._visit(module, type(module).__name__)
+            for other in others:
+                kind = other if isinstance(other, type) else type(other)
+                self._visit(other, kind.__name__)
         pairs = [(holder, key) for _, holder, key in self._simple]
         self._shelf([spot for spot, _, _ in self._simple], _at(pairs))
         self._facts(self._typed, type)
+        self._facts(self._typed, _attributes, closed=True)
+        for part in _TENSORS:
+            self._facts(self._modules, operator.attrgetter(part), closed=True)
         self._facts(self._sized, len)
-        self._facts(self._coded, operator.attrgetter("__code__"))
+        for part in ("__code__", "__defaults__", "__kwdefaults__"):
+            self._facts(self._coded, operator.attrgetter(part))
         hooks = [Spot(None, None, "a hook of all modules")] * len(private.global_hooks())
         self._shelves.append(_Shelf(hooks, private.global_hooks))
         self._visited.clear()
@@ -481,12 +509,14 @@ class Seen:
         if spots:
             self._shelves.append(_Shelf(spots, read))
 
-    def _facts(self, of: dict[int, tuple[str, Any]], fact: Callable[[Any], Any]) -> None:
+    def _facts(
+        self, of: dict[int, tuple[str, Any]], fact: Callable[[Any], Any], *, closed: bool = False
+    ) -> None:
         """Puts one fact of each of the objects on a shelf."""
         objects = [value for _, value in of.values()]
-        self._shelf(
-            [Spot(None, None, name) for name, _ in of.values()], lambda: [*map(fact, objects)]
-        )
+        spots = [Spot(None, None, name) for name, _ in of.values()]
+        if spots:
+            self._shelves.append(_Shelf(spots, lambda: [*map(fact, objects)], closed=closed))
 
     def _look_at(
         self, spots: Sequence[Spot], holder: Mapping[str, Any], keys: Sequence[str]
@@ -499,10 +529,18 @@ class Seen:
                 self._simple.append((spot, holder, key))
 
     def _visit(self, value: Any, name: str) -> None:
-        if isinstance(value, (*_PLAIN, Tensor, np.ndarray)) or value is _NOTHING:
+        if value is _NOTHING or (isinstance(value, (*_PLAIN, np.ndarray)) and _is_exact(value)):
             return
-        if id(value) in self._visited or isinstance(value, pyro.infer.SVI):
+        if isinstance(value, Tensor):
+            held = vars(value)
+            self._named(held, f"{name}.", self._names.intersection(held))
             return
+        if id(value) in self._visited:
+            return
+        if isinstance(value, pyro.infer.SVI):  # only what the user gave it
+            held = vars(value)
+            names = self._names.intersection(held).difference(held.get("_own", held))
+            return self._named(held, f"{name}.", names)
         if len(self._visited) >= _MOST:
             raise NotCaptured(f"the programs can read more than {_MOST:,} objects")
         self._visited[id(value)] = value
@@ -528,6 +566,17 @@ class Seen:
         if _is_record(method.__self__):
             self._shelf([Spot(None, None, name)], lambda: [method.__self__])
         self._visit(method.__self__, name)
+
+    def _of_builtin(self, method: Any, name: str) -> None:
+        """Looks at the object of a bound method, such as `batches.pop`."""
+        held = method.__self__
+        if not isinstance(held, (types.ModuleType, type, type(None))):
+            self._shelf([Spot(None, None, f"the object of {name}")], lambda: [held])
+            self._visit(held, f"the object of {name}")
+
+    def _handled(self, program: ReparamHandler[Any, Any], name: str) -> None:
+        self._visit(program.msngr, name)
+        self._visit(program.fn, name)
 
     def _of_module(self, module: types.ModuleType, name: str) -> None:
         if not is_library(module.__name__):
@@ -568,10 +617,11 @@ class Seen:
             return
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         for key, inner in list(pairs):
+            self._visit(key, f"a key of {name}")
             self._visit(inner, f"{name}[{key!r}]")
             if isinstance(inner, str) and not _BY_STRING.isdisjoint(self._names):
                 self._names.add(inner)
-        if type(value) not in _COLLECTIONS:  # a subclass
+        if type(value) not in (*_COLLECTIONS, frozenset):  # a subclass
             self._object(value, name)
 
     def _partial(self, value: Any, name: str) -> None:
@@ -580,8 +630,8 @@ class Seen:
             self._shelf([Spot(None, None, f"an argument of {name}")], lambda: [value.args])
         for inner in (*value.args, value.keywords):
             self._visit(inner, name)
-        if value.keywords:
-            self._named(value.keywords, f"{name}, ", list(value.keywords))
+        self._sized[id(value.keywords)] = f"the arguments of {name}", value.keywords
+        self._named(value.keywords, f"{name}, ", list(value.keywords))
 
     def _function(self, function: types.FunctionType, name: str) -> None:
         cells = [
@@ -590,23 +640,19 @@ class Seen:
                 function.__code__.co_freevars, function.__closure__ or (), strict=True
             )
         ]
-        cells = [(spot, cell) for spot, cell in cells if _content(cell) is not _NOTHING]
         if cells:
             inside = [cell for _, cell in cells]
             self._shelf([spot for spot, _ in cells], lambda: list(map(_content, inside)))
             for spot, cell in cells:
-                content = cell.cell_contents
+                content = _content(cell)
                 self._back.append(functools.partial(_keep_cell, cell, content))
                 self._visit(content, spot.name)
-        if function.__defaults__:
-            spots = [Spot(function, "__defaults__", f"the defaults of {name}")]
-            self._shelf(spots, lambda: [function.__defaults__])
         self._visit(function.__defaults__, name)
         if function.__kwdefaults__:
             self._named(function.__kwdefaults__, f"{name}, ", list(function.__kwdefaults__))
         if hasattr(function, "__wrapped__"):
             self._visit(function.__wrapped__, name)
-        if is_library(function.__module__):
+        if is_library(function.__globals__.get("__name__")):  # `wraps` copies `__module__`
             return
         asked = _asked(function.__code__)
         self._names |= asked.others
@@ -614,15 +660,30 @@ class Seen:
         self._sized[id(function)] = f"the attributes of {name}", vars(function)
         if vars(function):
             self._named(vars(function), f"{name}.", self._names)
-        for module in asked.modules:
-            package = function.__globals__.get("__package__")
-            for path in (module, f"{package}.{module}"):
-                self._visit(sys.modules.get(path), path)
         held = function.__globals__
-        self._named(held, "", asked.variables)
+        for module, items in asked.modules:
+            self._imported(module, items, held.get("__package__") or "")
+        # `globals()["scale"]` or `sys.modules[__name__].scale`
+        if "globals" in asked.variables or "modules" in asked.others:
+            self._named(held, "", asked.variables | asked.others)
+        else:
+            self._named(held, "", asked.variables)
         # a global may appear, also in place of a builtin
         missing = [key for key in asked.variables if key not in held]
         self._look_at([Spot(held, key, key) for key in missing], held, missing)
+
+    def _imported(self, module: str, items: Sequence[str] | None, package: str) -> None:
+        """Looks at a module that code imports, and at the modules among the imported items."""
+        try:
+            path = importlib.util.resolve_name(module, package)
+        except ImportError:
+            return
+        paths = [path, *(f"{path}.{item}" for item in items or ())]
+        known = [path for path in paths if path in sys.modules and not is_library(path)]
+        self._look_at([Spot(None, None, path) for path in known], sys.modules, known)
+        self._names.update(items or ())
+        for path in known:
+            self._visit(sys.modules[path], path)
 
     def _named(self, holder: dict[str, Any], prefix: str, names: Collection[str]) -> None:
         """Looks at the variables of `holder` that have one of the names."""
@@ -663,6 +724,10 @@ class Seen:
             for key, value in held.items():
                 if isinstance(value, property):
                     value = value.fget
+                elif isinstance(value, functools.cached_property):
+                    value = value.func
+                elif isinstance(value, functools.singledispatchmethod):
+                    value = value.dispatcher
                 elif isinstance(value, (staticmethod, classmethod)):
                     value = value.__func__
                 elif isinstance(value, functools.partialmethod):
@@ -671,6 +736,7 @@ class Seen:
 
     def _module(self, module: nn.Module, name: str) -> None:
         attributes = vars(module)
+        self._modules[id(module)] = name, module
         held = [attributes[part] for part in (*_TENSORS, *_HOOKS)]
 
         def read() -> Sequence[Any]:
@@ -678,19 +744,26 @@ class Seen:
             for part in held:
                 if part:
                     found += part.values()
+                    found += part
             return found
 
         spots = [Spot(attributes, "training", f"{name}.training")]
-        spots += [Spot(part, key, f"{name}.{key}") for part in held for key in part]
+        for part in held:
+            of_part = [Spot(part, key, f"{name}.{key}") for key in part]
+            spots += 2 * of_part  # for values and keys
         self._shelf(spots, read)
         self._back.append(functools.partial(_refill, attributes, attributes.copy()))
         for part in held:
             self._back.append(functools.partial(_refill, part, part.copy()))
         self._class(type(module), made=False)
         self._plain(module, name, _OF_MODULES)
+        if isinstance(module, PyroModule):
+            self._named(attributes, f"{name}.", ("_pyro_samples", "_pyro_params"))
+        if isinstance(module, torch.jit.ScriptModule):
+            raise NotCaptured("the programs run code of torch.jit, which cannot be traced")
         for part in held:
             for key, value in list(part.items()):
-                if isinstance(value, nn.Module):
+                if isinstance(value, (nn.Module, Tensor)):
                     self._visit(value, f"{name}.{key}")
                 elif callable(value):
                     self._visit(value, f"a hook of {name}")
@@ -756,7 +829,7 @@ class Seen:
 _MAKING = ("__new__", "__init__", "__post_init__", "__set_name__", "__init_subclass__")
 _METHODS = (
     *(types.FunctionType, property, staticmethod, classmethod),
-    functools.partialmethod,
+    *(functools.partialmethod, functools.cached_property, functools.singledispatchmethod),
 )
 
 
@@ -773,6 +846,11 @@ def _has_library_base(kind: type) -> bool:
 
 def _is_of(kind: type, *libraries: str) -> bool:
     return kind.__module__.partition(".")[0] in libraries
+
+
+def _is_exact(value: Any) -> bool:
+    """Returns whether the class of a plain value is no class of the user's."""
+    return is_library(type(value).__module__)
 
 
 def _is_of_time(value: Any) -> bool:
@@ -794,8 +872,9 @@ def _is_simple(value: Any) -> bool:
         return len(value) <= _LONG and all(map(_is_simple, inner))
     if isinstance(value, Tensor):
         return value.grad_fn is None  # else the object computed it, as weight_norm does
-    given = (types.FunctionType, types.MethodType, functools.partial, nn.Module, *_OF_PYRO[:2])
-    return isinstance(value, (*_PLAIN, set, np.ndarray, *given))
+    given = (types.FunctionType, types.MethodType, functools.partial, nn.Module, weakref.ref)
+    kinds = (torch.distributions.Distribution, torch.distributions.Transform, Reparam)
+    return isinstance(value, (*_PLAIN, set, np.ndarray, *given, *kinds))
 
 
 def _memory(value: Any) -> bytes | None:
@@ -830,19 +909,22 @@ def _content(cell: types.CellType) -> Any:
 
 
 def _keep_cell(cell: types.CellType, content: Any) -> None:
-    if _content(cell) is not content:
+    if content is not _NOTHING and _content(cell) is not content:
         cell.cell_contents = content
 
 
 # how a value is looked at, by its kind; the first kind that fits is taken
 _VISITS: tuple[tuple[Any, Callable[[Seen, Any, str], None]], ...] = (
-    (_COLLECTIONS, Seen._container),
+    ((*_COLLECTIONS, frozenset), Seen._container),
     (types.FunctionType, Seen._function),
     (types.MethodType, Seen._method),
+    ((types.BuiltinMethodType, types.MethodWrapperType), Seen._of_builtin),
     (functools.partial, Seen._partial),
+    (ReparamHandler, Seen._handled),
     (types.ModuleType, Seen._of_module),
     (type, Seen._class),
     (nn.Module, Seen._module),
+    (PyroSample, lambda seen, value, name: seen._visit(value.prior, name)),
     (contextvars.ContextVar, Seen._variable),
     ((operator.attrgetter, operator.methodcaller), Seen._getter),
     (types.MappingProxyType, Seen._proxy),

@@ -12,7 +12,7 @@ torch's own kernels in the same order, so a seed gives the same noise as with st
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -102,11 +102,11 @@ class _Graph:
                 return False
             trained.append(tensor)
         self.trained = trained
-        for i, (place, name) in enumerate(zip(self.places, self.stored, strict=True)):
+        for i, (place, stored) in enumerate(zip(self.places, self.stored, strict=True)):
             if place is not None:
                 self.rest[i] = seen.tensors[place]
-            elif name is not None:
-                self.rest[i] = known.get(name, self.rest[i])
+            elif stored is not None:
+                self.rest[i] = known.get(stored, self.rest[i])
         if self.reads_gradients and any(
             t.grad is not None and t.grad.any() for t in (*trained, *self.others)
         ):
@@ -208,6 +208,7 @@ class SVI(Capturing, StockSVI):
         )
         self.record = record
         self.recordings = 0  # how often a step was recorded
+        self._own = frozenset(vars(self))  # attributes that are not the user's
 
     def _begin(self) -> None:
         super()._begin()
@@ -403,7 +404,7 @@ class SVI(Capturing, StockSVI):
     def _repeats(self, again: _Outcome, outcome: _Outcome) -> bool:
         tolerance = resolution(list(outcome.trained))
         losses = [torch.tensor(o.losses, dtype=torch.float64) for o in (again, outcome)]
-        return torch.allclose(*losses, rtol=tolerance, atol=tolerance, equal_nan=True)
+        return torch.allclose(losses[0], losses[1], rtol=tolerance, atol=tolerance, equal_nan=True)
 
     def _finish(self, outcome: _Outcome) -> Any:
         for t, gradient in outcome.gradients.items():
@@ -448,9 +449,12 @@ class SVI(Capturing, StockSVI):
         if any(g is not None and t not in known for t, g in outcome.gradients.items()):
             return "the set of tensors that get a gradient"
         names = [*graph.names, *("a tensor outside of Pyro's store" for _ in graph.others)]
-        ours = map(_total, tensors, by_graph.gradients)
-        for name, g, (h, *near) in zip(names, ours, gradients, strict=True):
-            if g is None and h is None:
+        ours = _totals(tensors, by_graph.gradients)
+        got = [g is not None for g in by_graph.gradients]
+        for t, name, by_us, g, (h, *near) in zip(tensors, names, got, ours, gradients, strict=True):
+            if by_us != (t in outcome.gradients):  # none is not the same as zeros
+                return f"the gradient of `{name}`"
+            if not by_us:
                 continue
             if g is None or h is None:
                 return f"the gradient of `{name}`"
@@ -545,9 +549,16 @@ def _add_gradient(t: Tensor, gradient: Tensor | None) -> None:
         t.grad.add_(gradient)
 
 
-def _total(t: Tensor, gradient: Tensor | None) -> Tensor | None:
-    """Returns the gradient of `t` after `gradient` is added."""
-    return gradient if t.grad is None else t.grad if gradient is None else t.grad + gradient
+def _totals(tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Returns what the `grad` of each tensor is after its gradient is added."""
+    totals = {id(t.grad): t.grad.clone() for t in tensors if t.grad is not None}
+    for t, gradient in zip(tensors, gradients, strict=True):
+        if t.grad is not None and gradient is not None:
+            totals[id(t.grad)] += gradient  # which may be that of another tensor too
+    return [
+        gradient if t.grad is None else totals[id(t.grad)]
+        for t, gradient in zip(tensors, gradients, strict=True)
+    ]
 
 
 def _largest(moves: Iterable[float]) -> float:

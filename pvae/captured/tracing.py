@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from pvae.captured import private, provenance
 from pvae.captured.compiling import Compiler, NotCaptured, Run
+from pvae.captured.known import Known
 from pvae.captured.private import pytree
 from pvae.captured.reasons import is_of_tracing
 
@@ -41,6 +42,7 @@ class _Outside(TorchFunctionMode):
         self.error: Exception | None = None  # of tracing; the programs may have caught it
         self.in_backward = False  # there torch also uses tensors of its own
         self.reads_gradients = False  # of tensors from outside
+        self.known = Known()
 
     def _stand_in(self, t: Tensor) -> Tensor:
         # torch makes a fake tensor around a meta tensor
@@ -84,10 +86,12 @@ class _Outside(TorchFunctionMode):
         args, kwargs = pytree.tree_map_only(
             Tensor, self._stand_in, (args, kwargs), is_leaf=lambda v: isinstance(v, torch.Size)
         )
-        if func == Tensor.grad.__get__ and args[0] is not given[0]:
+        if func == _GRADIENT and args[0] is not given[0]:
             self._read_gradient(args[0])
         if func in _AS_TEXT:
             self._refuse("the programs put the value of a tensor into a text")
+        if func in _OF_MEMORY and args[0] is not given[0]:
+            self._refuse("the programs ask where the memory of a tensor is")
         if func is Tensor.item:  # a number that the program reads stays in the graph
             return args[0].detach()
         if func is Tensor.all and private.asks_for_dice():
@@ -99,11 +103,14 @@ class _Outside(TorchFunctionMode):
                     return private.backward(*args, **kwargs)
             finally:
                 self.in_backward = False
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            args = (args[0], self.known.index(args[1]), *args[2:])
         try:
             # oneDNN's LSTM cannot be called from a graph; a convolution without oneDNN would have
             # another layout than at run time
             with without_onednn() if func is torch.lstm else contextlib.nullcontext():
                 result = provenance.noted((args, kwargs), func(*args, **kwargs))
+            self.known.note(func, args, kwargs, result)
         except Exception as error:
             if is_of_tracing(error):
                 self.error = error
@@ -115,7 +122,9 @@ class _Outside(TorchFunctionMode):
         return result
 
 
+_GRADIENT: Any = Tensor.grad.__get__  # type: ignore[union-attr]
 _AS_TEXT = (Tensor.__repr__, Tensor.__format__)
+_OF_MEMORY = (Tensor.storage_offset, Tensor.data_ptr, Tensor.as_strided, torch.as_strided)
 
 
 @contextlib.contextmanager
