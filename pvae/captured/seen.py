@@ -376,13 +376,13 @@ class Seen:
                 self._visit(other, kind.__name__)
         pairs = [(holder, key) for _, holder, key in self._simple]
         self._shelf([spot for spot, _, _ in self._simple], _at(pairs))
-        self._facts(self._typed, type)
-        self._facts(self._typed, _attributes, closed=True)
-        for part in _TENSORS:
-            self._facts(self._modules, operator.attrgetter(part), closed=True)
-        self._facts(self._sized, len)
-        for part in ("__code__", "__defaults__", "__kwdefaults__"):
-            self._facts(self._coded, operator.attrgetter(part))
+        self._facts(self._typed, "__class__", "__dict__")
+        self._facts(self._modules, *_TENSORS)
+        self._facts(self._coded, "__code__", "__defaults__", "__kwdefaults__")
+        sized = [value for _, value in self._sized.values()]
+        self._shelf(
+            [Spot(None, None, n) for n, _ in self._sized.values()], lambda: [*map(len, sized)]
+        )
         hooks = [Spot(None, None, "a hook of all modules")] * len(private.global_hooks())
         self._shelves.append(_Shelf(hooks, private.global_hooks))
         self._visited.clear()
@@ -509,14 +509,16 @@ class Seen:
         if spots:
             self._shelves.append(_Shelf(spots, read))
 
-    def _facts(
-        self, of: dict[int, tuple[str, Any]], fact: Callable[[Any], Any], *, closed: bool = False
-    ) -> None:
-        """Puts one fact of each of the objects on a shelf."""
-        objects = [value for _, value in of.values()]
-        spots = [Spot(None, None, name) for name, _ in of.values()]
+    def _facts(self, of: dict[int, tuple[str, Any]], *attributes: str) -> None:
+        """Puts attributes of all of the objects on one shelf; they are compared by identity."""
+        objects, get = [value for _, value in of.values()], operator.attrgetter(*attributes)
+        spots = [Spot(None, None, name) for name, _ in of.values() for _ in attributes]
+
+        def read() -> Sequence[Any]:
+            return [fact for value in objects for fact in get(value)]
+
         if spots:
-            self._shelves.append(_Shelf(spots, lambda: [*map(fact, objects)], closed=closed))
+            self._shelves.append(_Shelf(spots, read, closed=True))
 
     def _look_at(
         self, spots: Sequence[Spot], holder: Mapping[str, Any], keys: Sequence[str]
@@ -532,8 +534,8 @@ class Seen:
         if value is _NOTHING or (isinstance(value, (*_PLAIN, np.ndarray)) and _is_exact(value)):
             return
         if isinstance(value, Tensor):
-            held = vars(value)
-            self._named(held, f"{name}.", self._names.intersection(held))
+            held = vars(value)  # Pyro's store gives a parameter the attribute `unconstrained`
+            self._named(held, f"{name}.", self._names.intersection(held) - {"unconstrained"})
             return
         if id(value) in self._visited:
             return
@@ -647,6 +649,9 @@ class Seen:
                 content = _content(cell)
                 self._back.append(functools.partial(_keep_cell, cell, content))
                 self._visit(content, spot.name)
+        if any(map(_is_deep, function.__defaults__ or ())):
+            spots = [Spot(function, "__defaults__", f"the defaults of {name}")]
+            self._shelf(spots, lambda: [function.__defaults__])
         self._visit(function.__defaults__, name)
         if function.__kwdefaults__:
             self._named(function.__kwdefaults__, f"{name}, ", list(function.__kwdefaults__))
@@ -656,7 +661,7 @@ class Seen:
             return
         asked = _asked(function.__code__)
         self._names |= asked.others
-        self._coded[id(function)] = f"the code of {name}", function
+        self._coded[id(function)] = f"the code or the defaults of {name}", function
         self._sized[id(function)] = f"the attributes of {name}", vars(function)
         if vars(function):
             self._named(vars(function), f"{name}.", self._names)

@@ -8,6 +8,7 @@ looked up before the call (`seen`).
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -133,6 +134,7 @@ def _without_looking() -> Iterator[None]:
     with contextlib.ExitStack() as patches:
         patches.enter_context(torch.compiler.set_stance("force_eager"))  # no torch.compile inside
         for owner, name, value in (
+            (logging.getLogger("torch._subclasses.fake_tensor"), "disabled", True),
             (private.compiler, "_is_compiling_flag", True),
             (private.pyro_util, "torch_isnan", lambda value: False),
             (private.infer_util, "_fulldot", _without_zeros),
