@@ -20,8 +20,6 @@ def in_words(error: Exception) -> str:
     """Returns the reason for an error as one line."""
     if "convert all Tensors to FakeTensors" in str(error):
         return f"the programs copy a tensor, or call a function of C++ on it, in `{_where(error)}`"
-    if "FakeTensor(" in str(error):  # a tensor without data as text
-        return "the programs put the value of a tensor into the name of a site or parameter"
     if isinstance(error, NotCaptured):
         return str(error).partition("\n")[0]  # Pyro adds lines about its sites
     if _is_of_jit(error):

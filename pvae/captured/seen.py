@@ -531,11 +531,8 @@ class Seen:
                 self._simple.append((spot, holder, key))
 
     def _visit(self, value: Any, name: str) -> None:
-        if value is _NOTHING or (isinstance(value, (*_PLAIN, np.ndarray)) and _is_exact(value)):
-            return
-        if isinstance(value, Tensor):
-            held = vars(value)  # Pyro's store gives a parameter the attribute `unconstrained`
-            self._named(held, f"{name}.", self._names.intersection(held) - {"unconstrained"})
+        is_plain = isinstance(value, (*_PLAIN, np.ndarray)) and is_library(type(value).__module__)
+        if value is _NOTHING or is_plain or (isinstance(value, Tensor) and not vars(value)):
             return
         if id(value) in self._visited:
             return
@@ -575,6 +572,10 @@ class Seen:
         if not isinstance(held, (types.ModuleType, type, type(None))):
             self._shelf([Spot(None, None, f"the object of {name}")], lambda: [held])
             self._visit(held, f"the object of {name}")
+
+    def _tensor(self, t: Tensor, name: str) -> None:
+        names = self._names.intersection(vars(t))
+        self._named(vars(t), f"{name}.", names - {"unconstrained"})  # which Pyro's store sets
 
     def _handled(self, program: ReparamHandler[Any, Any], name: str) -> None:
         self._visit(program.msngr, name)
@@ -740,6 +741,8 @@ class Seen:
                 self._visit(value, f"{base.__name__}.{key}")
 
     def _module(self, module: nn.Module, name: str) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise NotCaptured("the programs run code of torch.jit, which cannot be traced")
         attributes = vars(module)
         self._modules[id(module)] = name, module
         held = [attributes[part] for part in (*_TENSORS, *_HOOKS)]
@@ -764,8 +767,6 @@ class Seen:
         self._plain(module, name, _OF_MODULES)
         if isinstance(module, PyroModule):
             self._named(attributes, f"{name}.", ("_pyro_samples", "_pyro_params"))
-        if isinstance(module, torch.jit.ScriptModule):
-            raise NotCaptured("the programs run code of torch.jit, which cannot be traced")
         for part in held:
             for key, value in list(part.items()):
                 if isinstance(value, (nn.Module, Tensor)):
@@ -853,11 +854,6 @@ def _is_of(kind: type, *libraries: str) -> bool:
     return kind.__module__.partition(".")[0] in libraries
 
 
-def _is_exact(value: Any) -> bool:
-    """Returns whether the class of a plain value is no class of the user's."""
-    return is_library(type(value).__module__)
-
-
 def _is_of_time(value: Any) -> bool:
     return isinstance(value, types.BuiltinFunctionType) and value.__module__ == "time"
 
@@ -921,6 +917,7 @@ def _keep_cell(cell: types.CellType, content: Any) -> None:
 # how a value is looked at, by its kind; the first kind that fits is taken
 _VISITS: tuple[tuple[Any, Callable[[Seen, Any, str], None]], ...] = (
     ((*_COLLECTIONS, frozenset), Seen._container),
+    (Tensor, Seen._tensor),
     (types.FunctionType, Seen._function),
     (types.MethodType, Seen._method),
     ((types.BuiltinMethodType, types.MethodWrapperType), Seen._of_builtin),
