@@ -3912,7 +3912,6 @@ def of_function(make):
 
 
 NAMED: dict = {}
-_by_partial = partial(lambda s=1.0: s)
 for _name, _make in (
     (
         "other keyword defaults",
@@ -3924,7 +3923,7 @@ for _name, _make in (
         lambda: (lambda: globals()["NAMED"].get("s", 1.0), lambda: NAMED.update(s=3.0)),
     ),
     (
-        "the name and globals of a library's",
+        "the name of a library's",
         lambda: (
             functools.wraps(nn.Linear.forward)(lambda: NAMED.get("s", 1.0)),
             lambda: NAMED.update(s=3.0),
@@ -3997,6 +3996,18 @@ def of_correlations(guide_of):
 
 for _guide_of in (AutoNormal, AutoDelta, AutoMultivariateNormal):
     PROGRAMS[f"a correlation matrix and {_guide_of.__name__}"] = of_correlations(_guide_of)
+
+
+@program(captured=False, says="the values of a tensor decide the shape of another")
+def a_mask_of_the_data_by_way_of_numbers(svi_of):
+    def model(data):
+        kept = torch.arange(5) < 3
+        kept &= data > -10  # no longer of numbers alone
+        observed(pyro.sample("z", dist.Normal(0.0, 1.0)), data[kept])
+
+    svi = svi_of(model, guide)
+    for i in range(STEPS):
+        yield svi.step(batch(i))
 
 
 @program()

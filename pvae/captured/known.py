@@ -25,23 +25,23 @@ class Known:
     """The known values of some traced tensors."""
 
     def __init__(self) -> None:
-        self._values: dict[int, tuple[Tensor, Tensor]] = {}  # keeps tensors alive: ids are unique
+        # by id: the tensor, which is kept alive; its version then; and its value
+        self._values: dict[int, tuple[Tensor, int, Tensor]] = {}
 
     def note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Computes the value of a result of torch's function `func`, if it can be known."""
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        name = getattr(func, "__name__", "")
-        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
-            self._values.pop(id(given[0]) if given else 0, None)  # written in place
+        is_known = getattr(func, "__name__", "") in _STEPS if given else func in _SOURCES
+        if not (is_known and all(self.value(t) is not None for t in given)):
             return
-        is_known = func in _SOURCES if not given else name in _STEPS
-        if not (is_known and all(id(t) in self._values for t in given)):
-            return
-        args, kwargs = pytree.tree_map_only(
-            Tensor, lambda t: self._values[id(t)][1], (args, kwargs)
-        )
+        args, kwargs = pytree.tree_map_only(Tensor, self.value, (args, kwargs))
         with private.without_modes():
-            self._values[id(result)] = result, func(*args, **kwargs)
+            self._values[id(result)] = result, result._version, func(*args, **kwargs)
+
+    def value(self, t: Any) -> Tensor | None:
+        """Returns the value of a tensor; None if it is unknown, as after a write in place."""
+        held, version, value = self._values.get(id(t), (None, 0, None))
+        return value if held is not None and held._version == version else None
 
     def index(self, index: Any) -> Any:
         """Returns an index with numbers in place of known masks: `x[i, j]` for `x[mask]`."""
@@ -53,7 +53,7 @@ class Known:
 
     def _rows(self, mask: Any) -> list[list[int]]:
         """Returns the numbers of the true elements, a row for each dimension; [] if unknown."""
-        _, value = self._values.get(id(mask), (None, None))
+        value = self.value(mask)
         if value is None or value.dtype != torch.bool:
             return []
         with private.without_modes():
