@@ -1,8 +1,9 @@
-"""The values of masks that depend on no input, such as that of a lower triangle.
+"""The values of traced tensors that depend on no input: masks, and the indices of a plate.
 
 A traced tensor has no data, so the shape of `x[mask]` is unknown. But a mask that is made of
-numbers alone has the same values at every call. They are computed while the programs are traced,
-and the numbers of its true elements take the place of the mask.
+numbers alone, such as that of a lower triangle, has the same values at every call. They are
+computed while the programs are traced, and the numbers of its true elements take the place of the
+mask. In the same way `i.item()` is a number for an index `i` of a whole plate.
 """
 
 from typing import Any
@@ -17,7 +18,18 @@ _SOURCES = (torch.arange, torch.eye, torch.full, torch.ones, torch.tensor, torch
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne", "__eq__", "__ne__")
 _LOGIC = ("__and__", "__or__", "__invert__", "logical_and", "logical_not", "logical_or")
 _ARITHMETIC = ("add", "sub", "mul", "remainder", "__rsub__")
-_SHAPES = ("view", "reshape", "unsqueeze", "expand", "tril", "triu", "bool", "long", "__getitem__")
+_SHAPES = (
+    "view",
+    "reshape",
+    "unsqueeze",
+    "expand",
+    "tril",
+    "triu",
+    "__getitem__",
+    "to",
+    "bool",
+    "long",
+)
 _STEPS = frozenset((*_COMPARISONS, *_LOGIC, *_ARITHMETIC, *_SHAPES))
 
 
@@ -42,6 +54,12 @@ class Known:
         """Returns the value of a tensor; None if it is unknown, as after a write in place."""
         held, version, value = self._values.get(id(t), (None, 0, None))
         return value if held is not None and held._version == version else None
+
+    def number(self, t: Tensor) -> Any:
+        """Returns the value of a tensor as a number; None if it is unknown."""
+        value = self.value(t)
+        with private.without_modes():
+            return None if value is None else value.item()
 
     def index(self, index: Any) -> Any:
         """Returns an index with numbers in place of known masks: `x[i, j]` for `x[mask]`."""

@@ -116,10 +116,6 @@ _saved_hooks = _door("torch._C._autograd._top_saved_tensors_default_hooks")
 # the mode of `torch.set_default_device`
 _DeviceContext = _door("torch.utils._device.DeviceContext")
 
-# a plate that is iterated over, and the draw of the indices of a plate
-IndepMessenger = _door("pyro.poutine.indep_messenger.IndepMessenger")
-Subsample = _door("pyro.poutine.subsample_messenger._Subsample")
-
 # ---- functions that use them ----
 
 

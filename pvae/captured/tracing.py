@@ -94,7 +94,11 @@ class _Outside(TorchFunctionMode):
         if func in _OF_MEMORY and args[0] is not given[0]:
             self._refuse("the programs ask where the memory of a tensor is")
         if func is Tensor.item:  # a number that the program reads stays in the graph
-            return args[0].detach()
+            number = self.known.number(args[0])
+            return args[0].detach() if number is None else number
+        if func is Tensor.unbind and args[1:] == (0,) and self.known.value(args[0]) is not None:
+            with self:  # a loop over the indices of a plate: each of them is known too
+                return tuple(args[0][i] for i in range(len(args[0])))
         if func is Tensor.all and private.asks_for_dice():
             return True
         if func is Tensor.backward:  # checkpointed programs run again inside
@@ -140,8 +144,6 @@ def _without_looking() -> Iterator[None]:
             (private.infer_util, "_fulldot", _without_zeros),
             (Distribution, "_validate_sample", lambda self, value: None),
             (Distribution, "__init__", _without_validation(Distribution.__init__)),
-            (private.Subsample, "sample", _marked(private.Subsample.sample)),
-            (private.IndepMessenger, "__iter__", _of_known(private.IndepMessenger.__iter__)),
         ):
             patches.enter_context(mock.patch.object(owner, name, value))
         patches.enter_context(pyro.validation_enabled(False))
@@ -185,28 +187,6 @@ def _without_validation(init: Callable[..., None]) -> Callable[..., None]:
         init(self, torch.Size(batch_shape), torch.Size(event_shape), False)
 
     return unvalidated
-
-
-def _marked(sample: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
-    """Returns the draw of a plate's indices, which marks those of a whole plate."""
-
-    def marked(self: Any, sample_shape: Any = ()) -> Tensor:
-        indices: Any = sample(self)
-        indices.are_all = self.subsample_size is None or self.subsample_size >= self.size
-        return indices
-
-    return marked
-
-
-def _of_known(iterate: Callable[[Any], Iterator[Any]]) -> Callable[[Any], Iterator[Any]]:
-    """Returns the iteration over a plate, by numbers where all indices of the plate are meant."""
-
-    def known(self: Any) -> Iterator[Any]:
-        if self._indices is None or getattr(self._indices, "are_all", False):
-            self._indices = list(range(self.size))
-        yield from iterate(self)
-
-    return known
 
 
 def _without_zeros(prob: Tensor, cost: Tensor) -> Tensor:
