@@ -6,11 +6,13 @@ import pickle
 import types
 import warnings
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from conftest import tiny
+from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
@@ -20,7 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 import pvae
 from pvae import captured, heads, temper
 from pvae.captured import NotCaptured, as_traced, compiling, private
-from pvae.captured.seen import Seen
+from pvae.captured.capturing import as_tensors
+from pvae.captured.seen import Seen, Spot
 
 DATA = torch.linspace(-1, 2, 5)
 
@@ -103,7 +106,7 @@ def test_no_more_graphs_are_prepared_than_may_be_made():
     svi = made(max_graphs=2)
     svi.prepare(torch.ones(3))
     svi.prepare(torch.ones(4))
-    with pytest.raises(NotCaptured, match="2 graphs were made for 2 signatures"):
+    with pytest.raises(NotCaptured, match="2 captures were tried for 2 different calls"):
         svi.prepare(torch.ones(5))
     assert svi.captures == 2
 
@@ -180,7 +183,7 @@ def test_a_change_that_is_not_looked_up_is_found(monkeypatch):
     trained(svi, 2 + 5)
     assert svi.engine == "captured"
     monkeypatch.setattr(f"{__name__}.HIDDEN", 3.0)
-    with pytest.warns(UserWarning, match="differ in the loss: .* last 3 calls") as noted:
+    with pytest.warns(UserWarning, match="differ in the loss: .*which may be wrong: 3$") as noted:
         losses = trained(svi, 5)
     assert len(noted) == 1
     assert svi.engine == "eager"
@@ -429,3 +432,155 @@ def test_a_bias_of_many_images_is_held_against_more_than_onednn():
     for _ in range(4):
         svi.step(x)
     assert svi.engine == "captured"
+
+
+# ---- what a step leaves as it was ----
+
+
+def with_missing(data):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    there = ~data.isnan()
+    with pyro.plate("data", len(data)), poutine.mask(mask=there):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=data.nan_to_num())
+
+
+@pytest.mark.parametrize("kind", ["expanded", "complex", "mapped"])
+def test_missing_numbers_are_not_written_anew(kind, tmp_path):
+    """NaN is not equal to itself, but it is no change; the tensor may be read-only."""
+    if kind == "mapped":
+        np.save(tmp_path / "data.npy", np.array([1.0, np.nan, 2.0], np.float32))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of read-only arrays
+            data = torch.from_numpy(np.load(tmp_path / "data.npy", mmap_mode="r"))
+    else:
+        dtype = torch.complex64 if kind == "complex" else torch.float32
+        data = torch.tensor([float("nan")], dtype=dtype).expand(3)
+
+    def real(data):
+        with_missing(data.real if data.is_complex() else data)
+
+    svi = made(model=real)
+    trained(svi, data=data)
+    assert svi.engine == "captured"
+
+
+def test_numbers_are_back_in_their_places_if_one_of_them_cannot_be_a_tensor():
+    class Picky(dict):
+        def __setitem__(self, key, value):
+            if isinstance(value, torch.Tensor):
+                raise TypeError("only numbers")
+            super().__setitem__(key, value)
+
+    first, second = {"rate": 1.0}, Picky(rate=2.0)
+    spots = [Spot(holder, "rate", "rate") for holder in (first, second)]
+    numbers = [(spot, torch.tensor(0.0)) for spot in spots]
+    with pytest.raises(TypeError, match="only numbers"), as_tensors(numbers, [1.0, 2.0]):
+        pass
+    assert first == {"rate": 1.0}
+    assert second == {"rate": 2.0}
+
+
+def test_preparing_leaves_a_generator_of_numpy_as_it_was():
+    noise = np.random.default_rng(0)
+
+    def noisy(data):
+        z = pyro.sample("z", dist.Normal(noise.normal(), 1.0))
+        with pyro.plate("data", len(data)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=data)
+
+    svi = made(model=noisy, strict=False)
+    with pytest.warns(UserWarning, match="random numbers of Python or NumPy"):
+        svi.prepare(DATA)
+    assert noise.normal() == np.random.default_rng(0).normal()
+
+
+# ---- what is kept, and said ----
+
+
+def picky(data):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    if len(data) == 5 and data.sum() > 0:
+        z = z * 0.9
+    with pyro.plate("data", len(data)):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=data)
+
+
+def test_the_reason_is_that_of_the_last_step():
+    svi = made(model=picky, strict=False)
+    with pytest.warns(UserWarning, match="value of a tensor") as noted:
+        trained(svi, 3)
+    assert noted[0].filename == __file__
+    assert "value of a tensor" in svi.reason
+    svi.step(DATA[:4])
+    assert svi.reason is None
+    svi.step(DATA)
+    assert "value of a tensor" in svi.reason
+    for _ in range(2):
+        svi.step(DATA[:4])
+    assert svi.engine == "captured"
+    svi.step(DATA)
+    assert "value of a tensor" in svi.reason
+
+
+def test_a_copy_may_capture_as_often_as_the_first():
+    svi = made(max_graphs=1)
+    trained(svi, 3)
+    other = copy.deepcopy(svi)
+    trained(other, 3)
+    assert other.engine == "captured"
+
+
+def test_a_new_graph_is_compared_as_early_as_the_first(monkeypatch):
+    svi = made(model=hidden, strict=False)
+    trained(svi, 2 + 9)
+    pyro.clear_param_store()
+    trained(svi, 2 + 1)
+    assert svi.engine == "captured"
+    monkeypatch.setattr(f"{__name__}.HIDDEN", 3.0)
+    with pytest.warns(UserWarning, match="which may be wrong: 1$"):
+        svi.step(DATA)
+
+
+def test_steps_of_all_graphs_are_told_that_may_be_wrong(monkeypatch):
+    svi = made(model=hidden, strict=False)
+    trained(svi, 2)
+    trained(svi, 2, DATA[:4])
+    monkeypatch.setattr(f"{__name__}.HIDDEN", 3.0)
+    svi.step(DATA)
+    svi.step(DATA[:4])
+    with pytest.warns(UserWarning, match="which may be wrong: 2$"):
+        svi.step(DATA)
+
+
+def test_an_argument_that_is_new_at_every_step_is_named_and_not_kept():
+    def counting(data, names):
+        model(data)
+
+    svi = made(model=counting, guide=lambda data, names: guide(data), strict=False)
+    for i in range(16):
+        svi.step(DATA, [f"{i}.png"])
+    with pytest.warns(UserWarning, match=r"`args\[1\]\[0\]` has changed"):
+        svi.step(DATA, ["16.png"])
+    for i in range(17, 120):
+        svi.step(DATA, [f"{i}.png"])
+    assert "different calls" in svi.reason
+    assert not svi._entries
+
+
+def test_what_cannot_be_looked_up_is_refused_when_a_step_is_prepared():
+    class Odd:
+        @property
+        def __class__(self):
+            raise RuntimeError("no class")
+
+    odd = Odd()
+
+    def with_odd(data):
+        assert odd.__dict__ == {}
+        model(data)
+
+    svi = made(model=with_odd, strict=False)
+    with pytest.warns(UserWarning, match="cannot be looked up"):
+        svi.prepare(DATA)
+    with pytest.raises(NotCaptured, match="cannot be looked up"):
+        made(model=with_odd).prepare(DATA)

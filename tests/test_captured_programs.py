@@ -1480,7 +1480,7 @@ def a_shape_by_a_value(svi_of):
 HIDDEN_A = 1.0
 
 
-@program(captured=False, says="calls by this graph may be wrong")
+@program(captured=False, says="which may be wrong: ")
 def a_name_that_is_put_together(svi_of):
     def model(data):
         scale = globals()["_".join(["HIDDEN", "A"])]
@@ -2237,7 +2237,7 @@ def a_gradient_that_is_zero_and_then_none(svi_of):
     HIDDEN_A = 1.0
 
 
-@program(captured=False, says="calls by this graph may be wrong")
+@program(captured=False, says="which may be wrong: ")
 def the_environment(svi_of):
     def model(data):
         scale = float(os.environ.get("PVAE_TEST_SCALE", "1.0"))
@@ -4019,6 +4019,54 @@ def a_mask_made_of_numbers(svi_of):
     svi = svi_of(model, guide)
     for i in range(STEPS):
         yield svi.step(batch(i))
+
+
+WEIGHT = nn.Linear(2, 2)
+
+
+def _bent(u):
+    return torch.tanh(WEIGHT(u))
+
+
+def of_derivative(derivative):
+    def run(svi_of):
+        def model(data):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            observed(derivative(z).pow(2).sum(), data)
+
+        def guide(data):
+            pyro.sample("z", dist.Normal(pyro.param("at", torch.zeros(2)), 1.0).to_event(1))
+
+        svi = svi_of(model, guide)
+        for i in range(STEPS):
+            yield svi.step(batch(i))
+
+    return Program(run, True, "")
+
+
+for _name, _derivative in {
+    "grad": torch.func.grad(lambda u: _bent(u).sum()),
+    "jacrev": torch.func.jacrev(_bent),
+    "vmap of jacrev": lambda z: torch.vmap(torch.func.jacrev(_bent))(z.expand(3, 2)),
+}.items():
+    PROGRAMS[f"torch.func: {_name}"] = of_derivative(_derivative)
+
+
+@program()
+def a_flow_that_is_kept_and_observed(svi_of):
+    flow = pyro.distributions.transforms.affine_coupling(2, [4])
+
+    def model(data):
+        pyro.module("flow", flow)
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        base = dist.Normal(z.expand(2), 1.0)
+        with pyro.plate("data", len(data)):
+            pyro.sample("x", dist.TransformedDistribution(base, [flow]), obs=data)
+
+    svi = svi_of(model, guide)
+    data = torch.stack([DATA, DATA.flip(0)], 1)
+    for i in range(STEPS):
+        yield svi.step(data * (1 + 0.1 * i))  # the flow keeps what it made of a tensor
 
 
 # ---- the table ----

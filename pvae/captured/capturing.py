@@ -3,6 +3,7 @@
 import contextlib
 import enum
 import functools
+import inspect
 import operator
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
@@ -56,8 +57,21 @@ class Signature(NamedTuple):
     def is_of(self, args: Any, kwargs: Any) -> bool:
         """Returns whether the arguments hold the same objects as before the call."""
         leaves, structure = pytree.tree_flatten((args, kwargs))
-        same = len(leaves) == len(self.leaves) and all(map(operator.is_, leaves, self.leaves))
-        return bool(same and structure == self.structure)
+        are = len(leaves) == len(self.leaves) and all(map(operator.is_, leaves, self.leaves))
+        return bool(are and structure == self.structure)
+
+    def without_data(self) -> "Signature":
+        """Returns the signature with the layouts of tensors in their place, for comparisons."""
+        facts = [layout(v) if isinstance(v, Tensor) else v for v in self.leaves]
+        return self._replace(tensors=[], numbers=[], leaves=facts)
+
+    def first_change_from(self, other: "Signature") -> str | None:
+        """Names the first argument that differs from that in `other`, which has no data."""
+        paths, _ = pytree.tree_flatten_with_path(self.arguments({}))
+        for (path, now), then in zip(paths, other.leaves, strict=False):
+            if (layout(now) if isinstance(now, Tensor) else now) != then:
+                return ("args", "kwargs")[path[0].idx] + pytree.keystr(path[1:])
+        return None
 
 
 def signature_of(args: Any, kwargs: Any) -> Signature:
@@ -110,12 +124,13 @@ def signature_of(args: Any, kwargs: Any) -> Signature:
         if not isinstance(leaf, FLOATS):
             add(leaf, "an argument")
     numbers = []
+    place = device_of(tensors)
     for handler in private.runtime._PYRO_STACK:
         key.append(cast(Hashable, type(handler)))
         for name, value in vars(handler).items():
             where = f"{name} of the handler {type(handler).__name__} around the step"
             if type(value) is float:
-                number = as_tensor(value, torch.float64, tensors)
+                number = as_tensor(value, torch.float64, place)
                 numbers.append((Spot(vars(handler), name, where), number))
                 add(number, where)
             else:
@@ -127,23 +142,26 @@ def signature_of(args: Any, kwargs: Any) -> Signature:
     return Signature(tuple(key), tensors, numbers, leaves, structure, floats)
 
 
-def as_tensor(value: float, dtype: torch.dtype, beside: Sequence[Tensor]) -> Tensor:
-    """Returns a number as a tensor `()` on the GPU, if the call has a tensor there.
+def device_of(tensors: Sequence[Tensor]) -> torch.device:
+    """Returns the GPU, if a tensor of the call or a parameter is there; else the CPU."""
+    held = (*tensors, *parameters().values()) if torch.cuda.is_initialized() else ()
+    return next((t.device for t in held if t.is_cuda), torch.device("cpu"))
 
-    The tensor is filled on the GPU. A copy from the host would wait for the GPU, and a CUDA graph
-    would repeat the first value.
+
+def as_tensor(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns a number as a tensor `()` that is filled on the device.
+
+    A copy from the host would wait for the GPU, and a CUDA graph would repeat the first value.
     """
-    held = (*beside, *parameters().values())
-    device = next((t.device for t in held if t.is_cuda), torch.device("cpu"))
     return torch.full((), value, dtype=dtype, device=device)
 
 
 @contextlib.contextmanager
 def as_tensors(numbers: Sequence[tuple[Spot, Tensor]], before: Sequence[float]) -> Iterator[None]:
     """Puts the tensors in the places of the numbers inside the block; after it, `before` again."""
-    for spot, number in numbers:
-        spot.put(number)
     try:
+        for spot, number in numbers:
+            spot.put(number)
         yield
     finally:
         for (spot, _), value in zip(numbers, before, strict=True):
@@ -178,7 +196,7 @@ class Entry:
     free: list[int] = field(default_factory=list)  # indices of those that may change
     runs: int = 0  # eager calls
     graph: Any = None
-    refused: bool = False  # it cannot be captured
+    refused: str | None = None  # why it cannot be captured
     replays: int = 0  # calls by the graph
     dtype: torch.dtype = torch.float64  # of the inputs that are numbers
     trusted: int = 0  # `replays` at the last comparison with the programs
@@ -195,10 +213,12 @@ class Entry:
 
     def inputs(self, signature: Signature) -> list[Tensor]:
         """Returns the inputs of the graph: tensors, then numbers that may change."""
-        beside = signature.tensors
         numbers = [value for i, value in signature.floats if i in self.free]
         numbers += [value for _, value in self.seen.numbers()]
-        return [*beside, *(as_tensor(value, self.dtype, beside) for value in numbers)]
+        if not numbers:
+            return list(signature.tensors)
+        device = device_of(signature.tensors)
+        return [*signature.tensors, *(as_tensor(v, self.dtype, device) for v in numbers)]
 
 
 def places(seen: Seen, signature: Signature) -> list[int | None]:
@@ -212,9 +232,11 @@ class Capturing:
     A subclass defines these methods:
 
     - `_eager` runs a call without a graph.
-    - `_reference` runs a call without a graph, but only the programs; `_finish` does the rest of
-      this call (for SVI, the optimizer's part). `_repeats` returns whether two runs agree.
-    - `_make` makes a graph; `_try` runs it, and `_accept` does the rest of this call.
+    - `_reference` runs a call without a graph, but only the programs. `_repeats` returns whether
+      two runs agree.
+    - `_make` makes a graph.
+    - `_finish` and `_accept` do the rest of a call after the programs or a graph have run (for SVI,
+      the optimizer's part), and return what the call returns.
     - `_difference` names a result in which graph and programs differ. It also gets the outcomes of
       the programs with parameters that were moved by their last digits.
     - `_replay` does a whole call by a graph.
@@ -242,14 +264,16 @@ class Capturing:
         self.compiler = compiler
         self.engine = "eager"
         self.reason: str | None = None
-        self.captures = 0  # how often a capture was tried
         self._modules = dict.fromkeys(modules)
         self._begin()
 
     def _begin(self) -> None:
         """Forgets all graphs, and all that is known of the programs."""
+        self.captures = 0  # how often a capture was tried
         self._entries: dict[Hashable, list[Entry]] = {}
-        self._signatures = 0
+        self._signatures = 0  # entries that were made
+        self._last: Signature | None = None  # of those entries
+        self._crowded: str | None = None  # why no more graphs are made
         self._kinds: dict[type, None] = {}  # of arguments and of handlers around a call
         # places of numbers that could not be made inputs of a graph, and why not
         self._frozen: list[tuple[Spot, str]] = []
@@ -271,7 +295,7 @@ class Capturing:
         raise NotImplementedError
 
     def _finish(self, outcome: Any) -> Any:
-        raise NotImplementedError
+        return outcome
 
     def _repeats(self, again: Any, outcome: Any) -> bool:
         raise NotImplementedError
@@ -279,11 +303,8 @@ class Capturing:
     def _make(self, inputs: list[Tensor], args: Any, kwargs: Any) -> Any:
         raise NotImplementedError
 
-    def _try(self, graph: Any, inputs: list[Tensor]) -> Any:
-        raise NotImplementedError
-
     def _accept(self, graph: Any, by_graph: Any) -> Any:
-        raise NotImplementedError
+        return by_graph
 
     def _difference(self, graph: Any, by_graph: Any, outcome: Any, moved: list[Any]) -> str | None:
         raise NotImplementedError
@@ -294,13 +315,13 @@ class Capturing:
     # ---- one call ----
 
     def _call(self, args: Any, kwargs: Any) -> Any:
-        self.engine = "eager"
+        self.engine, self.reason = "eager", None
         try:
             signature = self._signature(args, kwargs)
         except NotCaptured as error:
             self._refuse(str(error))
             return self._eager(args, kwargs)
-        entries = self._entries.setdefault(signature.key, [])
+        entries = self._entries.get(signature.key, [])
         entry = next((e for e in entries if e.fits(signature)), None)
         if entry is not None and entry.graph is not None:
             if entry is not entries[0]:
@@ -308,21 +329,23 @@ class Capturing:
                 entries.insert(0, entry)
             return self._by_graph(entry, signature, args, kwargs)
         if entry is not None and entry.refused:
+            self.reason = entry.refused
             return self._eager(args, kwargs)
         if self.captures >= self.max_graphs or self._signatures >= _SIGNATURES:
-            self._refuse(self._too_many(entries))
+            self._refuse(self._too_many(entries, signature))
+            self._drop_untried()
             return self._eager(args, kwargs)
         if entry is None and (always := self._always_new(entries)):
             self._refuse(always)
-        elif entry is None and not self.captures and self._signatures == _UNREPEATED:
-            self._refuse(self._too_many(entries))
+        elif entry is None and not self.captures and self._signatures >= _UNREPEATED:
+            self._refuse(self._too_many(entries, signature))
         if entry is None or entry.runs < self.after:
             with called(self._modules):
                 result = self._eager(args, kwargs)
             try:
-                self._count(entries, signature)
-            except Exception as error:  # an object may raise anything when its attributes are read
-                self._distrusted = f"what the programs read cannot be looked up: {in_words(error)}"
+                self._count(signature)
+            except NotCaptured as error:
+                self._distrusted = str(error)
                 self._refuse(self._distrusted)
             return result
         return self._capture(entry, signature, args, kwargs)
@@ -333,12 +356,14 @@ class Capturing:
         private.check()
         return signature_of(args, kwargs)
 
-    def _count(self, entries: list[Entry], signature: Signature) -> None:
+    def _count(self, signature: Signature) -> None:
         """Counts an eager call after it has run, when all modules that it calls are known."""
+        entries = self._entries.setdefault(signature.key, [])
         entry = next((e for e in entries if e.fits(signature)), None)
         if entry is None:
             entry = self._entry(signature)
             self._signatures += 1
+            self._last = signature.without_data()
             self._let_vary(entry, entries)
             entries.append(entry)
         entry.runs += 1
@@ -350,7 +375,20 @@ class Capturing:
         return Entry(seen, places(seen, signature), signature.floats)
 
     def _look(self) -> Seen:
-        return Seen(vars(self), self._programs, [*self._modules, *self._kinds])
+        try:
+            return Seen(vars(self), self._programs, [*self._modules, *self._kinds])
+        except NotCaptured:
+            raise
+        except Exception as error:  # an object may raise anything when its attributes are read
+            why = f"what the programs read cannot be looked up: {in_words(error)}"
+            raise NotCaptured(why) from error
+
+    def _drop_untried(self) -> None:
+        """Forgets the calls that will never get a graph: looking them up takes time."""
+        for key, entries in list(self._entries.items()):
+            entries[:] = [e for e in entries if e.graph is not None or e.refused]
+            if not entries:
+                del self._entries[key]
 
     def _let_vary(self, entry: Entry, others: list[Entry]) -> None:
         """If only numbers differ from another entry, makes them inputs of the graph of `entry`."""
@@ -379,17 +417,18 @@ class Capturing:
         why = self._frozen[-1][1] if self._frozen else ""
         return f"{named} changes at every call, and is not a tensor{why}"
 
-    def _too_many(self, entries: Sequence[Entry]) -> str:
-        names = [
-            name
-            for entry in entries[-1:]
-            if (name := self._look().first_change_from(entry.seen)) is not None
-        ]
-        return (
-            f"{self.captures} graphs were made for {self._signatures} signatures (shapes, numbers "
-            "among the arguments, other values that the programs read); a value that changes from "
-            "step to step should be a tensor" + "".join(f", such as `{name}`" for name in names)
-        )
+    def _too_many(self, entries: Sequence[Entry], signature: Signature) -> str:
+        if self._crowded is None:
+            name = None if self._last is None else signature.first_change_from(self._last)
+            if name is None and entries:
+                with contextlib.suppress(NotCaptured):
+                    name = self._look().first_change_from(entries[-1].seen)
+            self._crowded = (
+                f"{self.captures} captures were tried for {self._signatures} different calls; a "
+                "number that changes from step to step should be a tensor, shapes should come "
+                "again, and texts should be left out of the arguments"
+            ) + ("" if name is None else f" (`{name}` has changed)")
+        return self._crowded
 
     def _by_graph(self, entry: Entry, signature: Signature, args: Any, kwargs: Any) -> Any:
         inputs = entry.inputs(signature)
@@ -408,19 +447,26 @@ class Capturing:
 
     def _capture(self, entry: Entry, signature: Signature, args: Any, kwargs: Any) -> Any:
         """Runs the call eagerly, and makes a graph that is compared with it at the same noise."""
-        outcome, end, reason = self._captured(entry, signature, args, kwargs)
+        try:
+            seen = self._look()
+        except NotCaptured as error:
+            entry.refused = str(error)
+            self._refuse(entry.refused)
+            return self._eager(args, kwargs)
+        outcome, end = self._captured(entry, seen, signature, args, kwargs)
         end.put_back()
-        if reason:
-            entry.refused = True
-            self._refuse(reason)
+        if entry.refused:
+            self._refuse(entry.refused)
         return self._finish(outcome)
 
     def _captured(
-        self, entry: Entry, signature: Signature, args: Any, kwargs: Any
-    ) -> tuple[Any, Moment, str | None]:
-        """Runs the programs and makes a graph; returns outcome, end, and why there is no graph."""
+        self, entry: Entry, seen: Seen, signature: Signature, args: Any, kwargs: Any
+    ) -> tuple[Any, Moment]:
+        """Runs the programs, and gives `entry` a graph or the reason why there is none.
+
+        Returns the outcome of the programs, and the moment after it.
+        """
         self.captures += 1
-        seen = self._look()
         seen.vary_as(entry.seen)
         entry.seen, entry.among, entry.floats = seen, places(seen, signature), signature.floats
         start = self._moment([*signature.tensors, *seen.tensors])
@@ -434,24 +480,26 @@ class Capturing:
             n for (n, i), at in zip(seen.iterators, positions, strict=True) if position(i) != at
         ]
         if seen.clocks:
-            reason: str | None = (
+            entry.refused = (
                 f"the programs ask for the time, or for the system's random numbers, by "
                 f"`{seen.clocks[0]}`"
             )
         elif drawn_from:
-            reason = f"the programs can draw from the iterator `{drawn_from[0]}`"
+            entry.refused = f"the programs can draw from the iterator `{drawn_from[0]}`"
         elif changes:
-            reason = f"the programs change `{changes[0]}` at every call"
+            entry.refused = f"the programs change `{changes[0]}` at every call"
         elif not signature.is_of(args, kwargs):
-            reason = "the programs change the lists or dictionaries that are their arguments"
+            entry.refused = "the programs change the lists or dictionaries that are their arguments"
         elif other_random_state(seen.generators) != elsewhere:
-            reason = "random numbers of Python or NumPy, or of a generator of one's own, are drawn"
-        elif _store() != store:
-            reason = "the programs change Pyro's store at this call"
+            entry.refused = (
+                "random numbers of Python or NumPy, or of a generator of one's own, are drawn"
+            )
+        elif new := [name for name, _ in _store() ^ store]:
+            entry.refused = f"the programs change {min(new)!r} in Pyro's store at this call"
         else:
-            reason = self._try_to_capture(entry, signature, start, end, outcome)
+            entry.refused = self._try_to_capture(entry, signature, start, end, outcome)
         seen.forget()
-        return outcome, end, reason
+        return outcome, end
 
     def _try_to_capture(
         self,
@@ -464,7 +512,8 @@ class Capturing:
         """Makes the graph of `entry` and compares it with `outcome`; returns why it is refused."""
         varying = entry.seen.numbers()
         either = varying or entry.free
-        for dtype in [torch.float64, torch.get_default_dtype()] if either else [torch.float64]:
+        dtypes = [torch.float64, torch.get_default_dtype()] if either else [torch.float64]
+        for dtype in dict.fromkeys(dtypes):
             entry.dtype = dtype
             reason = self._attempt(entry, signature, start, end, outcome)
             if not reason:
@@ -508,7 +557,7 @@ class Capturing:
                 start.put_back()
                 known = set(map(id, start.tensors))
                 unseen = Moment(strided(t for t in graph.tensors if id(t) not in known))
-                by_graph = self._try(graph, inputs)
+                by_graph = graph(inputs)
             try:
                 if (written := unseen.changed()) is not None:
                     return (
@@ -523,7 +572,7 @@ class Capturing:
             return in_words(error)
         if difference:
             return f"the graph and the {self._captures_of} differ in {difference}"
-        entry.graph = graph
+        entry.graph, entry.replays, entry.trusted = graph, 0, 0
         return None
 
     def _moment(self, tensors: Sequence[Tensor]) -> Moment:
@@ -542,7 +591,7 @@ class Capturing:
         end = Moment(start.tensors)
         changes = entry.seen.changes()
         start.put_back()
-        by_graph = self._try(graph, inputs)
+        by_graph = graph(inputs)
         difference = self._unlike(start, graph, by_graph, outcome, args, kwargs)
         difference = difference or Moment(start.tensors).difference(end)
         if changes:
@@ -554,7 +603,7 @@ class Capturing:
             return self._accept(graph, by_graph)
         end.put_back()
         self.engine = "eager"
-        self._distrust(entry, difference)
+        self._distrust(difference)
         return self._finish(outcome)
 
     def _unlike(
@@ -593,13 +642,14 @@ class Capturing:
         finally:
             after.put_back()
 
-    def _distrust(self, entry: Entry, difference: str) -> None:
+    def _distrust(self, difference: str) -> None:
         """Drops all graphs: each of them may depend on the value that has changed."""
-        wrong = entry.replays - 1 - entry.trusted
+        entries = [entry for known in self._entries.values() for entry in known]
+        wrong = sum(entry.replays - entry.trusted for entry in entries) - 1  # this call is right
         self._distrusted = (
             f"the graph and the {self._captures_of} differ in {difference}: something that is not "
-            "looked up at every call has probably changed (see captured.SVI); the last "
-            f"{wrong} calls by this graph may be wrong"
+            f"looked up at every call has probably changed (see captured.SVI); calls since the "
+            f"comparisons before, which may be wrong: {wrong}"
         )
         self._entries.clear()
         self._warned = False
@@ -612,12 +662,21 @@ class Capturing:
         if not self._warned:
             self._warned = True
             name = type(self).__name__
-            warnings.warn(f"captured.{name} runs eager: {reason}", UserWarning, stacklevel=6)
+            text = f"captured.{name} runs eager: {reason}"
+            warnings.warn(text, UserWarning, stacklevel=_frames_here())
 
 
 def is_due(done: int) -> bool:
     """Returns whether a call is compared with the programs, after `done` calls by the graph."""
     return done > 0 and (done & (done - 1) == 0 or done % _SOMETIMES == 0)
+
+
+def _frames_here() -> int:
+    """Returns how many frames of this package are on top of the stack, with that of this call."""
+    count, frame = 0, inspect.currentframe()
+    while frame is not None and frame.f_globals["__name__"].startswith("pvae.captured"):
+        count, frame = count + 1, frame.f_back
+    return count
 
 
 def spot_value(spot: Spot) -> float:
@@ -630,5 +689,5 @@ def leaves_of(moment: Moment) -> list[Tensor]:
     return [t for t in moment.tensors if t.requires_grad and t.is_leaf]
 
 
-def _store() -> dict[str, int]:
-    return {name: id(t) for name, t in parameters().items()}
+def _store() -> set[tuple[str, int]]:
+    return {(name, id(t)) for name, t in parameters().items()}

@@ -104,17 +104,8 @@ class Function(Capturing):
     def _reference(self, leaves: list[Tensor], args: Any, kwargs: Any) -> Any:
         return self._eager(args, kwargs)
 
-    def _finish(self, outcome: Any) -> Any:
-        return outcome
-
     def _repeats(self, again: Any, outcome: Any) -> bool:
         return _same(pytree.tree_leaves(again), pytree.tree_leaves(outcome))
-
-    def _try(self, graph: _Graph, inputs: list[Tensor]) -> Any:
-        return graph(inputs)
-
-    def _accept(self, graph: _Graph, by_graph: Any) -> Any:
-        return by_graph
 
     def _difference(
         self, graph: _Graph, by_graph: Any, outcome: Any, moved: list[Any]

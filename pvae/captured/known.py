@@ -47,8 +47,9 @@ class Known:
         if not (is_known and all(self.value(t) is not None for t in given)):
             return
         args, kwargs = pytree.tree_map_only(Tensor, self.value, (args, kwargs))
-        with private.without_modes():
-            self._values[id(result)] = result, result._version, func(*args, **kwargs)
+        if isinstance(result, Tensor):
+            with private.without_modes():
+                self._values[id(result)] = result, result._version, func(*args, **kwargs)
 
     def value(self, t: Any) -> Tensor | None:
         """Returns the value of a tensor; None if it is unknown, as after a write in place."""

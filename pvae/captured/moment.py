@@ -24,7 +24,7 @@ class Moment:
     def put_back(self) -> None:
         with torch.no_grad():
             for t, value in zip(self.tensors, self._values, strict=True):
-                if not torch.equal(t, value):
+                if not _is(t, value):  # the user's tensor may be read-only
                     t.copy_(value)
         torch.set_rng_state(self._random[0])
         if self._random[1:]:
@@ -51,8 +51,12 @@ def strided(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t for t in unique if t.layout == torch.strided and not t.is_meta]
 
 
+def _is(t: Tensor, value: Tensor) -> bool:
+    return torch.equal(t, value) or bool(((t == value) | ((t != t) & (value != value))).all())
+
+
 def _close(ours: Tensor, theirs: Tensor) -> bool:
-    if not ours.is_floating_point():
+    if not (ours.is_floating_point() or ours.is_complex()):
         return torch.equal(ours, theirs)
     tolerance = resolution([ours])
     return torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance, equal_nan=True)
@@ -88,8 +92,8 @@ def keeping_random_state(generators: Sequence[Any] = ()) -> Iterator[None]:
         yield
     finally:
         pyro.util.set_rng_state({**state, "torch": torch.get_rng_state()})
-        for generator, state in zip(generators, own, strict=True):
-            _set(generator, state)
+        for generator, before in zip(generators, own, strict=True):
+            _set(generator, before)
 
 
 def _taken(generator: Any) -> Any:

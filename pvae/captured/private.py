@@ -59,13 +59,16 @@ DisableAutocast = _door("torch._C._DisableAutocast")
 # `_is_compiling_flag` is the result of `torch.compiler.is_compiling`
 compiler = _door("torch.compiler")
 _door("torch.compiler._is_compiling_flag")
-# tensors inside torch.func.vmap
+# tensors inside the transforms of torch.func
 functorch = _door("torch._C._functorch")
 _door("torch._C._functorch.is_batchedtensor")
 _door("torch._C._functorch.get_unwrapped")
 _door("torch._C._functorch.maybe_get_bdim")
 _door("torch._C._functorch.maybe_get_level")
 _door("torch._C._functorch._add_batch_dim")
+_door("torch._C._functorch.is_gradtrackingtensor")
+_door("torch._C._functorch._wrap_for_grad")
+outside_transforms = _door("torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack")
 # runs a backward pass like `Tensor.backward`, which a mode would handle once more
 _ENGINE = _door("torch.autograd.Variable._execution_engine")
 # `_get_mkldnn_enabled`, `_set_mkldnn_enabled`: the public switch warns on some machines
@@ -106,6 +109,8 @@ _door("pyro.ops.provenance.extract_provenance.register")
 _DICE = _door("pyro.infer.util.Dice.compute_expectation")
 # distributions check a value before they compute its density
 _door("torch.distributions.Distribution._validate_sample")
+# transforms keep the tensors of their last call
+_door("torch.distributions.Transform._inv_call")
 
 
 # the modes of torch that are on, which change what its functions do
@@ -151,13 +156,15 @@ def constraints() -> dict[str, Any]:
     return pyro.get_param_store()._constraints
 
 
-def batched(t: Any, of_inside: Any) -> Any:
-    """Applies `of_inside` to the tensor inside a tensor of `vmap`."""
-    inside = functorch.get_unwrapped(t)
+def wrapped(t: Any, of_inside: Any) -> Any:
+    """Applies `of_inside` to the tensor inside a tensor of `vmap`, `grad` or `jacrev`."""
+    inside, level = functorch.get_unwrapped(t), functorch.maybe_get_level(t)
     new = of_inside(inside)
     if new is inside:
         return t
-    return functorch._add_batch_dim(new, functorch.maybe_get_bdim(t), functorch.maybe_get_level(t))
+    if functorch.is_gradtrackingtensor(t):
+        return functorch._wrap_for_grad(new, level)
+    return functorch._add_batch_dim(new, functorch.maybe_get_bdim(t), level)
 
 
 def backward(

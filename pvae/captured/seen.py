@@ -189,7 +189,7 @@ def _opened(value: Any) -> tuple[list[Any], list[Any], list[Any]]:
         return [*own, len(value), *value], list(value), list(value.values())
     if isinstance(value, np.ndarray):
         own += (value.shape, value.dtype.str)
-        some = value.reshape(-1)[:: 1 + value.size // _MANY]
+        some = value.reshape(-1)[:: max(1, -(-value.size // _MANY))]
         if value.dtype == object:
             return own, list(range(len(some))), list(some)
         return [*own, some.tobytes()], [], []
@@ -428,7 +428,9 @@ class Seen:
         before: dict[int, Sequence[Any]] = {i: self._shelves[i].then for i in values}
         for i, now in values.items():
             self._shelves[i].then = list(now)
-        self._note()
+        pairs = (pair for i, now in values.items() for pair in zip(now, before[i], strict=True))
+        if any(a is not b and isinstance(a, Tensor) for a, b in pairs):
+            self._note()
         return before
 
     def _note(self) -> None:

@@ -24,7 +24,14 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 
 from pvae.captured import private
-from pvae.captured.capturing import Capturing, Entry, called, leaves_of, submodules
+from pvae.captured.capturing import (
+    Capturing,
+    Entry,
+    Signature,
+    called,
+    leaves_of,
+    submodules,
+)
 from pvae.captured.compiling import Compiler, NotCaptured, Run, inductor
 from pvae.captured.moment import keeping_random_state, resolution
 from pvae.captured.reasons import in_words
@@ -70,6 +77,7 @@ class _Graph:
     reads_gradients: bool  # so it is right only if there are none from before
     trained: list[Tensor] = dataclasses.field(default_factory=list)  # the parameters now
     places: list[int | None] = dataclasses.field(default_factory=list)  # of rest, in `Seen`
+    recordings: dict[Hashable, Recording] = dataclasses.field(default_factory=dict)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -115,9 +123,9 @@ class _Graph:
             map(private.has_hooks, self.others)
         )
 
-    def __call__(self, inputs: list[Tensor], rest: list[Tensor]) -> _Results:
+    def __call__(self, inputs: list[Tensor], rest: list[Tensor] | None = None) -> _Results:
         """Returns the losses, and the gradients of the parameters and then of the others."""
-        results = self.run(*inputs, *self.trained, *rest)
+        results = self.run(*inputs, *self.trained, *(self.rest if rest is None else rest))
         gradients: list[Tensor | None] = [None] * (len(self.trained) + len(self.others))
         for i, gradient in zip(self.with_gradient, results[self.losses :], strict=True):
             gradients[i] = gradient
@@ -141,8 +149,9 @@ class SVI(Capturing, StockSVI):
     Some values cannot be looked up in bounded time: those under names that a program makes while
     it runs, in files, in the environment, in containers of more than 256 elements, and inside of
     libraries. So captured steps are compared with Pyro again, after 1, 2, 4, 8, ... of them and
-    after every 1,000th. If they differ, the rest of the run is eager, and a warning says which
-    steps may be wrong. A captured step prints nothing and writes no file, even if the programs do.
+    after every 1,000th. If they differ, the rest of the run is eager, and a warning says how
+    many steps may be wrong. A captured step prints nothing and writes no file, even if the
+    programs do.
 
     A step that cannot be captured runs as stock SVI, with one warning that says why. `engine` says
     how the last step ran, "captured" or "eager"; `reason` says why it was not captured, if that is
@@ -207,12 +216,11 @@ class SVI(Capturing, StockSVI):
             compiler=compiler,
         )
         self.record = record
-        self.recordings = 0  # how often a step was recorded
         self._own = frozenset(vars(self))  # attributes that are not the user's
 
     def _begin(self) -> None:
         super()._begin()
-        self._recordings: dict[Hashable, Recording] = {}
+        self.recordings = 0  # how often a step was recorded
         self._zeros: dict[Tensor, tuple[Tensor, int]] = {}  # after a step, with versions
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
@@ -241,34 +249,34 @@ class SVI(Capturing, StockSVI):
             NotCaptured: with `strict`, if the step cannot be captured.
         """
         try:
-            signature = self._signature(args, kwargs)
+            reason = self._prepare(self._signature(args, kwargs), args, kwargs)
         except NotCaptured as error:
-            return self._refuse(str(error))
-        entries = self._entries.setdefault(signature.key, [])
-        if any(e.fits(signature) for e in entries if e.graph is not None or e.refused):
-            return None
+            reason = str(error)
+        if reason:
+            self._refuse(reason)
+
+    def _prepare(self, signature: Signature, args: Any, kwargs: Any) -> str | None:
+        """Captures a call; returns why there is no graph."""
+        entries = self._entries.get(signature.key, [])
+        for entry in entries:
+            if (entry.graph is not None or entry.refused) and entry.fits(signature):
+                return entry.refused
         if self.captures >= self.max_graphs:
-            return self._refuse(self._too_many(entries))
-        try:
-            seen = self._look()
-        except NotCaptured as error:
-            return self._refuse(str(error))
+            return self._too_many(entries, signature)
+        seen = self._look()
         start = self._moment([*signature.tensors, *seen.tensors])
         try:
-            with keeping_random_state():
+            with keeping_random_state(seen.generators):
                 with called(self._modules):
                     self._reference(leaves_of(start), args, kwargs)
                 start.put_back()
                 entry = self._entry(signature)
-                reason = self._captured(entry, signature, args, kwargs)[-1]
+                self._captured(entry, self._look(), signature, args, kwargs)
         finally:
             start.put_back()
-        entry.refused = bool(reason)
-        entries.insert(0, entry)
+        self._entries.setdefault(signature.key, []).insert(0, entry)
         self._signatures += 1
-        if reason:
-            self._refuse(reason)
-        return None
+        return entry.refused
 
     # ---- one step ----
 
@@ -287,11 +295,12 @@ class SVI(Capturing, StockSVI):
             self._apply(graph, results.gradients)
             return results.losses
 
+        if self.record is None:
+            return self._accept(graph, graph(inputs))
         # a recording reads fixed addresses: tensors that were replaced are copied there, as inputs
         moving = [i for i, place in enumerate(graph.places) if place in entry.seen.moved]
         given = [*inputs, *(graph.rest[i] for i in moving)]
-        step = self._recording(entry, whole, given, moving) if self.record is not None else whole
-        return _loss(graph, step(given))
+        return _loss(graph, self._recording(entry, whole, given, moving)(given))
 
     def _recording(
         self,
@@ -307,15 +316,15 @@ class SVI(Capturing, StockSVI):
         untouched = [p.grad is None or self._is_zero(p) for p in graph.trained]
         if not all(untouched) or graph.others:  # the step adds to older gradients
             return whole
-        key = id(graph), tuple(moving), tuple(p.grad is None for p in graph.trained)
-        recording = self._recordings.get(key)
+        key = tuple(moving), tuple(p.grad is None for p in graph.trained)
+        recording = graph.recordings.get(key)
         if recording is None or not recording.fits(own, optimizer):
             if entry.replays <= _BEFORE_RECORDING:  # libraries set themselves up first
                 return whole
             recording = self._recorded(whole, graph, given, own)
             if recording is None:
                 return whole
-            self._recordings[key] = recording
+            graph.recordings[key] = recording
         made = recording
         return lambda given: made(given, optimizer)
 
@@ -326,7 +335,7 @@ class SVI(Capturing, StockSVI):
         no gradient any more is still trained, with zeros. Here all steps share the same zeros.
         """
         for t, gradient in zip((*graph.trained, *graph.others), gradients, strict=True):
-            if t.grad is not None and self._is_zero(t) and gradient is not None:
+            if gradient is not None and self._is_zero(t):
                 t.grad = None
             _add_gradient(t, gradient)
         self.optim(graph.trained)
@@ -339,7 +348,7 @@ class SVI(Capturing, StockSVI):
 
     def _is_zero(self, p: Tensor) -> bool:
         zero, version = self._zeros.get(p, (None, 0))
-        return p.grad is zero and (zero is None or zero._version == version)
+        return zero is not None and p.grad is zero and zero._version == version
 
     def _zero(self, p: Tensor) -> Tensor:
         zero, version = self._zeros.get(p, (None, 0))
@@ -416,9 +425,6 @@ class SVI(Capturing, StockSVI):
         self._leave_zeros(outcome.trained)
         return outcome.losses
 
-    def _try(self, graph: _Graph, inputs: list[Tensor]) -> _Results:
-        return graph(inputs, graph.rest)
-
     def _accept(self, graph: _Graph, by_graph: _Results) -> Any:
         self._apply(graph, by_graph.gradients)
         return _loss(graph, by_graph.losses)
@@ -486,6 +492,8 @@ class SVI(Capturing, StockSVI):
             raise NotCaptured(
                 f"the parameter {missing[0]!r} is not in Pyro's store: module_local_params is on"
             )
+        # the zeros of parameters that are in the store no more are freed
+        self._zeros = {t: zero for t, zero in self._zeros.items() if id(t) in names}
         known = {id(t) for t in (*inputs, *trained)}
         rest = [t for t in found if id(t) not in known]
         others = [t for t in rest if t.requires_grad]

@@ -16,7 +16,7 @@ from unittest import mock
 import pyro
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Transform
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 
@@ -49,8 +49,8 @@ class _Outside(TorchFunctionMode):
         # torch makes a fake tensor around a meta tensor
         if isinstance(t, private.FakeTensor) or t.is_meta:
             return t
-        if private.functorch.is_batchedtensor(t):
-            return private.batched(t, self._stand_in)
+        if private.functorch.is_batchedtensor(t) or private.functorch.is_gradtrackingtensor(t):
+            return private.wrapped(t, self._stand_in)
         if t.layout is not torch.strided or t.is_quantized:
             kind = "quantized" if t.is_quantized else t.layout
             self._refuse(f"the programs use a tensor that is not dense ({kind})")
@@ -135,6 +135,7 @@ _OF_MEMORY = (Tensor.storage_offset, Tensor.data_ptr, Tensor.as_strided, torch.a
 @contextlib.contextmanager
 def _without_looking() -> Iterator[None]:
     """Turns off code of torch and Pyro that reads values of tensors: a traced tensor has none."""
+    emptied: dict[int, Transform] = {}  # caches that hold nothing from before the block
     with contextlib.ExitStack() as patches:
         patches.enter_context(torch.compiler.set_stance("force_eager"))  # no torch.compile inside
         for owner, name, value in (
@@ -144,6 +145,8 @@ def _without_looking() -> Iterator[None]:
             (private.infer_util, "_fulldot", _without_zeros),
             (Distribution, "_validate_sample", lambda self, value: None),
             (Distribution, "__init__", _without_validation(Distribution.__init__)),
+            (Transform, "__call__", _emptied_first(Transform.__call__, emptied)),
+            (Transform, "_inv_call", _emptied_first(Transform._inv_call, emptied)),
         ):
             patches.enter_context(mock.patch.object(owner, name, value))
         patches.enter_context(pyro.validation_enabled(False))
@@ -189,6 +192,20 @@ def _without_validation(init: Callable[..., None]) -> Callable[..., None]:
     return unvalidated
 
 
+def _emptied_first(
+    call: Callable[..., Tensor], emptied: dict[int, Transform]
+) -> Callable[..., Tensor]:
+    """Returns a transform's `call` that empties its cache once: an earlier run has filled it."""
+
+    def emptying(self: Any, value: Tensor) -> Tensor:
+        if self._cache_size and id(self) not in emptied:
+            self._cached_x_y = None, None
+            emptied[id(self)] = self
+        return call(self, value)
+
+    return emptying
+
+
 def _without_zeros(prob: Tensor, cost: Tensor) -> Tensor:
     """Returns the sum of `prob * cost` over the terms with `prob` above 0, as in `Dice`."""
     return (prob * torch.where(prob > 0, cost, torch.zeros_like(cost))).sum()
@@ -225,7 +242,11 @@ def _leaf(stand_in: Tensor, t: Tensor) -> Tensor:
 
 
 def _leaf_in(mode: Any) -> Callable[[Tensor], Tensor]:
-    return lambda t: _leaf(mode.from_tensor(t), t)
+    def make(t: Tensor) -> Tensor:
+        with private.outside_transforms():  # `requires_grad_` is refused inside of `torch.func`'s
+            return _leaf(mode.from_tensor(t), t)
+
+    return make
 
 
 def _unknown(t: Tensor) -> Tensor:
