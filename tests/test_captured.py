@@ -543,7 +543,7 @@ def test_a_number_that_a_module_holds_is_no_constant():
     assert ours.captures == 2  # the second graph takes the number as an input
     for temperature in (2, 3):  # each integer needs a graph of its own
         guide.temperature = temperature
-        with pytest.raises(NotCaptured, match=r"2 captures .* `guide\.temperature` has changed"):
+        with pytest.raises(NotCaptured, match=r"2 captures .*`guide\.temperature` has changed"):
             ours.step(FLIPS)
 
 
