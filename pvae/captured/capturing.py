@@ -674,7 +674,7 @@ def is_due(done: int) -> bool:
 def _frames_here() -> int:
     """Returns how many frames of this package are on top of the stack, with that of this call."""
     count, frame = 0, inspect.currentframe()
-    while frame is not None and frame.f_globals["__name__"].startswith("pvae.captured"):
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("pvae.captured"):
         count, frame = count + 1, frame.f_back
     return count
 
