@@ -1480,7 +1480,7 @@ def a_shape_by_a_value(svi_of):
 HIDDEN_A = 1.0
 
 
-@program(captured=False, says="which may be wrong: ")
+@program(captured=False, says="number of calls that may be wrong: ")
 def a_name_that_is_put_together(svi_of):
     def model(data):
         scale = globals()["_".join(["HIDDEN", "A"])]
@@ -2237,7 +2237,7 @@ def a_gradient_that_is_zero_and_then_none(svi_of):
     HIDDEN_A = 1.0
 
 
-@program(captured=False, says="which may be wrong: ")
+@program(captured=False, says="number of calls that may be wrong: ")
 def the_environment(svi_of):
     def model(data):
         scale = float(os.environ.get("PVAE_TEST_SCALE", "1.0"))

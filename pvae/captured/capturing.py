@@ -62,16 +62,19 @@ class Signature(NamedTuple):
 
     def without_data(self) -> "Signature":
         """Returns the signature with the layouts of tensors in their place, for comparisons."""
-        facts = [layout(v) if isinstance(v, Tensor) else v for v in self.leaves]
-        return self._replace(tensors=[], numbers=[], leaves=facts)
+        return self._replace(tensors=[], numbers=[], leaves=list(map(_fact, self.leaves)))
 
     def first_change_from(self, other: "Signature") -> str | None:
         """Names the first argument that differs from that in `other`, which has no data."""
-        paths, _ = pytree.tree_flatten_with_path(self.arguments({}))
-        for (path, now), then in zip(paths, other.leaves, strict=False):
-            if (layout(now) if isinstance(now, Tensor) else now) != then:
-                return ("args", "kwargs")[path[0].idx] + pytree.keystr(path[1:])
-        return None
+        args, kwargs = self.arguments({})
+        named = [*((f"args[{i}]", v) for i, v in enumerate(args)), *kwargs.items()]
+        names = [name for name, value in named for _ in pytree.tree_leaves(value)]
+        pairs = zip(names, self.leaves, other.leaves, strict=False)
+        return next((name for name, now, then in pairs if _fact(now) != then), None)
+
+
+def _fact(leaf: Any) -> Any:
+    return layout(leaf) if isinstance(leaf, Tensor) else leaf
 
 
 def signature_of(args: Any, kwargs: Any) -> Signature:
@@ -124,13 +127,12 @@ def signature_of(args: Any, kwargs: Any) -> Signature:
         if not isinstance(leaf, FLOATS):
             add(leaf, "an argument")
     numbers = []
-    place = device_of(tensors)
     for handler in private.runtime._PYRO_STACK:
         key.append(cast(Hashable, type(handler)))
         for name, value in vars(handler).items():
             where = f"{name} of the handler {type(handler).__name__} around the step"
             if type(value) is float:
-                number = as_tensor(value, torch.float64, place)
+                number = as_tensor(value, torch.float64, tensors)
                 numbers.append((Spot(vars(handler), name, where), number))
                 add(number, where)
             else:
@@ -142,17 +144,14 @@ def signature_of(args: Any, kwargs: Any) -> Signature:
     return Signature(tuple(key), tensors, numbers, leaves, structure, floats)
 
 
-def device_of(tensors: Sequence[Tensor]) -> torch.device:
-    """Returns the GPU, if a tensor of the call or a parameter is there; else the CPU."""
-    held = (*tensors, *parameters().values()) if torch.cuda.is_initialized() else ()
-    return next((t.device for t in held if t.is_cuda), torch.device("cpu"))
+def as_tensor(value: float, dtype: torch.dtype, beside: Sequence[Tensor]) -> Tensor:
+    """Returns a number as a tensor `()` on the GPU, if the call has a tensor there.
 
-
-def as_tensor(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns a number as a tensor `()` that is filled on the device.
-
-    A copy from the host would wait for the GPU, and a CUDA graph would repeat the first value.
+    The tensor is filled on the GPU. A copy from the host would wait for the GPU, and a CUDA graph
+    would repeat the first value.
     """
+    held = (*beside, *parameters().values()) if torch.cuda.is_initialized() else ()
+    device = next((t.device for t in held if t.is_cuda), torch.device("cpu"))
     return torch.full((), value, dtype=dtype, device=device)
 
 
@@ -213,12 +212,10 @@ class Entry:
 
     def inputs(self, signature: Signature) -> list[Tensor]:
         """Returns the inputs of the graph: tensors, then numbers that may change."""
+        beside = signature.tensors
         numbers = [value for i, value in signature.floats if i in self.free]
         numbers += [value for _, value in self.seen.numbers()]
-        if not numbers:
-            return list(signature.tensors)
-        device = device_of(signature.tensors)
-        return [*signature.tensors, *(as_tensor(v, self.dtype, device) for v in numbers)]
+        return [*beside, *(as_tensor(value, self.dtype, beside) for value in numbers)]
 
 
 def places(seen: Seen, signature: Signature) -> list[int | None]:
@@ -332,12 +329,14 @@ class Capturing:
             self.reason = entry.refused
             return self._eager(args, kwargs)
         if self.captures >= self.max_graphs or self._signatures >= _SIGNATURES:
-            self._refuse(self._too_many(entries, signature))
-            self._drop_untried()
+            if self._crowded is None:
+                self._crowded = self._too_many(entries, signature)
+                self._drop_untried()
+            self._refuse(self._crowded)
             return self._eager(args, kwargs)
         if entry is None and (always := self._always_new(entries)):
             self._refuse(always)
-        elif entry is None and not self.captures and self._signatures >= _UNREPEATED:
+        elif entry is None and not self.captures and self._signatures == _UNREPEATED:
             self._refuse(self._too_many(entries, signature))
         if entry is None or entry.runs < self.after:
             with called(self._modules):
@@ -418,17 +417,16 @@ class Capturing:
         return f"{named} changes at every call, and is not a tensor{why}"
 
     def _too_many(self, entries: Sequence[Entry], signature: Signature) -> str:
-        if self._crowded is None:
-            name = None if self._last is None else signature.first_change_from(self._last)
-            if name is None and entries:
-                with contextlib.suppress(NotCaptured):
-                    name = self._look().first_change_from(entries[-1].seen)
-            self._crowded = (
-                f"{self.captures} captures were tried for {self._signatures} different calls; a "
-                "number that changes from step to step should be a tensor, shapes should come "
-                "again, and texts should be left out of the arguments"
-            ) + ("" if name is None else f" (`{name}` has changed)")
-        return self._crowded
+        name = None if self._last is None else signature.first_change_from(self._last)
+        if name is None and entries:
+            with contextlib.suppress(NotCaptured):
+                name = self._look().first_change_from(entries[-1].seen)
+        changed = "" if name is None else f" (`{name}` has changed)"
+        return (
+            f"{self.captures} captures were tried for {self._signatures} different calls{changed}; "
+            "a number that changes from step to step should be a tensor, shapes should repeat, and "
+            "texts should not be arguments"
+        )
 
     def _by_graph(self, entry: Entry, signature: Signature, args: Any, kwargs: Any) -> Any:
         inputs = entry.inputs(signature)
@@ -648,8 +646,8 @@ class Capturing:
         wrong = sum(entry.replays - entry.trusted for entry in entries) - 1  # this call is right
         self._distrusted = (
             f"the graph and the {self._captures_of} differ in {difference}: something that is not "
-            f"looked up at every call has probably changed (see captured.SVI); calls since the "
-            f"comparisons before, which may be wrong: {wrong}"
+            "looked up at every call has probably changed (see captured.SVI); number of calls that "
+            f"may be wrong: {wrong}"
         )
         self._entries.clear()
         self._warned = False

@@ -18,7 +18,7 @@ _SOURCES = (torch.arange, torch.eye, torch.full, torch.ones, torch.tensor, torch
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne", "__eq__", "__ne__")
 _LOGIC = ("__and__", "__or__", "__invert__", "logical_and", "logical_not", "logical_or")
 _ARITHMETIC = ("add", "sub", "mul", "remainder", "__rsub__")
-_SHAPES = (
+_SHAPES_AND_DTYPES = (
     "view",
     "reshape",
     "unsqueeze",
@@ -30,7 +30,7 @@ _SHAPES = (
     "bool",
     "long",
 )
-_STEPS = frozenset((*_COMPARISONS, *_LOGIC, *_ARITHMETIC, *_SHAPES))
+_STEPS = frozenset((*_COMPARISONS, *_LOGIC, *_ARITHMETIC, *_SHAPES_AND_DTYPES))
 
 
 class Known:

@@ -24,7 +24,7 @@ class Moment:
     def put_back(self) -> None:
         with torch.no_grad():
             for t, value in zip(self.tensors, self._values, strict=True):
-                if not _is(t, value):  # the user's tensor may be read-only
+                if not _equal(t, value):  # the user's tensor may be read-only
                     t.copy_(value)
         torch.set_rng_state(self._random[0])
         if self._random[1:]:
@@ -51,7 +51,8 @@ def strided(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t for t in unique if t.layout == torch.strided and not t.is_meta]
 
 
-def _is(t: Tensor, value: Tensor) -> bool:
+def _equal(t: Tensor, value: Tensor) -> bool:
+    """Returns whether the values are the same; NaN is the same as NaN."""
     return torch.equal(t, value) or bool(((t == value) | ((t != t) & (value != value))).all())
 
 

@@ -286,6 +286,8 @@ class SVI(Capturing, StockSVI):
     def _replay(self, entry: Entry, inputs: list[Tensor]) -> Any:
         """Computes loss and gradients and steps the optimizer, as one recording if there is one."""
         graph = entry.graph
+        if self.record is None:
+            return self._accept(graph, graph(inputs))
 
         def whole(given: list[Tensor]) -> list[Tensor]:
             rest = list(graph.rest)
@@ -295,8 +297,6 @@ class SVI(Capturing, StockSVI):
             self._apply(graph, results.gradients)
             return results.losses
 
-        if self.record is None:
-            return self._accept(graph, graph(inputs))
         # a recording reads fixed addresses: tensors that were replaced are copied there, as inputs
         moving = [i for i, place in enumerate(graph.places) if place in entry.seen.moved]
         given = [*inputs, *(graph.rest[i] for i in moving)]

@@ -243,7 +243,7 @@ def _leaf(stand_in: Tensor, t: Tensor) -> Tensor:
 
 def _leaf_in(mode: Any) -> Callable[[Tensor], Tensor]:
     def make(t: Tensor) -> Tensor:
-        with private.outside_transforms():  # `requires_grad_` is refused inside of `torch.func`'s
+        with private.outside_transforms():  # inside, torch.func refuses `requires_grad_`
             return _leaf(mode.from_tensor(t), t)
 
     return make
