@@ -65,7 +65,7 @@ class Stage(NamedTuple):
     particles: int = 1
     weight_decay: float = 0.01
     ema: float | None = 0.999
-    kl_warmup: float = 0.0
+    kl_warmup: float | Sequence[float] = 0.0
     change: Callable[[pvae.VAE], None] | None = None
     guide_only: bool = False
     dropout: float = 0.1
@@ -197,7 +197,7 @@ ROWS: Mapping[str, Row] = {
         title="row 1 with a second layer of 16",
         stages={
             "pair": _ONE.stages["pair"],
-            "layer": _FLOW._replace(change=with_layer),
+            "layer": _FLOW._replace(change=with_layer, kl_warmup=(0.0, 0.5)),
             "dreg": _DREG._replace(epochs=3),
             "iwae": _IWAE,
         },
@@ -297,6 +297,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     cli.option(parser, "--epochs", what, cli.NATURAL, metavar="N")
     what = "a run whose first stages of the same names are not trained again"
     cli.option(parser, "--start-from", what, metavar="RUN")
+    cli.precision_argument(parser)
     cli.option(parser, "--num-samples", "draws k for log p(x)", cli.NATURAL, 500, "K")
     cli.option(parser, "--checkpoint-minutes", "minutes between checkpoints", float, 5.0, "M")
     args = cli.resumed(parser, argv)

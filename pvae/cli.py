@@ -111,8 +111,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         f"a GPU, auto is captured for a run of at least {PAYS_BACK:,} steps, else eager"
     )
     choice(g, "--engine", ["auto", *ENGINES], "auto", how)
-    how = "of the networks in training: tf32 for matrix products on a GPU, bf16 by autocast"
-    choice(g, "--precision", ["fp32", "tf32", "bf16"], "fp32", how)
+    precision_argument(g)
     what = "split a batch into K parts, one after another, for one step of the optimizer"
     option(g, "--accumulate", what, NATURAL, 1, "K")
     what = "write a log for TensorBoard into the run's folder too: numbers and some pictures"
@@ -147,6 +146,12 @@ def study_parser(
     if resumable:
         _resume_argument(p, g)
     return p
+
+
+def precision_argument(p: Any) -> None:
+    """Adds `--precision` to a parser or to a group of its arguments."""
+    how = "of the networks in training: tf32 for matrix products on a GPU, bf16 by autocast"
+    choice(p, "--precision", ["fp32", "tf32", "bf16"], "fp32", how)
 
 
 def _data_arguments(p: argparse.ArgumentParser, default: str = _DEFAULT_DATA) -> Any:

@@ -435,6 +435,30 @@ def test_a_bias_of_many_images_is_held_against_more_than_onednn():
     assert svi.engine == "captured"
 
 
+def test_under_autocast_rounding_is_that_of_bfloat16():
+    """Compiled code keeps digits between two operators that the programs round to bfloat16."""
+    x = torch.randn(1000, 1, generator=torch.Generator().manual_seed(0))
+    x = x - x.mean() + 8.0  # so the gradient is 0 at 8
+
+    def shifted(x):
+        loc = pyro.param("loc", torch.full((1, 1), 8.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(torch.ones_like(x) @ loc, 1.0).to_event(1), obs=x)
+
+    def one_digit_off(graph, inputs):
+        return lambda x, loc: graph(x, loc * (1 + torch.finfo(torch.bfloat16).eps))
+
+    still = pyro.optim.SGD({"lr": 0.0})
+    svi = captured.SVI(shifted, lambda x: None, still, Trace_ELBO(), compiler=one_digit_off)
+    for _ in range(4):
+        with torch.autocast("cpu", torch.bfloat16):
+            svi.step(x)
+    assert svi.engine == "captured"
+    svi.step(x)
+    with pytest.warns(UserWarning, match="differ in the loss"):
+        svi.step(x)  # in float32 it is more than rounding
+
+
 # ---- what a step leaves as it was ----
 
 

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from pvae.captured import private
 from pvae.captured.compiling import Compiler, NotCaptured
-from pvae.captured.moment import Moment, keeping_random_state, other_random_state, position, strided
+from pvae.captured.moment import (
+    Moment,
+    keeping_random_state,
+    other_random_state,
+    position,
+    resolution,
+    strided,
+)
 from pvae.captured.private import pytree
 from pvae.captured.reasons import in_words
 from pvae.captured.seen import FLOATS, Seen, Spot, is_library, is_value, layout, may_vary, same
@@ -612,9 +619,9 @@ class Capturing:
         Programs that give another result at the same noise are refused: they count or draw.
 
         To measure rounding, the programs run again without oneDNN's kernels, with each parameter
-        moved by its last digits. A small sum of large terms is mostly rounding error: oneDNN's
-        gradient of a bias may be off by a percent. And a ReLU has a kink: two roundings of one
-        number may be on its two sides.
+        moved by the last digits of the arithmetic in use. A small sum of large terms is mostly
+        rounding error: oneDNN's gradient of a bias may be off by a percent. And a ReLU has a kink:
+        two roundings of one number may be on its two sides.
         """
         difference = self._difference(graph, by_graph, outcome, [])
         if difference is None:
@@ -632,13 +639,15 @@ class Capturing:
                 start.put_back()
                 for t in leaves:
                     moves = torch.randint(-1, 2, t.shape, generator=signs).to(t)
-                    t.detach().mul_(1 + 2 * torch.finfo(t.dtype).eps * moves)
+                    t.detach().mul_(1 + 2 * resolution([t]) ** 2 * moves)
+                torch.clear_autocast_cache()  # it keeps parameters in bfloat16 from before the move
                 with pyro.validation_enabled(False), without_onednn():
                     moved.append(self._reference(leaves, args, kwargs))
                 difference = self._difference(graph, by_graph, outcome, moved)
             return difference
         finally:
             after.put_back()
+            torch.clear_autocast_cache()
 
     def _distrust(self, difference: str) -> None:
         """Drops all graphs: each of them may depend on the value that has changed."""
