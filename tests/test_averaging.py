@@ -203,7 +203,9 @@ def test_stages_follow_one_another_and_are_taken_over(tmp_path, monkeypatch, cap
         stages={
             "pair": first,
             "flow": first._replace(change=likelihood.with_flow),
-            "guide": first._replace(objective="dreg", particles=2, guide_only=True, chosen=False),
+            "guide": first._replace(
+                objective="dreg", particles=2, trains=lambda vae: vae.guide, chosen=False
+            ),
         },
     )
     monkeypatch.setitem(likelihood.ROWS, "1", row)
@@ -257,8 +259,9 @@ def test_the_page_shows_the_table_of_the_runs():
 def test_a_second_layer_starts_at_the_prior_of_before():
     vae, x = likelihood.ROWS["5"].pair(torch.full((1, 28, 28), 0.1)), torch.ones(3, 1, 28, 28)
     z = {"z1": torch.randn(3, likelihood.LATENT), "z2": torch.randn(3, likelihood.UPPER)}
-    before = vae.model.densities(x, {"z": z["z1"]})
+    before, own = vae.model.densities(x, {"z": z["z1"]}), set(vae.parameters())
     likelihood.with_layer(vae)
+    assert set(likelihood.upper_layer(vae).parameters()) == set(vae.parameters()) - own
     after = vae.model.densities(x, z)
     torch.testing.assert_close([after["z1"], after["x"]], [before["z"], before["x"]])
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae.captured import private
-from pvae.captured.compiling import Compiler, NotCaptured
+from pvae.captured.compiling import Compiler, NotCaptured, Run
 from pvae.captured.moment import (
     Moment,
     keeping_random_state,
@@ -190,6 +190,31 @@ def called(modules: dict[nn.Module, None]) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@dataclass(kw_only=True)
+class Graph:
+    """One captured call. `run` takes the inputs of the call, then `tensors`."""
+
+    run: Run
+    rest: list[Tensor]  # tensors that the programs read, and that are not inputs
+    layouts: Sequence[Hashable]  # of `tensors`
+    places: list[int | None] = field(default_factory=list)  # of rest, in `Seen`
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return self.rest
+
+    def bind_to(self, seen: Seen) -> None:
+        """Notes the place of each tensor of the rest in `seen`, from which `bind` takes it."""
+        self.places = [seen.place_of(t) for t in self.rest]
+
+    def bind(self, seen: Seen) -> bool:
+        """Takes the tensors of this call; returns whether the graph fits them."""
+        for i, place in enumerate(self.places):
+            if place is not None:
+                self.rest[i] = seen.tensors[place]
+        return [layout(t) for t in self.tensors] == self.layouts
 
 
 @dataclass

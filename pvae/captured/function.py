@@ -7,39 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pvae.captured.capturing import Capturing, Entry
-from pvae.captured.compiling import Compiler, NotCaptured, Run, inductor
+from pvae.captured.capturing import Capturing, Entry, Graph
+from pvae.captured.compiling import Compiler, NotCaptured, inductor
 from pvae.captured.moment import resolution
 from pvae.captured.private import pytree
-from pvae.captured.seen import Seen, layout
+from pvae.captured.seen import layout
 from pvae.captured.tracing import Leaves, compiled, touched
 
 
-@dataclasses.dataclass
-class _Graph:
-    """One captured call. `run` takes the inputs, then the rest; `structure` is of the results."""
+@dataclasses.dataclass(kw_only=True)
+class _Graph(Graph):
+    """One captured call of a function."""
 
-    run: Run
-    rest: list[Tensor]  # other tensors that the function reads
-    layouts: list[Any]  # of rest
-    structure: Any
-    places: list[int | None] = dataclasses.field(default_factory=list)  # of rest, in `Seen`
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return self.rest
-
-    def bind_to(self, seen: Seen) -> None:
-        """Notes the place of each tensor of the rest in `seen`, from which `bind` takes it."""
-        self.places = [seen.place_of(t) for t in self.rest]
-
-    def bind(self, seen: Seen) -> bool:
-        """Takes the rest of this call; returns whether the graph fits it."""
-        self.rest = [
-            t if place is None else seen.tensors[place]
-            for t, place in zip(self.rest, self.places, strict=True)
-        ]
-        return [layout(t) for t in self.rest] == self.layouts
+    structure: Any  # of the results
 
     def __call__(self, inputs: list[Tensor]) -> Any:
         return pytree.tree_unflatten(list(self.run(*inputs, *self.rest)), self.structure)
@@ -128,7 +108,8 @@ class Function(Capturing):
             return [t.detach().clone() for t in pytree.tree_leaves(results)]
 
         run = compiled(flat, [*inputs, *rest], self.compiler)
-        return _Graph(run, rest, [layout(t) for t in rest], structure)
+        layouts = [layout(t) for t in rest]
+        return _Graph(run=run, rest=rest, layouts=layouts, structure=structure)
 
 
 def _same(by_graph: list[Tensor], by_function: list[Tensor]) -> bool:

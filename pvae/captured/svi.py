@@ -27,12 +27,13 @@ from pvae.captured import private
 from pvae.captured.capturing import (
     Capturing,
     Entry,
+    Graph,
     Signature,
     called,
     leaves_of,
     submodules,
 )
-from pvae.captured.compiling import Compiler, NotCaptured, Run, inductor
+from pvae.captured.compiling import Compiler, NotCaptured, inductor
 from pvae.captured.moment import keeping_random_state, resolution
 from pvae.captured.reasons import in_words
 from pvae.captured.recording import Recorder, Recording
@@ -59,24 +60,20 @@ class _Outcome(NamedTuple):
     gradients: dict[Tensor, Tensor | None]  # the new `grad` of those leaves where it changed
 
 
-@dataclasses.dataclass
-class _Graph:
-    """One captured step. `run` takes the inputs, then the parameters, then the rest."""
+@dataclasses.dataclass(kw_only=True)
+class _Graph(Graph):
+    """One captured step. Its `tensors` are the parameters, then the rest."""
 
-    run: Run
     names: list[str]  # of the parameters, in Pyro's store
     parameters: list[Tensor]  # those of the capture
     constraints: list[Any]
     owned: set[str]  # names of the parameters that a module holds too
-    rest: list[Tensor]  # other tensors that the programs read
-    layouts: list[Hashable]  # of parameters and rest
     losses: int  # how many of the results are losses (an ELBO may have several)
     is_tuple: bool
     with_gradient: list[int]  # indices, in parameters and others, of those with a gradient
     stored: list[str | None]  # names of the rest in Pyro's store
     reads_gradients: bool  # so it is right only if there are none from before
     trained: list[Tensor] = dataclasses.field(default_factory=list)  # the parameters now
-    places: list[int | None] = dataclasses.field(default_factory=list)  # of rest, in `Seen`
     recordings: dict[Hashable, Recording] = dataclasses.field(default_factory=dict)
 
     @property
@@ -89,12 +86,10 @@ class _Graph:
         return [t for t in self.rest if t.requires_grad]
 
     def bind_to(self, seen: Seen) -> None:
-        """Notes the place of each tensor of the rest in `seen`, from which `bind` takes it."""
         self.trained = self.parameters
-        self.places = [seen.place_of(t) for t in self.rest]
+        super().bind_to(seen)
 
     def bind(self, seen: Seen) -> bool:
-        """Takes the parameters and the rest of this step; returns whether the graph fits them."""
         known, constraints = parameters(), private.constraints()
         trained = []
         for name, captured, constraint in zip(
@@ -110,17 +105,13 @@ class _Graph:
                 return False
             trained.append(tensor)
         self.trained = trained
-        for i, (place, stored) in enumerate(zip(self.places, self.stored, strict=True)):
-            if place is not None:
-                self.rest[i] = seen.tensors[place]
-            elif stored is not None:
+        for i, stored in enumerate(self.stored):
+            if stored is not None:
                 self.rest[i] = known.get(stored, self.rest[i])
-        if self.reads_gradients and any(
-            t.grad is not None and t.grad.any() for t in (*trained, *self.others)
-        ):
+        if not super().bind(seen) or any(map(private.has_hooks, self.others)):
             return False
-        return [layout(t) for t in self.tensors] == self.layouts and not any(
-            map(private.has_hooks, self.others)
+        return not self.reads_gradients or not any(
+            t.grad is not None and t.grad.any() for t in (*trained, *self.others)
         )
 
     def __call__(self, inputs: list[Tensor], rest: list[Tensor] | None = None) -> _Results:
