@@ -283,6 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "evaluation_minutes": (time.perf_counter() - began) / 60,
         "processor": run.processor(study.device),
         "threads": torch.get_num_threads(),
+        "precision": args.precision,
         "versions": run.versions(),
     }
     study.save(found)
@@ -472,7 +473,9 @@ def line(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
         statistics.mean(r[f"{what}_minutes"] for r in runs) for what in ("training", "evaluation")
     ]
     seeds = f", {len(runs)} seeds" if len(runs) > 1 else ""
-    threads = f"{first['threads']} thread{'s' * (first['threads'] > 1)}"
+    how = f"{first['threads']} thread{'s' * (first['threads'] > 1)}"
+    if first.get("precision", "fp32") != "fp32":  # results of before have no precision
+        how += f", {first['precision']}"
     cells = [
         f"{name}: {first['title']}{seeds}",
         published,
@@ -482,7 +485,7 @@ def line(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
         shown("active_units", 0),
         shown("pareto_k_above"),
         f"{minutes[0]:.0f} + {minutes[1]:.0f}",
-        f"{first['processor']}, {threads}",
+        f"{first['processor']}, {how}",
     ]
     return f"| {' | '.join(cells)} |"
 
