@@ -644,9 +644,9 @@ class Capturing:
         Programs that give another result at the same noise are refused: they count or draw.
 
         To measure rounding, the programs run again by other kernels, with each parameter moved by
-        the last digits of the arithmetic in use. A small sum of large terms is mostly
-        rounding error: oneDNN's gradient of a bias may be off by a percent. And a ReLU has a kink:
-        two roundings of one number may be on its two sides.
+        the last digits of the arithmetic in use. A small sum of large terms is mostly rounding
+        error: oneDNN's gradient of a bias may be off by a percent. And a ReLU has a kink: two
+        roundings of one number may be on its two sides.
         """
         difference = self._difference(graph, by_graph, outcome, [])
         if difference is None:
