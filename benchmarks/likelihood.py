@@ -152,7 +152,7 @@ _IWAE = _DREG._replace(epochs=1, particles=50)
 # or only its guide: draws from a wider guide are better for importance sampling
 _GUIDE = _DREG._replace(epochs=2, trains=lambda vae: vae.guide, dropout=0.0)
 _FLOW = Stage(8, 1e-3, change=with_flow)
-# z2 does not matter at the start, and would never do so if its KL had its full weight
+# at the start z2 has no effect; if its KL had the full weight from then on, it would stay unused
 _LAYER = Stage(12, 2e-3, change=with_layer, trains=upper_layer, kl_warmup=(0.0, 0.5))
 _TWO_LAYERS = {"HVAE, VampPrior (arXiv:1705.07120)": -81.24, "exemplar, conv": -79.67}
 _ONE = Row(
