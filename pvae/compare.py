@@ -131,9 +131,9 @@ def differences(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]
 
 
 def _told(config: Mapping[str, Any]) -> dict[str, str]:
-    """The arguments, versions and processor of a run, as text."""
+    """The arguments, versions, processor and threads of a run, as text."""
     settings = {**config["arguments"], **config.get("versions", {})}
-    settings["processor"] = config.get("processor")
+    settings |= {name: config.get(name) for name in ("processor", "threads")}
     return {
         name: " ".join(map(str, value)) if isinstance(value, list) else str(value)
         for name, value in settings.items()

@@ -97,6 +97,7 @@ def _settings(config: Mapping[str, Any], pair: str) -> dict[str, str]:
         "arguments": ", ".join(f"{name} {_said(value)}" for name, value in given.items()),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "processor": str(config.get("processor")),
+        "threads": str(config.get("threads")),
     }
 
 

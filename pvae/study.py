@@ -356,18 +356,20 @@ def _keep_config(
 ) -> None:
     """Writes `config.json`; for a resumed run it first checks that the data are the same."""
     commands: list[str] = []
+    # a sum by another number of threads is rounded in another way
+    now = {"processor": run.processor(device), "threads": torch.get_num_threads()}
     if args.resume is not None:
         before = run.read_config(folder)
         dataset.require_same(before["dataset"]["name"], before["dataset"]["sha256"], folder)
         commands = [typed for typed in before.get("commands", []) if typed != _typed()]
-        _tell_changes(before, {"processor": run.processor(device), **run.versions()})
+        _tell_changes(before, {**now, **run.versions()})
     config = {
         "commands": [*commands, _typed()],
         "arguments": {k: v for k, v in vars(args).items() if k not in ("observe", "resumable")},
         "dataset": {"name": dataset.name, "sha256": dataset.sha256, "observed": args.observe},
         "seed": args.seed,
         "data_seed": args.data_seed,
-        "processor": run.processor(device),
+        **now,
         "versions": run.versions(),
     }
     run.write_json(folder / "config.json", config)
@@ -380,9 +382,9 @@ def _typed() -> str:
     return shlex.join([*start, *sys.argv])
 
 
-def _tell_changes(config: Mapping[str, Any], now: Mapping[str, str]) -> None:
-    """Warns if the processor or a version, on which a run's numbers depend, has changed."""
-    before = {"processor": config.get("processor"), **config.get("versions", {})}
+def _tell_changes(config: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Warns if the processor, the threads or a version has changed: numbers depend on them."""
+    before = {**config, **config.get("versions", {})}
     changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
     if changed:
         print(f"warning: {', '.join(changed)}: the rest of this run may differ by rounding")

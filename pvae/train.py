@@ -62,8 +62,9 @@ class Trainer:
     with the same loss by hand. It then writes `metrics.csv`, `checkpoint.pt` (the last state; the
     state before it stays as `checkpoint.previous.pt`) and, if the validation ELBO is the best so
     far, `best.pt`. It also writes a checkpoint every few minutes within an epoch, and when SIGINT
-    or SIGTERM stops the run. On the same processor and versions, a resumed run ends with the same
-    bits as an uninterrupted run. Without a folder the trainer writes nothing.
+    or SIGTERM stops the run. On the same processor and versions, with the same number of threads,
+    a resumed run ends with the same bits as an uninterrupted run. Without a folder the trainer
+    writes nothing.
     A pair that takes labels or masks (`vae.takes_y`) gets those of the data.
 
     With several processes (`pvae.processes`), each process takes its part of every batch and of

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from conftest import EXAMPLES, example
 
 import pvae
@@ -35,9 +37,15 @@ FILES = {
 SMALL = ["--dataset", "digits", "--net", "mlp", "--hidden", "32", "--latent-dim", "2", "-n", "2"]
 
 
-def command(*argv):
-    """Returns the command line of the main example, for a process that a test can stop."""
-    return [sys.executable, EXAMPLES / "mnist_svi.py", *argv]
+def start(*argv):
+    """Starts the main example in a process that a test can stop, with the threads of this one."""
+    return subprocess.Popen(
+        [sys.executable, EXAMPLES / "mnist_svi.py", *argv],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
 
 
 def run(folder, *argv):
@@ -129,14 +137,16 @@ def test_a_killed_run_is_resumed_as_if_uninterrupted(tmp_path):
     run(tmp_path / "whole", *small)
 
     out = ["--out", tmp_path / "killed"]
-    killed = subprocess.Popen(command(*out, *small), stdout=subprocess.DEVNULL)
+    killed = start(*out, *small)
     while not (tmp_path / "killed" / "checkpoint.pt").exists():
         assert killed.poll() is None
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.communicate()
     assert not (tmp_path / "killed" / "results.json").exists()
-    subprocess.run(command("--resume", tmp_path / "killed"), check=True, capture_output=True)
+    resumed = start("--resume", tmp_path / "killed")
+    _, stderr = resumed.communicate()
+    assert resumed.returncode == 0, stderr
     a, b = results(tmp_path / "whole"), results(tmp_path / "killed")
     assert {k: v for k, v in a.items() if not k.startswith("seconds")} == {
         k: v for k, v in b.items() if not k.startswith("seconds")
@@ -145,12 +155,7 @@ def test_a_killed_run_is_resumed_as_if_uninterrupted(tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupted_run_says_how_to_go_on(tmp_path):
-    process = subprocess.Popen(
-        command("--out", tmp_path / "r", *SMALL[:-1], "4000"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start("--out", tmp_path / "r", *SMALL[:-1], "4000")
     while not (tmp_path / "r" / "checkpoint.pt").exists():
         assert process.poll() is None
         time.sleep(0.01)

@@ -312,6 +312,12 @@ def test_another_processor_is_said(tmp_path, whole, capsys):
     assert "may differ by rounding" in said
     mnist_svi.main(["--resume", str(copied), "--quiet"])
     assert "warning" not in capsys.readouterr().out
+    torch.set_num_threads(2)
+    try:
+        mnist_svi.main(["--resume", str(copied), "--quiet"])
+    finally:
+        torch.set_num_threads(1)
+    assert "threads 1 -> 2: the rest of this run may differ" in capsys.readouterr().out
 
 
 @pytest.mark.slow
