@@ -36,7 +36,7 @@ from pvae.study import Study, engine, fit, start
 from pvae.train import Trainer
 from pvae.untrusted import read_json
 
-CHECKED = 200  # test images whose log p(x) is estimated once more, by ten times the draws
+CHECKED = 1000  # test images whose log p(x) is estimated once more, by ten times the draws
 VALIDATED = 400  # validation images whose log p(x) is printed after each stage, to compare recipes
 PART = 1000  # test images whose log p(x) is kept together, so that an evaluation can go on
 LATENT = 40  # dimensions of the lowest latent layer
@@ -395,22 +395,31 @@ def worth(row: Row, vae: pvae.VAE, study: Study) -> list[results.Row]:
 def evidence(subject: Subject, study: Study) -> list[results.Row]:
     """`log p(x)` of all test images by importance sampling, of some of them with ten times as many
     draws, and of a few by annealing and with a proposal for each image."""
-    k = study.args.num_samples
-    by, images = sampler(subject.vae, k), study.data.test.images
-    found = torch.cat(
-        [
-            weights(subject, by, part, study.folder / f"evidence-{number:02}.json", number)
-            for number, part in enumerate(images.split(PART))
-        ],
-        dim=1,
-    )
-    rows = [
+    images, k = study.data.test.images, study.args.num_samples
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    some = order[:CHECKED].sort().values.to(images.device)
+    found = by_parts(subject, study.folder / "evidence", images, k, PART)
+    again = by_parts(subject, study.folder / "checked", images[some], 10 * k, PART // 10)
+    same = estimate(found[0, some.cpu()])
+    arguments = argparse.Namespace(**ANNEALED, **PROPOSALS)
+    return [
         results.Row("log_evidence", f"log p(x), k = {k:,}", estimate(found[0]), len(found[0])),
         *results.tail_rows(found[1], "pareto_k", "  "),
+        results.Row(f"iwae_{10 * k}", f"log p(x), k = {10 * k:,}", estimate(again[0]), len(some)),
+        results.Row("checked", f"  k = {k:,}, of the same images", same, len(some)),
+        *results.tail_rows(again[1], "checked_pareto_k", "  "),
+        *evaluation.annealed_rows(subject, arguments),
     ]
-    rows += results.importance_rows(subject, CHECKED, 10 * k, captured.inductor)[:2]
-    arguments = argparse.Namespace(**ANNEALED, **PROPOSALS)
-    return rows + evaluation.annealed_rows(subject, arguments)
+
+
+def by_parts(subject: Subject, start: Path, images: Tensor, k: int, size: int) -> Tensor:
+    """`log p(x)` and k-hat of each image by k draws, `(2, N)`; each part of the images is kept."""
+    by = sampler(subject.vae, k)
+    parts = [
+        weights(subject, by, part, start.with_name(f"{start.name}-{number:02}.json"), number)
+        for number, part in enumerate(images.split(size))
+    ]
+    return torch.cat(parts, dim=1)
 
 
 def validate(stage: str, vae: pvae.VAE, study: Study) -> None:
@@ -474,7 +483,7 @@ def line(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
     ]
     seeds = f", {len(runs)} seeds" if len(runs) > 1 else ""
     how = f"{first['threads']} thread{'s' * (first['threads'] > 1)}"
-    if first.get("precision", "fp32") != "fp32":  # results of before have no precision
+    if first["precision"] != "fp32":
         how += f", {first['precision']}"
     cells = [
         f"{name}: {first['title']}{seeds}",
