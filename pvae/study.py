@@ -383,8 +383,11 @@ def _typed() -> str:
 
 
 def _tell_changes(config: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Warns if the processor, the threads or a version has changed: numbers depend on them."""
+    """Warns if the processor, the threads or a version has changed: numbers depend on them.
+
+    Older versions of the package did not write all of these.
+    """
     before = {**config, **config.get("versions", {})}
-    changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
+    changed = [f"{k} {before[k]} -> {v}" for k, v in now.items() if before.get(k, v) != v]
     if changed:
         print(f"warning: {', '.join(changed)}: the rest of this run may differ by rounding")

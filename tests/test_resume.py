@@ -318,6 +318,11 @@ def test_another_processor_is_said(tmp_path, whole, capsys):
     finally:
         torch.set_num_threads(1)
     assert "threads 1 -> 2: the rest of this run may differ" in capsys.readouterr().out
+    del config["threads"], config["processor"]  # as in runs of an older version
+    config["versions"] = run.versions()
+    run.write_json(copied / "config.json", config)
+    mnist_svi.main(["--resume", str(copied), "--quiet"])
+    assert "warning" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
