@@ -286,10 +286,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "steps": {stage: history[-1]["step"] for stage, history in trained.items()},
         "training_minutes": sum(e["seconds"] for h in trained.values() for e in h) / 60,
         "evaluation_minutes": (time.perf_counter() - began) / 60,
-        "processor": run.processor(study.device),
-        "threads": torch.get_num_threads(),
         "precision": args.precision,
-        "versions": run.versions(),
+        **run.surroundings(study.device),
     }
     study.save(found)
     print(table([found]))
@@ -401,8 +399,7 @@ def evidence(subject: Subject, study: Study) -> list[results.Row]:
     """`log p(x)` of all test images by importance sampling, of some of them with ten times as many
     draws, and of a few by annealing and with a proposal for each image."""
     images, k = study.data.test.images, study.args.num_samples
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    some = order[:CHECKED].sort().values.to(images.device)
+    some = subject.chosen(CHECKED)
     found = by_parts(subject, study.folder / "evidence", images, k, PART)
     again = by_parts(subject, study.folder / "checked", images[some], 10 * k, PART // 10)
     same = estimate(found[0, some.cpu()])

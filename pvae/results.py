@@ -120,11 +120,15 @@ class Subject:
         >>> len(subject.subset(50).images)
         50
         """
-        test = self.data.test
-        order = torch.randperm(len(test.images), generator=torch.Generator().manual_seed(0))
-        chosen = order[:count].sort().values.to(test.images.device)
-        images, *rest = test
+        chosen = self.chosen(count)
+        images, *rest = self.data.test
         return Split(images[chosen], *(None if t is None else t[chosen] for t in rest))
+
+    def chosen(self, count: int) -> Tensor:
+        """The indices of the test images of `subset`, in rising order, `(count,)`."""
+        images = self.data.test.images
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        return order[:count].sort().values.to(images.device)
 
 
 # ---- sections; the full evaluation prints their docstrings ----

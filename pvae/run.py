@@ -56,6 +56,19 @@ def processor(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """What rounds a run's numbers: the processor, the number of torch's threads, the versions.
+
+    >>> list(surroundings(torch.device("cpu")))
+    ['processor', 'threads', 'versions']
+    """
+    return {
+        "processor": processor(device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
 # the only files that a run leaves if it was refused before it trained
 _BEFORE_TRAINING = {".lock", "config.json"}
 

@@ -356,13 +356,12 @@ def _keep_config(
 ) -> None:
     """Writes `config.json`; for a resumed run it first checks that the data are the same."""
     commands: list[str] = []
-    # a sum by another number of threads is rounded in another way
-    now = {"processor": run.processor(device), "threads": torch.get_num_threads()}
+    now = run.surroundings(device)
     if args.resume is not None:
         before = run.read_config(folder)
         dataset.require_same(before["dataset"]["name"], before["dataset"]["sha256"], folder)
         commands = [typed for typed in before.get("commands", []) if typed != _typed()]
-        _tell_changes(before, {**now, **run.versions()})
+        _tell_changes(before, now)
     config = {
         "commands": [*commands, _typed()],
         "arguments": {k: v for k, v in vars(args).items() if k not in ("observe", "resumable")},
@@ -370,7 +369,6 @@ def _keep_config(
         "seed": args.seed,
         "data_seed": args.data_seed,
         **now,
-        "versions": run.versions(),
     }
     run.write_json(folder / "config.json", config)
 
@@ -383,11 +381,12 @@ def _typed() -> str:
 
 
 def _tell_changes(config: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Warns if the processor, the threads or a version has changed: numbers depend on them.
+    """Warns if the processor, the number of threads or a version is not that of `config`.
 
-    Older versions of the package did not write all of these.
+    It says nothing of what `config` lacks, as those of older versions of the package do.
     """
-    before = {**config, **config.get("versions", {})}
-    changed = [f"{k} {before[k]} -> {v}" for k, v in now.items() if before.get(k, v) != v]
+    before, after = {**config, **config.get("versions", {})}, dict(now)
+    after |= after.pop("versions")
+    changed = [f"{k} {before[k]} -> {v}" for k, v in after.items() if before.get(k, v) != v]
     if changed:
         print(f"warning: {', '.join(changed)}: the rest of this run may differ by rounding")
