@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 import pvae
 from pvae import captured, cli, data, memory, plots, run, tables
+from pvae.captured.capturing import is_due
 
 NETS: Mapping[str, dict[str, Any]] = {
     "conv": {"net": "conv", "latent_dim": 16, "hidden": 16, "activation": "relu"},
@@ -519,6 +520,76 @@ def _by_torch(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return a @ b if bias is None else torch.addmm(bias, a, b)
 
 
+_REPLAYS: list[float] = []  # the seconds that the graphs and the optimizer's steps took
+
+
+class _Timed(captured.SVI):
+    """A captured SVI that times its steps without the look-up before them."""
+
+    def _replay(self, entry: Any, inputs: list[Tensor]) -> Any:
+        start = time.perf_counter()
+        loss = super()._replay(entry, inputs)
+        _REPLAYS.append(time.perf_counter() - start)
+        return loss
+
+
+def look_up_and_checks(net: str, batch: int, steps: int = 4000) -> tuple[float, float]:
+    """The parts of a run of `steps` captured steps that look-ups and comparisons take."""
+    svi, x = _single(partial(_Timed, strict=True), net, batch)
+    svi.prepare(x)
+    looked, whole, compared = [], [], []
+    for done in range(513):  # ten of these steps are compared, 512 is the last
+        start = time.perf_counter()
+        svi.step(x)
+        took = time.perf_counter() - start
+        if is_due(done):
+            compared.append(took)
+        else:
+            whole.append(took)
+            looked.append(took - _REPLAYS[-1])
+    step = statistics.median(whole)
+    checks = sum(map(is_due, range(steps))) * (statistics.median(compared) - step)
+    return statistics.median(looked) / step, checks / (steps * step)
+
+
+def _three_steps(builder: Callable[[str, int], Step], net: str, batch: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    step = builder(net, batch)
+    for _ in range(3):  # a captured SVI uses its graph from the third step on
+        step()
+
+
+def start_of_a_process(net: str, batch: int, *, turns: int, threads: int) -> float:
+    """The seconds by which three steps in a new process take longer if they are captured.
+
+    The code is compiled already, by an earlier process.
+    """
+    context = multiprocessing.get_context("spawn")
+    seconds: dict[str, list[float]] = {"captured": [], "eager": []}
+    for _ in range(turns + 1):  # in the first turn torch compiles
+        for variant, times in seconds.items():
+            start = time.perf_counter()
+            process = context.Process(
+                target=_three_steps, args=(VARIANTS[variant], net, batch, threads)
+            )
+            process.start()
+            process.join()
+            times.append(time.perf_counter() - start)
+    later = zip(seconds["captured"][1:], seconds["eager"][1:], strict=True)
+    return statistics.median(ours - theirs for ours, theirs in later)
+
+
+def costs(nets: Sequence[str], batch: int, *, turns: int, threads: int) -> str:
+    """A table of what capture costs."""
+    cells = []
+    for net in nets:
+        looked, checks = look_up_and_checks(net, batch)
+        later = start_of_a_process(net, batch, turns=turns, threads=threads)
+        cells.append([net, f"{looked:.1%}", f"{checks:.1%}", f"{later:.2f} s"])
+    title = f"cost of capture at batch {batch}: a part of all 4,000 steps; at the start"
+    return tables.columns(title, ["", "look-up", "comparisons", "later by"], cells)
+
+
 def rows_of(
     net: str, batch: int, measured: dict[str, tuple[list[float], float]], least: float
 ) -> list[dict[str, Any]]:
@@ -612,6 +683,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                    "Pyro and the plain loop with a loader as torchvision's")  # fmt: skip
     p.add_argument("--products", action="store_true",
                    help="the MLP's matrix products alone, by torch and by oneDNN")  # fmt: skip
+    p.add_argument("--costs", action="store_true",
+                   help="what look-ups and comparisons of captured steps cost, and the start of a "
+                   "process that finds its code compiled")  # fmt: skip
     p.add_argument("--json", type=Path, metavar="FILE", help="where to write the rows")
     p.add_argument("--figure", type=Path, metavar="FILE", help="where to draw them")
     args = p.parse_args(argv)
@@ -632,6 +706,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.products:
         for batch in args.batches:
             print(product_rates(batch), flush=True)
+        return
+    if args.costs:
+        for batch in args.batches:
+            print(costs(args.nets, batch, turns=args.turns, threads=args.threads), flush=True)
         return
     rows: list[dict[str, Any]] = []
     for net in args.nets:

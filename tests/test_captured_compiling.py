@@ -38,6 +38,7 @@ print(json.dumps({
     "losses": losses,
     "hits": counters["inductor"]["fxgraph_cache_hit"],
     "misses": counters["inductor"]["fxgraph_cache_miss"],
+    "loaded whole": counters["aot_autograd"]["autograd_cache_hit"],
     "children": children.read_text() if children.exists() else "",
 }))
 """
@@ -72,6 +73,7 @@ def test_a_second_process_compiles_nothing(net, tmp_path):
     assert (first["engine"], first["misses"], first["hits"]) == ("captured", 1, 0)
     second, said_again = process(tmp_path, net)
     assert (second["engine"], second["misses"], second["hits"]) == ("captured", 0, 1)
+    assert (first["loaded whole"], second["loaded whole"]) == (0, 1)  # nor does it trace again
     assert second["losses"] == first["losses"]
     assert said == said_again == ""  # torch's line about CUDA is not printed
     assert first["children"] == second["children"] == ""  # no pool of compiler processes is left
@@ -280,6 +282,7 @@ def test_products_of_onednn_are_compiled_once(folder, monkeypatch):
         graph = make_fx(layer, tracing_mode="fake")(*given)
         results = captured.inductor(graph, given)(*given)
         assert taken(graph) == [True, True, True, False]
+        assert counters["aot_autograd"]["autograd_cache_hit"] == already
         for ours, theirs in zip(results, layer(*given), strict=True):
             assert ours.stride() == theirs.stride()
             assert (ours - theirs).norm() <= 1e-5 * theirs.norm()

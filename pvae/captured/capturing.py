@@ -91,8 +91,8 @@ def signature_of(args: Any, kwargs: Any) -> Signature:
         NotCaptured: an argument or a handler holds a value that cannot be compared, or a tensor
             requires a gradient, or the call is in `torch.inference_mode`.
     """
-    leaves, structure = pytree.tree_flatten((args, kwargs))
-    key: list[Hashable] = [structure, torch.get_default_dtype(), torch.get_default_device()]
+    leaves, structure = _flattened(args, kwargs)
+    key: list[Hashable] = [structure, torch.get_default_dtype(), private.default_device()]
     key += [torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()]
     key.append(torch.get_float32_matmul_precision())
     for device in ("cpu", "cuda"):
@@ -149,6 +149,19 @@ def signature_of(args: Any, kwargs: Any) -> Signature:
     except TypeError as error:  # the structure may hold an object that cannot be hashed
         raise NotCaptured(f"the arguments cannot be told apart: {error}") from error
     return Signature(tuple(key), tensors, numbers, leaves, structure, floats)
+
+
+def _flattened(args: Any, kwargs: Any) -> tuple[list[Any], Any]:
+    """Returns leaves and structure, as `tree_flatten` does; for a few tensors, at once."""
+    if not kwargs and all(type(arg) is Tensor for arg in args):
+        return list(args), _row(len(args))
+    return pytree.tree_flatten((args, kwargs))
+
+
+@functools.cache
+def _row(count: int) -> Any:
+    """Returns the structure of `count` tensors as arguments."""
+    return pytree.tree_flatten(((0,) * count, {}))[1]
 
 
 def as_tensor(value: float, dtype: torch.dtype, beside: Sequence[Tensor]) -> Tensor:

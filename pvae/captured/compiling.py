@@ -120,10 +120,11 @@ def _without_log1p(graph: GraphModule) -> None:
     """
 
     def density(logits: Any, x: Any) -> Any:
-        e = (-logits.abs()).exp()
+        # functions, not methods: torch keeps no code of a graph that calls methods
+        e = torch.exp(-torch.abs(logits))
         u = 1 + e
-        log1p = torch.where(u == 1, e, u.log() * e / (u - 1))
-        return (1 - x) * logits - logits.clamp(max=0) + log1p
+        log1p = torch.where(u == 1, e, torch.log(u) * e / (u - 1))
+        return (1 - x) * logits - torch.clamp(logits, max=0) + log1p
 
     target = torch.ops.aten.binary_cross_entropy_with_logits.default
     for node in [n for n in graph.graph.nodes if n.target is target]:

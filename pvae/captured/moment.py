@@ -57,8 +57,10 @@ def _equal(t: Tensor, value: Tensor) -> bool:
 
 
 def _close(ours: Tensor, theirs: Tensor) -> bool:
+    if torch.equal(ours, theirs):  # as most tensors are, and faster than `allclose`
+        return True
     if not (ours.is_floating_point() or ours.is_complex()):
-        return torch.equal(ours, theirs)
+        return False
     tolerance = resolution([ours])
     return torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance, equal_nan=True)
 

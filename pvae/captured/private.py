@@ -14,6 +14,7 @@ import torch
 from pvae.captured.compiling import NotCaptured
 
 MISSING: list[str] = []
+_CPU = torch.device("cpu")
 
 
 def _door(path: str) -> Any:
@@ -139,6 +140,11 @@ def has_mode() -> bool:
     """Returns whether a mode of torch is on other than that of the default device, or a hook."""
     others = [m for m in _function_modes() if not isinstance(m, _DeviceContext)]
     return bool(others) or _dispatch_modes() > 0 or _saved_hooks(True) is not None
+
+
+def default_device() -> torch.device:
+    """Returns what `torch.get_default_device` does: without a mode, at once."""
+    return torch.get_default_device() if _function_modes() else _CPU
 
 
 def has_hooks(t: Any) -> bool:
