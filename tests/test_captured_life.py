@@ -272,7 +272,7 @@ def test_arguments_that_cannot_be_told_apart(monkeypatch):
     monkeypatch.setattr("pvae.captured.capturing.pytree", unhashable)
     svi = made(strict=False)
     with pytest.warns(UserWarning, match="the arguments cannot be told apart: unhashable"):
-        svi.step(DATA)
+        svi.step(data=DATA)
 
 
 @pytest.mark.slow
