@@ -121,6 +121,19 @@ def test_graphs_that_differ_are_not_mixed_up(folder):
 
 
 @pytest.mark.slow
+def test_code_for_another_number_of_threads_is_not_loaded(folder):
+    before, x = torch.get_num_threads(), torch.rand(4, 6)
+    try:
+        for threads, already in ((1, False), (2, False), (1, True)):
+            counters.clear()
+            torch.set_num_threads(threads)
+            captured.inductor(make_fx(times(2.0), tracing_mode="fake")(x), [x])
+            assert counters["inductor"]["fxgraph_cache_hit"] == already
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.slow
 def test_what_a_graph_writes_in_place_is_written_by_one_that_is_loaded(folder):
     for already in (False, True):
         ours, theirs = nn.BatchNorm1d(3), nn.BatchNorm1d(3)

@@ -23,7 +23,7 @@ def inductor(graph: GraphModule, inputs: list[Tensor]) -> Run:
     """Compiles a traced step with torch's inductor, and keeps torch's own random numbers.
 
     Inductor keeps compiled code in a folder (`TORCHINDUCTOR_CACHE_DIR`), so the next process with
-    the same graph, torch and machine loads the code in about two seconds.
+    the same graph, torch, machine and number of threads loads it and compiles nothing.
 
     Raises:
         NotCaptured: there is no C++ compiler.
@@ -34,7 +34,11 @@ def inductor(graph: GraphModule, inputs: list[Tensor]) -> Run:
     # Inductor uses its folder only if the shapes come from tensors without data, on which the graph
     # was traced. A version of torch that keeps no such graphs compiles each of them again.
     fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-    options = {"fallback_random": True}  # inductor's own generators give other noise
+    options = {
+        "fallback_random": True,  # inductor's own generators give other noise
+        # torch up to 2.12 would load code for another number of threads, which rounds otherwise
+        "cpp.threads": torch.get_num_threads(),
+    }
     try:
         with _without_cuda_home():
             return torch._inductor.compile(graph, fakes, options=options)
