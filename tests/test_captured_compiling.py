@@ -134,6 +134,16 @@ def test_code_for_another_number_of_threads_is_not_loaded(folder):
 
 
 @pytest.mark.slow
+def test_code_for_another_processor_is_not_loaded(folder, monkeypatch):
+    x = torch.rand(4, 6)
+    for processor, already in (("AVX512", False), ("AVX2", False), ("AVX512", True)):
+        counters.clear()
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda p=processor: p)
+        captured.inductor(make_fx(times(2.0), tracing_mode="fake")(x), [x])
+        assert counters["inductor"]["fxgraph_cache_hit"] == already
+
+
+@pytest.mark.slow
 def test_what_a_graph_writes_in_place_is_written_by_one_that_is_loaded(folder):
     for already in (False, True):
         ours, theirs = nn.BatchNorm1d(3), nn.BatchNorm1d(3)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import config
 from torch.fx import GraphModule
 
 from pvae.captured.products import amd_family, by_onednn
@@ -23,7 +24,7 @@ def inductor(graph: GraphModule, inputs: list[Tensor]) -> Run:
     """Compiles a traced step with torch's inductor, and keeps torch's own random numbers.
 
     Inductor keeps compiled code in a folder (`TORCHINDUCTOR_CACHE_DIR`), so the next process with
-    the same graph, torch, machine and number of threads loads it and compiles nothing.
+    the same graph, torch, kind of processor and number of threads loads it and compiles nothing.
 
     Raises:
         NotCaptured: there is no C++ compiler.
@@ -39,8 +40,10 @@ def inductor(graph: GraphModule, inputs: list[Tensor]) -> Run:
         # torch up to 2.12 would load code for another number of threads, which rounds otherwise
         "cpp.threads": torch.get_num_threads(),
     }
+    # torch would load code for longer vectors than this processor's, and compute wrong numbers
+    tag = f"{config.cache_key_tag} {torch.backends.cpu.get_cpu_capability()}"
     try:
-        with _without_cuda_home():
+        with _without_cuda_home(), config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
             return torch._inductor.compile(graph, fakes, options=options)
     except Exception as error:
         if _has_cpp_compiler():
