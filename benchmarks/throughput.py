@@ -574,6 +574,8 @@ def start_of_a_process(net: str, batch: int, *, turns: int, threads: int) -> flo
             )
             process.start()
             process.join()
+            if process.exitcode:
+                raise RuntimeError(f"{variant} has failed in a new process")
             times.append(time.perf_counter() - start)
     later = zip(seconds["captured"][1:], seconds["eager"][1:], strict=True)
     return statistics.median(ours - theirs for ours, theirs in later)
@@ -586,8 +588,8 @@ def costs(nets: Sequence[str], batch: int, *, turns: int, threads: int) -> str:
         looked, checks = look_up_and_checks(net, batch)
         later = start_of_a_process(net, batch, turns=turns, threads=threads)
         cells.append([net, f"{looked:.1%}", f"{checks:.1%}", f"{later:.2f} s"])
-    title = f"cost of capture at batch {batch}: a part of all 4,000 steps; at the start"
-    return tables.columns(title, ["", "look-up", "comparisons", "later by"], cells)
+    title = f"what capture costs at batch {batch}: parts of 4,000 steps, and the delay at the start"
+    return tables.columns(title, ["", "look-up", "comparisons", "delay"], cells)
 
 
 def rows_of(

@@ -143,7 +143,7 @@ def has_mode() -> bool:
 
 
 def default_device() -> torch.device:
-    """Returns what `torch.get_default_device` does: without a mode, at once."""
+    """Returns the same as `torch.get_default_device`, which is slow: no mode means the CPU."""
     return torch.get_default_device() if _function_modes() else _CPU
 
 
